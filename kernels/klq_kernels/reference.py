@@ -1,0 +1,310 @@
+"""The one definition of every formula that a kernel computes: naive PyTorch, any device, any floating dtype.
+
+Everything here follows the conventions of KLQ (arXiv 2508.17000): index t holds the action a_t = y_{t+1}, the value
+V(s_t) and the reward r_{t+1}; the mask is True on real completion tokens. Masked entries may be NaN, inf or any
+integer: they are replaced before any arithmetic, so they reach neither a result nor a gradient. Results are float64
+when an input is float64, else float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_kernels import checks
+
+INF = float("inf")
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, each of the shape of `tokens`; the last two are None without a reference model."""
+
+    logprob: Tensor
+    entropy: Tensor
+    ref_logprob: Tensor | None
+    kl: Tensor | None
+
+
+class LambdaReturns(NamedTuple):
+    """λ-return targets Ĝ, their advantages Δ and one-step TD errors δ, each [B, T], zero where masked."""
+
+    targets: Tensor
+    advantages: Tensor
+    td_errors: Tensor
+
+
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-probability of each token, entropy, and exact KL(policy ‖ reference) of the distribution it was drawn from.
+
+    With z = logits/temperature and p = softmax(z), q = softmax(ref_logits/temperature):
+
+        logprob = log p(token)    entropy = −Σ_v p_v log p_v    kl = Σ_v p_v log(p_v/q_v) ≥ 0        (2)
+
+    Shapes: logits and ref_logits [..., V]; tokens and mask [...]. All results are in nats, shaped like tokens, and
+    differentiable in `logits`; no gradient flows to `ref_logits`. A logit of −inf is a forbidden token: p = 0
+    contributes nothing, p > 0 with q = 0 makes the KL +inf.
+
+    Raises ValueError or TypeError for shapes that disagree, temperature ≤ 0, a mask that is not boolean, or an
+    unmasked token outside the vocabulary. Source: arXiv 2508.17000, eq. (2).
+
+    >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), torch.zeros(1, 4))
+    >>> [round(x.item(), 4) for x in stats]
+    [-1.3863, 1.3863, -1.3863, 0.0]
+    """
+    checks.backend_name(backend)
+    checks.positive(temperature=temperature)
+    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
+    if ref_logits is not None:
+        checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    checks.boolean_mask(mask)
+    tokens = torch.where(mask, tokens, 0).long()
+    checks.token_ids(tokens, logits.shape[-1])
+
+    dtype = _result_dtype(logits, ref_logits)
+    logp = _log_softmax(logits.to(dtype), temperature, mask)
+    logprob, entropy = _pick(logp, tokens, mask), _zero_unless(mask, _entropy(logp))
+    if ref_logits is None:
+        return TokenStats(logprob, entropy, None, None)
+    logq = _log_softmax(ref_logits.detach().to(dtype), temperature, mask)
+    return TokenStats(logprob, entropy, _pick(logq, tokens, mask), _zero_unless(mask, kl_divergence(logp, logq)))
+
+
+def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """Exact D(p ‖ q) over the last axis from normalised log-probabilities.
+
+    Computed as the Bregman sum Σ_v [q_v − p_v + p_v log(p_v/q_v)] = Σ_v p_v (e^{−d_v} − 1 + d_v), d = log(p/q). Since
+    Σp = Σq = 1 it equals Σ p log(p/q), but no term is negative and rounding errors in the normalisers cancel to first
+    order: float32 keeps a KL of 1e−8 that Σ p log(p/q) loses entirely.
+
+    Shapes: [..., V], [..., V] -> [...]. Units: nats.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    >>> round(kl_divergence(p.log(), q.log()).item(), 4)
+    0.1438
+    """
+    p, q = logp.exp(), logq.exp()
+    d = torch.where(p > 0, logp - logq, 0.0)
+    near = d.abs() < 1
+    d_near = torch.where(near, d, 0.0)
+    terms = torch.where(near & (p > 0), p * (torch.expm1(-d_near) + d_near).clamp_min(0), q - p + p * d)
+    return terms.sum(-1)
+
+
+def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
+    """Q(s,a) = τ log(π(a|s)/π_b(a|s)) + V(s): a language model and a value head *are* an action-value function (13).
+
+    Any shapes that broadcast; τ > 0 in units of reward per nat.
+
+    >>> q_values(torch.tensor(-1.0), torch.tensor(-1.5), torch.tensor(2.0), tau=0.2)
+    tensor(2.1000)
+    """
+    return tau * (logprobs - ref_logprobs) + values
+
+
+@torch.no_grad()
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    alpha: float = 1.0,
+    trace_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> LambdaReturns:
+    """KLQ's regression targets: one backward recursion over the tokens of each completion.
+
+        Q_t = τ (logprob_t − ref_logprob_t) + V_t
+        δ_t = r_{t+1} + γ V_{t+1} − Q_t,   V = 0 after the last real token                         (14)
+        Δ_t = δ_t + γ λ c_{t+1} Δ_{t+1},   c = 1 unless trace_weights are given (Retrace)
+        Ĝ_t = Q_t + α Δ_t                                                                           (7)
+
+    Shapes: every tensor [B, T]; `mask` boolean and right-padded, empty rows allowed. Ranges: τ > 0; γ, λ in [0, 1];
+    α in (0, 1]. Masked entries of any argument are ignored; results are zero there and carry no gradient.
+
+    Raises ValueError or TypeError naming the argument for shapes that disagree, a mask with holes, or a coefficient
+    out of range. Source: arXiv 2508.17000, eqs. (7) and (14); Retrace: Munos et al. 2016.
+
+    >>> one = torch.ones(1, 2)
+    >>> out = lambda_returns(torch.tensor([[0., 1.]]), 0 * one, -one, -one, one.bool(), tau=0.1, lam=1.0)
+    >>> out.targets
+    tensor([[1., 1.]])
+    """
+    checks.backend_name(backend)
+    checks.positive(tau=tau)
+    checks.unit_interval(gamma=gamma, lam=lam)
+    checks.step_size(alpha)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
+    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, trace_weights=trace_weights)
+    checks.same_shape(rewards.shape, "rewards", mask=mask, **rest)
+    checks.boolean_mask(mask)
+    checks.right_padded(mask)
+    weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
+    r, v, logp, logq, c = _clean(mask, rewards, values, logprobs, ref_logprobs, weights)
+
+    q = q_values(logp, logq, v, tau)
+    td_errors = _zero_unless(mask, r + gamma * _shift_left(v) - q)
+    decay = gamma * lam * _shift_left(c)
+    advantages = torch.zeros_like(td_errors)
+    tail = td_errors.new_zeros(len(td_errors))
+    for t in reversed(range(td_errors.shape[1])):
+        tail = td_errors[:, t] + decay[:, t] * tail
+        advantages[:, t] = tail
+    return LambdaReturns(_zero_unless(mask, q + alpha * advantages), advantages, td_errors)
+
+
+def klq_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    loss: str = "l2",
+    clip: float | None = None,
+    log_ratio_clip: float | None = None,
+    delta: float | None = None,
+    old_logprobs: Tensor | None = None,
+    old_values: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The KLQ regression loss ½(Q_θ − Ĝ)² and its robust and clipped variants, averaged over unmasked tokens.
+
+    With ℓ = logprob − ref_logprob, Q = τℓ + V, e = Q − Ĝ and, from the old policy, ℓ_old and Q_old = τℓ_old + V_old:
+
+        l2              ½ e²                                                                        (6)
+        huber           ½ e² if |e| ≤ delta, else delta (|e| − ½ delta)
+        value_clipped   ½ max[e², (clamp(Q, Q_old ± clip) − Ĝ)²]
+        ratio_clipped   ½ max[e², (V + τ clamp(ℓ, ℓ_old ± log_ratio_clip) − Ĝ)²]
+        double_clipped  the maximum of all three
+
+    Shapes: every tensor alike ([B, T] or [N]). Ranges: τ, clip, log_ratio_clip, delta > 0. Gradients flow through
+    `logprobs` and `values` only. reduction "mean" gives the masked mean (0 if nothing is unmasked), "none" the
+    per-token losses, zero where masked.
+
+    Raises ValueError naming the argument for an unknown variant, a missing or non-positive threshold, a missing old
+    quantity, or shapes that disagree. Source: arXiv 2508.17000, eq. (6); variants as in the authors' code, each with ½.
+
+    >>> t = lambda *xs: torch.tensor([xs])
+    >>> klq_loss(t(-1., -2.), t(-1., -1.), t(.5, .5), t(1., 1.), t(True, True), tau=0.5)
+    tensor(0.3125)
+    """
+    terms = klq_terms(
+        logprobs, ref_logprobs, values, targets, mask, tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip,
+        delta=delta, old_logprobs=old_logprobs, old_values=old_values,
+    )  # fmt: skip
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    return masked_mean(terms, mask) if reduction == "mean" else terms
+
+
+LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
+
+
+def klq_terms(
+    logprobs, ref_logprobs, values, targets, mask, *, tau, loss, clip, log_ratio_clip, delta, old_logprobs, old_values
+) -> Tensor:
+    """The per-token losses of `klq_loss`, zero where masked."""
+    _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values)
+    others = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask)
+    checks.same_shape(logprobs.shape, "logprobs", **others, old_logprobs=old_logprobs, old_values=old_values)
+    checks.boolean_mask(mask)
+    old_logprobs = logprobs if old_logprobs is None else old_logprobs
+    old_values = values if old_values is None else old_values
+    fixed = (x.detach() for x in (ref_logprobs, targets, old_logprobs, old_values))
+    logp, v, logq, target, old_logp, old_v = _clean(mask, logprobs, values, *fixed)
+
+    error = q_values(logp, logq, v, tau) - target
+    if loss == "huber":
+        size = error.abs()
+        return torch.where(size <= delta, 0.5 * error**2, delta * (size - 0.5 * delta))
+    squares = [error**2]
+    if loss in ("value_clipped", "double_clipped"):
+        q_old = q_values(old_logp, logq, old_v, tau)
+        squares.append((_clamp_around(error + target, q_old, clip) - target) ** 2)
+    if loss in ("ratio_clipped", "double_clipped"):
+        near = _clamp_around(logp, old_logp, log_ratio_clip)
+        squares.append((q_values(near, logq, v, tau) - target) ** 2)
+    return 0.5 * torch.stack(squares).amax(0)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over entries where mask is True; 0 (with zero gradient) where there are none.
+
+    >>> masked_mean(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True]))
+    tensor(2.)
+    """
+    return _zero_unless(mask, x).sum() / mask.sum().clamp(min=1)
+
+
+def _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
+    """Every variant gets the thresholds and old quantities it needs, or an error that names what is missing."""
+    checks.positive(tau=tau)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+    values, ratios = loss in ("value_clipped", "double_clipped"), loss in ("ratio_clipped", "double_clipped")
+    needed = {"delta": loss == "huber", "clip": values, "log_ratio_clip": ratios}
+    needed |= {"old_values": values, "old_logprobs": values or ratios}
+    given = dict(
+        delta=delta, clip=clip, log_ratio_clip=log_ratio_clip, old_values=old_values, old_logprobs=old_logprobs
+    )
+    for name in (n for n, need in needed.items() if need):
+        if given[name] is None:
+            raise ValueError(f"loss={loss!r} needs {name}, got None")
+        if name in ("delta", "clip", "log_ratio_clip"):
+            checks.positive(**{name: given[name]})
+
+
+def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _zero_unless(mask: Tensor, x: Tensor) -> Tensor:
+    """x where mask, else an exact 0 that passes no gradient, even where x is NaN or inf."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the result dtype with masked entries replaced by 0."""
+    dtype = _result_dtype(*tensors)
+    return [_zero_unless(mask, x.to(dtype)) for x in tensors]
+
+
+def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
+    """log softmax(logits/temperature) with masked rows replaced by the uniform distribution."""
+    return torch.log_softmax(_zero_unless(mask.unsqueeze(-1), logits) / temperature, dim=-1)
+
+
+def _pick(logp: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """logp of each token, 0 where masked."""
+    return _zero_unless(mask, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """−Σ p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
+    return -(logp.exp() * torch.where(logp > -INF, logp, 0.0)).sum(-1)
+
+
+def _shift_left(x: Tensor) -> Tensor:
+    """x_{t+1} along the last axis, 0 after the end. Rows are right-padded and zero where masked."""
+    return torch.nn.functional.pad(x, (0, 1))[..., 1:]
+
+
+def _clamp_around(x: Tensor, centre: Tensor, radius: float) -> Tensor:
+    return torch.minimum(torch.maximum(x, centre - radius), centre + radius)

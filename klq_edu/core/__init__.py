@@ -1,0 +1,1 @@
+"""The mathematics of KLQ on plain tensors: no model, no I/O."""

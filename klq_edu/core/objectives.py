@@ -1,0 +1,87 @@
+"""Losses per token, then ONE masked mean: KLQ, PPO-clip, PPO-penalty and the value loss PPO adds.
+
+`klq_loss` is defined beside the kernels that compute it and re-exported here. Tensors are [B, T] or [N]; gradients
+flow through `logprobs`, `values` and `kl` only. Masked entries may be NaN.
+"""
+
+import torch
+from klq_kernels import checks
+from klq_kernels.reference import LOSSES, klq_loss, masked_mean
+from torch import Tensor
+
+__all__ = ["LOSSES", "klq_loss", "masked_mean", "ppo_clip_loss", "ppo_penalty_loss", "value_loss"]
+
+
+def ppo_clip_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
+) -> Tensor:
+    """PPO-clip: −E[min(ρÂ, clamp(ρ, 1 ± clip) Â)], ρ = π/π_old (Schulman et al. 2017, eq. 7).
+
+    Raises ValueError for shapes that disagree or clip ≤ 0.
+
+    >>> one = torch.ones(1, 1)
+    >>> ppo_clip_loss(0 * one, -one, one, one.bool(), clip=0.2)
+    tensor(-1.2000)
+    """
+    checks.positive(clip=clip)
+    ratio = _ratio(logprobs, old_logprobs, advantages, mask)
+    gain = torch.where(mask, advantages.detach(), 0.0)
+    return masked_mean(-torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain), mask)
+
+
+def ppo_penalty_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    coef: float,
+    kl: Tensor | None = None,
+) -> Tensor:
+    """PPO-penalty: −E[ρÂ] + coef · KL(π ‖ π_old). KLQ's counterpart has coef = τ + β = τ/α, *not* β.
+
+    `kl` is the exact per-token D(π ‖ π_old)(s_t) where it is at hand (from `token_stats` against the old policy);
+    without it, samples a ~ π_old estimate it by ρ log ρ − ρ + 1: never negative, and unbiased in value and gradient.
+    Raises ValueError for shapes that disagree or coef ≤ 0. Source: Schulman et al. 2017, eq. 8; arXiv 2508.17000 (18).
+
+    >>> one = torch.ones(1, 1)
+    >>> ppo_penalty_loss(0 * one, 0 * one, one, one.bool(), coef=0.25)
+    tensor(-1.)
+    """
+    checks.positive(coef=coef)
+    ratio = _ratio(logprobs, old_logprobs, advantages, mask)
+    if kl is None:
+        log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
+        kl = ratio * log_ratio - torch.expm1(log_ratio)
+    checks.same_shape(logprobs.shape, "logprobs", kl=kl)
+    return masked_mean(-ratio * torch.where(mask, advantages.detach(), 0.0) + coef * kl, mask)
+
+
+def value_loss(
+    values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = None, old_values: Tensor | None = None
+) -> Tensor:
+    """½E(V − G)², G = V_old + Â; with `clip`, PPO's pessimistic ½E max[(V − G)², (clamp(V, V_old ± clip) − G)²].
+
+    Raises ValueError for shapes that disagree, clip ≤ 0, or clip without old_values.
+
+    >>> value_loss(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([True]))
+    tensor(2.)
+    """
+    checks.same_shape(values.shape, "values", returns=returns, mask=mask, old_values=old_values)
+    values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns.detach(), 0.0)
+    squares = (values - returns) ** 2
+    if clip is not None:
+        checks.positive(clip=clip)
+        if old_values is None:
+            raise ValueError("value_loss with clip needs old_values, got None")
+        centre = torch.where(mask, old_values.detach(), 0.0)
+        clamped = torch.minimum(torch.maximum(values, centre - clip), centre + clip)
+        squares = torch.maximum(squares, (clamped - returns) ** 2)
+    return masked_mean(0.5 * squares, mask)
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """ρ = π/π_old where mask, else 1, after checking shapes."""
+    checks.same_shape(logprobs.shape, "logprobs", old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    checks.boolean_mask(mask)
+    return torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()

@@ -1,0 +1,1 @@
+"""KLQ on language models: policy, rollout, rewards, loop."""
