@@ -1,1 +1,14 @@
-"""What there is to train on."""
+"""What there is to train on. `load(name)` gives a World; its dependencies are imported only then."""
+
+
+def load(name: str):
+    """The World called `name`: "grammar" (exact optimum, trains anywhere) or "stories" (a real language model)."""
+    if name == "grammar":
+        from klq_edu.worlds.grammar import load_grammar
+
+        return load_grammar()
+    if name == "stories":
+        from klq_edu.worlds.stories import load_stories
+
+        return load_stories()
+    raise ValueError(f"world must be 'grammar' or 'stories', got {name!r}")

@@ -1,0 +1,84 @@
+"""`klq`: the command line. A command's implementation is imported only when it runs, so `--help` is instant."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from klq_edu.demo import DemoConfig
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.sweep import SweepConfig
+from klq_edu.worlds.presets import WORLDS
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train once in this world, with every setting at your disposal.
+
+    Ctrl-C keeps what is done; running the same command again continues from there.
+    """
+
+    world: tyro.conf.Suppress[str]
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    out: Path
+    """Folder of this run: settings, metrics, samples, checkpoint."""
+    save_model: Path | None = None
+    """Write the trained policy here: a folder that loads as a plain causal LM, with its value head beside it."""
+
+
+TRAIN = {w: TrainCommand(w, config, Path("runs/train") / w) for w, config in WORLDS.items()}
+"""One subcommand per world, because each has its own defaults."""
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="demo")
+def demo(config: tyro.conf.OmitArgPrefixes[DemoConfig]) -> None:
+    """Train a language model by KLQ and by PPO, and write a report."""
+    from klq_edu.demo import run_demo
+
+    run_demo(config)
+
+
+@app.command(name="train")
+def train(command: Annotated[tyro.extras.subcommand_type_from_defaults(TRAIN), tyro.conf.arg(name="")]) -> None:
+    """Train once, in a world of your choice, with every setting at your disposal."""
+    from klq_edu.experiment import train_command
+
+    train_command(command.world, command.config, command.out, command.save_model)
+
+
+@app.command(name="sweep")
+def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig]) -> None:
+    """Compare algorithms over τ, learning rates and seeds in the grammar world, as one CSV."""
+    from klq_edu.sweep import run_sweep
+
+    print(run_sweep(config))
+
+
+@app.command(name="doctor")
+def doctor() -> None:
+    """Say what this machine has, what is missing, and what to do about it."""
+    from klq_edu.doctor import run_doctor
+
+    sys.exit(0 if run_doctor() else 1)
+
+
+def main() -> None:
+    """Entry point: run the command; expected errors are one clear line, not a traceback."""
+    try:
+        app.cli(prog="klq", description=__doc__.split(". ")[0])
+    except KeyboardInterrupt:
+        print("\nInterrupted; what is done is kept. The same command continues with what is missing.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"klq: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

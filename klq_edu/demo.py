@@ -1,0 +1,108 @@
+"""`klq demo`: train a language model by KLQ and by PPO from the same start and seed, and write a report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, preset
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a language model by KLQ and by PPO from the same start and seed, and write a report.
+
+    Ctrl-C keeps what is done; running the same command again continues with what is missing.
+    """
+
+    world: Literal["stories", "grammar"] = "stories"
+    """stories: SmolLM2-135M, a real language model. grammar: a tiny one whose exact optimum is known."""
+    algorithms: tuple[Literal["klq", "ppo_clip", "ppo_clip_whitened", "ppo_penalty"], ...] = ()
+    """Algorithms to compare; none named: klq and ppo_clip, and ppo_penalty too in grammar."""
+    seeds: int = 1
+    """Seeds per algorithm: 0, 1, …"""
+    quick: bool = False
+    """Fewer updates: 15 in stories, 30 in grammar."""
+    updates: int | None = None
+    """Updates per run; not given: the world's."""
+    tau: float | None = None
+    """KL coefficient τ; not given: the world's."""
+    out: Path = Path("runs/demo")
+    """Folder for runs and report.html."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps …"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Parameters and activations of the model."""
+    open: bool = False
+    """Open the report in a browser at the end."""
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+
+    def experiments(self) -> dict[str, TrainConfig]:
+        """Folder name -> settings of everything this demo runs."""
+        updates = self.updates or (QUICK_UPDATES[self.world] if self.quick else None)
+        optional = {"tau": self.tau, "updates": updates}
+        changes = {"device": self.device, "dtype": self.dtype} | {k: v for k, v in optional.items() if v is not None}
+        names = self.algorithms or DEMO[self.world]
+        configs = [(n, preset(self.world, n, seed=seed, **changes)) for seed in range(self.seeds) for n in names]
+        return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Run what is missing, print the table and samples, and write the report; returns its path."""
+    from rich.console import Console
+
+    from klq_edu import report
+    from klq_edu.experiment import run_experiment, timer
+    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.worlds import load
+
+    console, elapsed = Console(), timer()
+    folder = writable_folder(config.out / config.world)
+    with console.status(f"loading the world {config.world} (the first time takes up to half a minute longer)"):
+        world = load(config.world)
+    experiments, results = config.experiments(), []
+    with _progress(console) as progress:
+        bars = {n: progress.add_task(n, total=c.updates, note="", start=False) for n, c in experiments.items()}
+        for name, settings in experiments.items():
+            progress.start_task(bars[name])
+            results.append(run_experiment(world, settings, folder / name, _update(progress, bars[name])))
+            progress.update(bars[name], completed=settings.updates)
+    report.print_results(console, world, results)
+    page = report.write(folder / "report.html", world, results, elapsed())
+    console.print(f"\nreport: [bold]{page}[/]   runs: {folder}   time: {elapsed() / 60:.1f} min")
+    if config.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    return page
+
+
+def _progress(console):
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def _update(progress, bar):
+    """A callback that moves one bar and shows reward and KL beside it."""
+
+    def show(row: dict) -> None:
+        note = f"reward {row['reward']:+.2f}  KL {row['kl']:.2f}"
+        if "attained" in row:
+            note += f"  attained {row['attained']:.0%}"
+        progress.update(bar, completed=row["update"] + 1, note=note)
+
+    return show

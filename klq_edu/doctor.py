@@ -1,0 +1,86 @@
+"""`klq doctor`: what this machine has, what is missing, and what to do about it."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
+DEMO_PACKAGES = ("gguf", "vaderSentiment", "textblob")
+
+
+class Finding(NamedTuple):
+    """One line of the report: what was looked at, whether it is all right, what was found, and what to do if not."""
+
+    what: str
+    fine: bool
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
+    found = [Finding("python", True, platform.python_version())]
+    found += [_package(name, "pip install -c constraints.txt -e .") for name in PACKAGES]
+    found += [
+        _package(name, "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)")
+        for name in DEMO_PACKAGES
+    ]
+    return [*found, _device(), _triton(), _weights(), _cache()]
+
+
+def _package(name: str, advice: str) -> Finding:
+    try:
+        return Finding(name, True, version(name))
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed", advice)
+
+
+def _device() -> Finding:
+    import torch
+
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding("device", True, f"{', '.join(names)}; {threads}")
+    return Finding("device", True, f"{threads}; no GPU (everything here runs without one)")
+
+
+def _triton() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("triton mode", True, "compiles for the GPU")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Finding("triton mode", True, "interpreter: kernels run on the CPU, slowly and exactly")
+    return Finding("triton mode", True, "no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
+
+
+def _weights() -> Finding:
+    from klq_edu.worlds.stories import WeightsMissing, weights_folder
+
+    fine = weights_folder() is not None
+    return Finding("SmolLM2 weights", fine, "installed" if fine else "absent", "" if fine else str(WeightsMissing()))
+
+
+def _cache() -> Finding:
+    from klq_edu.worlds.cache import cache_root
+
+    root = cache_root()
+    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    return Finding("cache", True, f"{root}: {', '.join(made) or 'empty'}", "" if made else "filled by the first demo")
+
+
+def run_doctor() -> bool:
+    """Print the findings; True if nothing is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="klq doctor")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column)
+    findings = examine()
+    for f in findings:
+        table.add_row("[green]ok[/]" if f.fine else "[red]missing[/]", f.what, f.found, f.advice)
+    Console().print(table)
+    return all(f.fine for f in findings)

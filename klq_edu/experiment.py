@@ -1,0 +1,125 @@
+"""One experiment = one world, one configuration, one folder: reference samples, training, samples after."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.loop import resolve_device, train
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.rewards import score
+from klq_edu.rlhf.rollout import collect
+from klq_edu.rlhf.runs import Run
+from klq_edu.worlds.presets import variant_of
+from klq_edu.worlds.world import World
+
+SAMPLES_PER_PROMPT = 2
+SAMPLING_SEED = 20_250_823
+
+
+@dataclass
+class Result:
+    """A finished experiment: settings, one row of metrics per update, and test samples before and after."""
+
+    settings: dict
+    rows: list[dict]
+    before: pd.DataFrame
+    after: pd.DataFrame
+
+    @property
+    def variant(self) -> str:
+        """Name of the algorithm variant."""
+        return variant_of(self.settings)
+
+    def table(self) -> pd.DataFrame:
+        """The metrics with columns that say which experiment they belong to."""
+        labels = {"algorithm": self.variant, "seed": self.settings["seed"], "tau": self.settings["tau"]}
+        return pd.DataFrame(self.rows).assign(**labels)
+
+
+def run_experiment(
+    world: World, config: TrainConfig, folder: str | Path, on_update: Callable[[dict], None] = lambda row: None
+) -> Result:
+    """Train in `world` with `config`, keeping everything in `folder`.
+
+    A finished folder is read, an interrupted one is continued from its last update, another is started.
+    """
+    run = Run(folder, {"world": world.name, **config.to_dict()})
+    if (finished := read_result(run)) is not None:
+        return finished
+    device = resolve_device(config.device)
+    policy = world.make_policy(config).to(device=device, dtype=getattr(torch, config.dtype))
+    before = test_samples(world, policy, config)
+    centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
+    policy.start_value(0.0 if centred else before["reward"].mean())
+    train(
+        policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
+        evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
+    )  # fmt: skip
+    after = test_samples(world, policy, config)
+    samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
+    (run.folder / "test_samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    return read_result(run)
+
+
+def read_result(run: Run) -> Result | None:
+    """The result in a finished run's folder; None if the run is not finished."""
+    samples = run.folder / "test_samples.json"
+    if not samples.exists() or len(run.rows()) < run.settings["updates"]:
+        return None
+    tables = {name: pd.DataFrame(rows) for name, rows in json.loads(samples.read_text()).items()}
+    return Result(run.settings, run.rows(), **tables)
+
+
+def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> ActorCritic:
+    """The policy of a run, finished or not, with the parameters of its last checkpoint."""
+    policy = world.make_policy(config)
+    state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
+    policy.load_state_dict(state["parameters"], strict=False)
+    return policy
+
+
+def test_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
+    """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call."""
+    rollout = collect(
+        policy, world.tokenizer, world.test_prompts * SAMPLES_PER_PROMPT, max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, constraint=world.constraint,
+        generator=torch.Generator().manual_seed(SAMPLING_SEED),
+    )  # fmt: skip
+    rewards = score(world.reward, rollout)
+    columns = {"prompt": rollout.prompts, "completion": rollout.completions}
+    return pd.DataFrame(columns | {"reward": rewards.tolist(), "kl": rollout.kl.sum(1).tolist()})
+
+
+def last_quarter(rows: list[dict], name: str) -> float:
+    """Mean of a metric over the last quarter of the updates in which it was measured."""
+    values = [row[name] for row in rows if name in row]
+    tail = values[-max(1, len(values) // 4) :]
+    return sum(tail) / len(tail)
+
+
+def summarise_results(results: list[Result]) -> pd.DataFrame:
+    """One row per experiment: test reward before and after, reward and KL at the end of training, and its time."""
+    rows = []
+    for r in results:
+        row = {"algorithm": r.variant, "tau": r.settings["tau"], "seed": r.settings["seed"]}
+        row |= {"test_before": r.before["reward"].mean(), "test_after": r.after["reward"].mean()}
+        row |= {"reward": last_quarter(r.rows, "reward"), "kl": last_quarter(r.rows, "kl")}
+        row |= {"attained": r.rows[-1].get("attained", float("nan"))}
+        rows.append(row | {"seconds": sum(x["seconds"] for x in r.rows)})
+    return pd.DataFrame(rows)
+
+
+def timer() -> Callable[[], float]:
+    """Seconds since this call, whenever asked.
+
+    >>> timer()() < 1
+    True
+    """
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start

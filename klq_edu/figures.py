@@ -1,0 +1,164 @@
+"""Every plot, defined once: report, notebooks and slides draw the same one.
+
+Each function returns a Picture: a matplotlib figure, a caption that says what to see, and a text alternative. Colours
+are Okabe and Ito's, distinguishable to everyone; line styles differ as well.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_step, penalty_coefficient, ppo_penalty_step
+from klq_edu.core.tree import TokenTree
+
+STYLES = {
+    "klq": ("KLQ", "#0072B2", "-"),
+    "ppo_clip": ("PPO-clip", "#D55E00", "--"),
+    "ppo_clip_whitened": ("PPO-clip, whitened", "#CC79A7", (0, (5, 1, 1, 1))),
+    "ppo_penalty": ("PPO-penalty", "#009E73", ":"),
+}
+GREY = "#666666"
+
+
+class Picture(NamedTuple):
+    """A figure, the sentence that says what to see in it, and what it shows in words."""
+
+    figure: Figure
+    caption: str
+    alt: str
+
+
+def learning_curves(runs: pd.DataFrame, columns: dict[str, str], smooth: int = 1) -> Picture:
+    """One panel per column of `runs` (name -> axis label) against the number of rollouts, one line per algorithm.
+
+    `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts". Lines are medians over seeds of
+    a running mean over `smooth` updates, bands reach from the lowest to the highest seed.
+    """
+    figure, axes = _panels(len(columns))
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+        for name, part in _by_algorithm(runs):
+            table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
+            table = table.rolling(smooth, min_periods=1).mean()
+            axis.plot(table.index, table.median(axis=1), **_line(name))
+            axis.fill_between(
+                table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0
+            )
+        axis.set(xlabel="completions sampled", ylabel=label)
+    axes[0].legend()
+    seeds = runs["seed"].nunique()
+    spread = f"median of {seeds} seeds, bands from lowest to highest" if seeds > 1 else "one seed, so no error bars"
+    averaged = f"; running mean over {smooth} updates" if smooth > 1 else ""
+    names = " and ".join(columns.values())
+    caption = f"{names} against the number of completions sampled ({spread}{averaged})."
+    return Picture(figure, caption[0].upper() + caption[1:], f"Line plots of {names} for {_names(runs)}.")
+
+
+def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, smooth: int = 1) -> Picture:
+    """Where each run travels in the plane of KL (price) and reward (gain); `frontier` adds the best possible trade.
+
+    `frontier` has columns "kl" and "reward": the optimum for many τ.
+    """
+    figure, (axis,) = _panels(1, width=6.2)
+    if frontier is not None:
+        axis.plot(frontier["kl"], frontier["reward"], color=GREY, lw=1, label="best possible (exact, all τ)")
+    for name, part in _by_algorithm(runs):
+        for i, (_, run) in enumerate(part.groupby("seed")):
+            path = run[["kl", "reward"]].rolling(smooth, min_periods=1).mean()
+            style = _line(name) | ({} if i == 0 else {"label": None})
+            axis.plot(path["kl"], path["reward"], alpha=0.7, **style)
+            axis.plot(path["kl"].iloc[-1], path["reward"].iloc[-1], "o", color=STYLES[name][1])
+    axis.set(xlabel="KL(π ‖ reference) per completion [nats]", ylabel="reward per completion")
+    axis.legend(loc="lower right")
+    above = " No policy can be above the grey line." if frontier is not None else ""
+    caption = (
+        "Reward gained against KL paid, one path per run from the reference (left) to its end (dot). Higher at the "
+        f"same KL is better; further right at the same height is waste.{above}"
+    )
+    return Picture(figure, caption, f"Paths in the KL-reward plane for {_names(runs)}.")
+
+
+def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
+    """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
+    figure, (axis,) = _panels(1, width=6.2)
+    for name, part in _by_algorithm(runs):
+        table = part.pivot(index="rollouts", columns="seed", values="regret").dropna()
+        axis.plot(table.index, table.median(axis=1), marker="o", ms=3, **_line(name))
+        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
+    axis.set(xlabel="completions sampled", ylabel="regret  J* − J(π)   [reward]", yscale="log")
+    axis.legend()
+    caption = (
+        f"Distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: no sampling noise "
+        "is left in these curves but that of training itself. Lower is better, and 0 cannot be crossed."
+    )
+    return Picture(figure, caption, f"Regret on a logarithmic axis for {_names(runs)}.")
+
+
+def exact_steps(tau: float = 0.2, alphas: tuple[float, ...] = (0.2, 0.5, 0.9), seed: int = 0) -> Picture:
+    """The exact KLQ step against the exact PPO-penalty step on a random token tree, for several α.
+
+    Left: β = τ(1−α)/α on KL(π‖π_old) beside τ on KL(π‖π_b), every point on the diagonal. Right: the same β on the bare
+    advantage, which is not the KLQ step.
+    """
+    tree = TokenTree.random(4, 3, seed=seed)
+    old = TokenTree.random(4, 3, seed=seed + 1).ref
+    q, values = tree.evaluate(old, tau)
+    advantages = q - action_values(old, values, tree.ref, tau)
+    figure, axes = _panels(2, height=3.6)
+    for alpha, colour, marker in zip(alphas, ("#0072B2", "#E69F00", "#009E73"), "os^", strict=False):
+        beta = penalty_coefficient(tau, alpha)
+        new, _ = klq_step(old, values, advantages, tree.ref, tau, alpha)
+        right = ppo_penalty_step(old, q, tree.ref, tau, beta)
+        wrong, _ = kl_penalised_argmax(advantages, (old, beta))
+        for axis, other in zip(axes, (right, wrong), strict=True):
+            axis.plot(
+                new.log10().ravel(), other.log10().ravel(), marker, color=colour, ms=4, alpha=0.8, label=f"α = {alpha}"
+            )
+    titles = ("Q + Δ, penalties τ and β: the same step", "bare advantage, penalty β: not the same")
+    for axis, title in zip(axes, titles, strict=True):
+        low = float(torch.tensor(axis.get_xlim()).min())
+        axis.plot([low, 0], [low, 0], color=GREY, lw=1, zorder=0)
+        axis.set(xlabel="log₁₀ π(a|s) after the KLQ step", ylabel="log₁₀ π(a|s) after the PPO step", title=title)
+    axes[0].legend()
+    caption = (
+        f"What theory predicts: each dot is one token in one state of a random token tree ({tree.ref.numel()} in all). "
+        "With β = τ(1−α)/α beside τ the exact PPO-penalty step and the exact KLQ step give the same policy, so dots lie "
+        "on the diagonal; put β on the bare advantage and they leave it."
+    )
+    return Picture(
+        figure, caption, "Scatter plots of policies after the two steps; left on the diagonal, right off it."
+    )
+
+
+def frontier(tree: TokenTree, taus=None) -> pd.DataFrame:
+    """Exact (kl, reward) of the optimum for a range of τ: the best possible trade between the two."""
+    taus = np.geomspace(0.02, 50, 60) if taus is None else taus
+    policies = [tree.optimum(float(tau))[2] for tau in taus]
+    points = [(tree.sequence_kl(p).item(), tree.expected_reward(p).item()) for p in policies]
+    return pd.DataFrame(points, columns=["kl", "reward"])
+
+
+def _panels(count: int, width: float = 4.6, height: float = 3.4):
+    """A figure with `count` plain panels side by side."""
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _by_algorithm(runs: pd.DataFrame):
+    """(name, rows) in the order of STYLES, so that colours and legends never depend on the data's order."""
+    return [(name, runs[runs["algorithm"] == name]) for name in STYLES if (runs["algorithm"] == name).any()]
+
+
+def _line(name: str) -> dict:
+    label, colour, style = STYLES[name]
+    return {"label": label, "color": colour, "linestyle": style, "lw": 1.8}
+
+
+def _names(runs: pd.DataFrame) -> str:
+    return ", ".join(STYLES[name][0] for name, _ in _by_algorithm(runs))

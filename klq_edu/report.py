@@ -1,0 +1,149 @@
+"""What an experiment shows: a terminal table, completions before and after, and one self-contained report page."""
+
+import base64
+import io
+import platform
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from klq_edu import figures
+from klq_edu.experiment import Result, summarise_results
+from klq_edu.figures import STYLES, Picture
+from klq_edu.rlhf.loop import METRICS
+from klq_edu.worlds.world import World
+
+PROMPTS_SHOWN = 3
+HEADINGS = {
+    "test_before": "test reward before",
+    "test_after": "test reward after",
+    "reward": "training reward, last quarter",
+    "kl": "KL, last quarter [nats]",
+    "attained": "improvement attained",
+    "seconds": "training time [s]",
+}
+
+
+def results_table(results: list[Result]) -> pd.DataFrame:
+    """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
+    rows = []
+    summary = summarise_results(results)
+    for name in (n for n in STYLES if (summary["algorithm"] == n).any()):
+        part = summary[summary["algorithm"] == name]
+        cells = {HEADINGS[c]: _interval(part[c], c) for c in HEADINGS if part[c].notna().all()}
+        rows.append({"algorithm": STYLES[name][0]} | cells)
+    return pd.DataFrame(rows)
+
+
+def _interval(values: pd.Series, column: str) -> str:
+    digits = {"seconds": 0, "attained": 3}.get(column, 2)
+    middle = f"{values.median():.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
+
+
+def samples_table(results: list[Result]) -> list[dict]:
+    """The first few test prompts with their completions by the reference and by each algorithm's first seed."""
+    firsts = {}
+    for result in results:
+        firsts.setdefault(result.variant, result)
+    shown = []
+    for i in range(PROMPTS_SHOWN):
+        before = next(iter(firsts.values())).before.iloc[i]
+        rows = [("reference", before)] + [(STYLES[name][0], r.after.iloc[i]) for name, r in firsts.items()]
+        lines = [{"who": who, "completion": row["completion"], "reward": row["reward"]} for who, row in rows]
+        shown.append({"prompt": before["prompt"], "lines": lines})
+    return shown
+
+
+def print_results(console: Console, world: World, results: list[Result]) -> None:
+    """The results table and the completions, on the terminal."""
+    data = results_table(results)
+    table = Table(title=f"world {world.name}, {_scale(results)}", caption=_seeds(results))
+    for column in data.columns:
+        table.add_column(column, justify="left" if column == "algorithm" else "right")
+    for row in data.itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+    for sample in samples_table(results):
+        console.print(f"\n[bold]{sample['prompt']}[/] …")
+        for line in sample["lines"]:
+            text = " ".join(line["completion"].split())
+            console.print(f"  {line['who']:<12} {line['reward']:+.2f}  {text}", markup=False, highlight=False)
+
+
+def pictures(world: World, results: list[Result]) -> list[tuple[str, Picture]]:
+    """The report's figures with their headings."""
+    runs = pd.concat([r.table() for r in results], ignore_index=True)
+    tau, exact = results[0].settings["tau"], world.tree is not None
+    smooth = 1 if exact and runs["seed"].nunique() > 1 else 5
+    curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
+    shown = [("Reward and KL over training", figures.learning_curves(runs, curves, smooth))]
+    best = figures.frontier(world.tree) if exact else None
+    shown.append(("Reward against KL", figures.reward_kl_plane(runs, best, smooth)))
+    if exact:
+        shown.append(("Regret to the exact optimum", figures.regret_curves(runs, tau)))
+    shown.append(("KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps()))
+    if exact and {"klq", "ppo_penalty"} <= set(runs["algorithm"]):
+        pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
+        panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
+        shown.append(("KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels)))
+    return shown
+
+
+def write(path: str | Path, world: World, results: list[Result], seconds: float) -> Path:
+    """Write the self-contained report page (no scripts, no links to other hosts) and return its path."""
+    template = jinja2.Environment(autoescape=True).from_string(files("klq_edu").joinpath("report.html").read_text())
+    shown = [
+        {"title": t, "src": _data_uri(p.figure), "caption": p.caption, "alt": p.alt}
+        for t, p in pictures(world, results)
+    ]
+    metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
+    page = template.render(
+        world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
+        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(),
+        settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
+    )  # fmt: skip
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+def machine() -> dict[str, str]:
+    """Provenance of a measurement: software versions and the class of machine, no names or paths."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "machine": f"{platform.machine()}, {_cores()}",
+        "device": device,
+    }
+
+
+def _cores() -> str:
+    import os
+
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def _scale(results: list[Result]) -> str:
+    s = results[0].settings
+    return f"τ = {s['tau']:g}, {s['updates']} updates of {s['batch_size']} completions, {s['epochs']} epochs each"
+
+
+def _seeds(results: list[Result]) -> str:
+    count = len({r.settings["seed"] for r in results})
+    if count == 1:
+        return "one seed: no error bars, so small differences mean nothing"
+    return f"median over {count} seeds [lowest, highest]"
+
+
+def _data_uri(figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

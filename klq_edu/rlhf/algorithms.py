@@ -1,0 +1,66 @@
+"""KLQ, PPO-clip and PPO-penalty as losses on the same rollout: what differs between them is on this page.
+
+Each loss is scaled so that its first gradient through log π is −E[Â ∇log π] whatever τ and α are, which makes learning
+rates and clipping thresholds comparable: KLQ's is divided by ατ (claim 2 of the equivalence).
+"""
+
+from typing import NamedTuple
+
+from klq_kernels import TokenStats
+from torch import Tensor
+
+from klq_edu.core.objectives import klq_loss, ppo_clip_loss, ppo_penalty_loss, value_loss
+from klq_edu.core.returns import lambda_returns, whiten
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.rollout import Rollout
+
+
+class Targets(NamedTuple):
+    """What a batch is fitted to, each [B, T]: Ĝ for Q, Â for the policy gradient, V_old + Δ for a separate V loss."""
+
+    q: Tensor
+    advantages: Tensor
+    values: Tensor
+
+    def rows(self, index: Tensor) -> "Targets":
+        """The sub-batch with these rows."""
+        return Targets(*(x[index] for x in self))
+
+
+def make_targets(rollout: Rollout, config: TrainConfig) -> Targets:
+    """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's."""
+    out = lambda_returns(
+        rollout.rewards, rollout.values, rollout.logprobs, rollout.ref_logprobs, rollout.mask,
+        tau=config.tau, gamma=config.gamma, lam=config.lam, alpha=config.alpha,
+    )  # fmt: skip
+    gains = whiten(out.advantages, rollout.mask) if config.whiten else out.advantages
+    return Targets(out.targets + config.alpha * (gains - out.advantages), gains, rollout.values + out.advantages)
+
+
+def klq(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+    """½(τ log π/π_b + V − Ĝ)² / (ατ): one regression trains policy and critic together (6)."""
+    loss = klq_loss(
+        new.logprob, old.ref_logprobs, values, targets.q, old.mask, tau=config.tau, loss=config.loss, clip=config.clip,
+        log_ratio_clip=config.log_ratio_clip, delta=config.delta, old_logprobs=old.logprobs, old_values=old.values,
+    )  # fmt: skip
+    return loss / (config.alpha * config.tau)
+
+
+def ppo_clip(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+    """PPO's clipped surrogate plus vf_coef times the value loss."""
+    surrogate = ppo_clip_loss(new.logprob, old.logprobs, targets.advantages, old.mask, clip=config.ratio_clip)
+    return surrogate + config.vf_coef * _critic(values, old, targets, config)
+
+
+def ppo_penalty(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+    """−E[ρÂ] + (τ/α) KL(π ‖ π_old), KLQ's counterpart (claim 3), plus vf_coef times the value loss."""
+    coef = config.tau / config.alpha
+    surrogate = ppo_penalty_loss(new.logprob, old.logprobs, targets.advantages, old.mask, coef=coef)
+    return surrogate + config.vf_coef * _critic(values, old, targets, config)
+
+
+def _critic(values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+    return value_loss(values, targets.values, old.mask, clip=config.clip, old_values=old.values)
+
+
+ALGORITHMS = {"klq": klq, "ppo_clip": ppo_clip, "ppo_penalty": ppo_penalty}

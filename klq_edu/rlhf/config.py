@@ -1,0 +1,108 @@
+"""TrainConfig: every setting of a run. This dataclass is the command line (`klq train --help`) and the documentation.
+
+Standard library only, so that `--help` is instant.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run; invalid values raise ValueError naming the field, the value and the rule."""
+
+    algorithm: Literal["klq", "ppo_clip", "ppo_penalty"] = "klq"
+    """What is minimised on each batch of rollouts."""
+    updates: int = 80
+    """Batches of rollouts, each followed by `epochs` passes over it."""
+    batch_size: int = 64
+    """Completions per batch."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 1
+    """Optimiser steps per pass."""
+    learning_rate: float = 2e-3
+    """Adam's step size at the start; it decays linearly."""
+    final_lr_fraction: float = 0.05
+    """Learning rate at the end as a fraction of that at the start."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm (losses are scaled so that it means the same for every tau)."""
+    tau: float = 0.2
+    """KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn."""
+    gamma: float = 1.0
+    """Discount γ."""
+    lam: float = 0.95
+    """λ of the λ-return: 0 bootstraps from the next value, 1 uses the whole sampled return."""
+    alpha: float = 0.2
+    """Step size α of the regression target; the proximal weight of KLQ and PPO-penalty is τ/α."""
+    loss: Literal["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"] = "l2"
+    """Variant of the KLQ loss."""
+    clip: float | None = None
+    """Q may move this far in value_clipped and double_clipped; for PPO, V may (None: no value clipping)."""
+    log_ratio_clip: float | None = None
+    """The log-ratio may move this far in ratio_clipped and double_clipped."""
+    delta: float | None = None
+    """Threshold of the huber loss."""
+    ratio_clip: float = 0.2
+    """PPO-clip's ε."""
+    vf_coef: float = 1.0
+    """PPO's value coefficient (KLQ's is 1/τ, fixed by the loss)."""
+    whiten: bool = False
+    """Whiten the advantages Δ: PPO's habit; for KLQ an ablation that breaks the equivalence."""
+    value_grad_scale: float | None = None
+    """Factor on the value gradient that enters a trunk shared with the policy. None: τ for KLQ, 1 for PPO."""
+    critic: Literal["shared", "separate"] = "shared"
+    """Value head on the policy's trunk, or a critic network of its own (twice the compute)."""
+    temperature: float = 1.0
+    """Divides policy and reference logits alike, in rollouts and in losses."""
+    max_new_tokens: int = 24
+    """Length limit of a completion."""
+    eval_every: int = 5
+    """Evaluate (where the world can) every so many updates, and after the last."""
+    checkpoint_every: int = 10
+    """Save a checkpoint every so many updates; one is saved on Ctrl-C as well."""
+    seed: int = 0
+    """Same seed, same metrics on a CPU, bit for bit."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps …"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Parameters and activations; statistics and losses are float32 whatever this is."""
+
+    def __post_init__(self):
+        for name in (
+            "updates",
+            "batch_size",
+            "epochs",
+            "minibatches",
+            "max_new_tokens",
+            "eval_every",
+            "checkpoint_every",
+        ):
+            _require(name, getattr(self, name) >= 1, self, "must be an integer >= 1")
+        for name in ("tau", "learning_rate", "max_grad_norm", "temperature", "ratio_clip"):
+            value = getattr(self, name)
+            _require(name, math.isfinite(value) and value > 0, self, "must be a finite number > 0")
+        for name in ("gamma", "lam", "final_lr_fraction"):
+            _require(name, 0 <= getattr(self, name) <= 1, self, "must lie in [0, 1]")
+        for name in ("clip", "log_ratio_clip", "delta"):
+            _require(name, getattr(self, name) is None or getattr(self, name) > 0, self, "must be > 0 or None")
+        _require("alpha", 0 < self.alpha <= 1, self, "must lie in (0, 1]")
+        _require("vf_coef", self.vf_coef >= 0, self, "must be >= 0")
+        _require("minibatches", self.minibatches <= self.batch_size, self, "must not exceed batch_size")
+
+    @property
+    def trunk_scale(self) -> float:
+        """The factor on the value gradient into a shared trunk that `value_grad_scale` resolves to."""
+        if self.value_grad_scale is not None:
+            return self.value_grad_scale
+        return self.tau if self.algorithm == "klq" else 1.0
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, for JSON."""
+        return asdict(self)
+
+
+def _require(name: str, holds: bool, config: TrainConfig, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {rule}, got {getattr(config, name)}")

@@ -1,0 +1,151 @@
+"""The RL loop: roll out, score, targets, epochs of minibatches, update, log. Read `train` top to bottom."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from klq_kernels.reference import masked_mean
+from torch import Tensor
+
+from klq_edu.core.estimators import k3
+from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.rewards import Reward, score
+from klq_edu.rlhf.rollout import Constraint, Rollout, collect
+from klq_edu.rlhf.runs import Run, Snapshot
+
+METRICS = {
+    "update": "number of this update, from 0; everything below is measured on its batch of rollouts",
+    "rollouts": "completions sampled so far",
+    "reward": "mean score of the batch's completions",
+    "reward_std": "standard deviation of the scores within the batch",
+    "kl": "mean over completions of Σ_t D(π‖π_b)(s_t), exact over the vocabulary, in nats",
+    "objective": "reward − τ kl: a sample of J(π), what every algorithm here maximises (γ = 1)",
+    "entropy": "mean over tokens of H(π(·|s_t)), in nats",
+    "length": "mean number of tokens per completion, EOS included",
+    "value": "mean over tokens of V(s_t) before the update",
+    "td_std": "root mean square of Δ_t before whitening: how far Q is from its λ-return",
+    "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
+    "grad_norm": "mean gradient norm over the update's optimiser steps, before clipping",
+    "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, at the last optimiser step: how far the update went",
+    "learning_rate": "Adam's step size in this update",
+    "seconds": "wall-clock time of this update, evaluation excluded",
+}
+
+
+def train(
+    policy: ActorCritic,
+    tokenizer,
+    prompts: Dataset,
+    reward: Reward,
+    config: TrainConfig,
+    *,
+    run: Run,
+    constraint: Constraint | None = None,
+    evaluate: Callable[[ActorCritic], dict] | None = None,
+    on_update: Callable[[dict], None] = lambda row: None,
+) -> list[dict]:
+    """Train `policy` in place and return one row of metrics per update (see METRICS), logged to `run` as they come.
+
+    `prompts` needs a column "prompt"; its further columns are passed to the reward. `evaluate(policy)` adds columns
+    every `config.eval_every` updates. If `run` holds a checkpoint of the same settings, training continues from it with
+    the same random numbers; on Ctrl-C or an error the last finished update is saved before the exception goes on.
+    """
+    if "prompt" not in prompts.column_names:
+        raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
+    parameters = policy.trainable()
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.final_lr_fraction, max(config.updates - 1, 1))
+    generator = torch.Generator().manual_seed(config.seed)
+    snapshot = Snapshot(parameters, optimizer, schedule, generator)
+    rows = run.resume(snapshot)
+    try:
+        for update in range(len(rows), config.updates):
+            start = time.perf_counter()
+            batch = prompts.select(prompt_rows(len(prompts), config.batch_size, update, config.seed))
+            columns = {name: list(batch[name]) for name in batch.column_names}
+            rollout = collect(
+                policy, tokenizer, columns.pop("prompt"), max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, constraint=constraint, generator=generator,
+            )  # fmt: skip
+            scores = score(reward, rollout, **columns)
+            targets = make_targets(rollout, config)
+
+            steps = []
+            for _ in range(config.epochs):
+                for index in torch.randperm(len(rollout), generator=generator).chunk(config.minibatches):
+                    old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
+                    new, values = old.stats(policy)
+                    loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    optimizer.step()
+                    kl_old = masked_mean(k3(old.logprobs - new.logprob.detach()), old.mask)
+                    steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
+
+            row = {"update": update, "rollouts": (update + 1) * config.batch_size}
+            row |= summarise(rollout, scores, targets.values - rollout.values, torch.stack(steps), config.tau)
+            row |= {"learning_rate": schedule.get_last_lr()[0], "seconds": time.perf_counter() - start}
+            schedule.step()
+            if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
+                row |= evaluate(policy)
+            snapshot.take()
+            rows.append(row)
+            run.log(row, rollout)
+            on_update(row)
+            if update % config.checkpoint_every == config.checkpoint_every - 1:
+                run.save(snapshot)
+    finally:
+        run.save(snapshot)
+    return rows
+
+
+def summarise(rollout: Rollout, scores: Tensor, advantages: Tensor, steps: Tensor, tau: float) -> dict[str, float]:
+    """The batch's metrics, as METRICS documents them; `steps` [n, 3] holds loss, gradient norm and KL(π_old ‖ π)."""
+    mask, kl = rollout.mask, rollout.kl.sum(1).mean()
+    return {
+        "reward": scores.mean().item(),
+        "reward_std": scores.std(correction=0).item(),
+        "kl": kl.item(),
+        "objective": (scores.mean() - tau * kl).item(),
+        "entropy": masked_mean(rollout.entropy, mask).item(),
+        "length": mask.sum(1).float().mean().item(),
+        "value": masked_mean(rollout.values, mask).item(),
+        "td_std": masked_mean(advantages**2, mask).sqrt().item(),
+        "loss": steps[:, 0].mean().item(),
+        "grad_norm": steps[:, 1].mean().item(),
+        "kl_old": steps[-1, 2].item(),
+    }
+
+
+def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
+    """Rows of the prompts for this update: an endless reshuffled stream, so every prompt is used equally often.
+
+    A function of (seed, update) alone: a resumed run sees the same prompts.
+
+    >>> sorted(prompt_rows(4, 2, 0, seed=0) + prompt_rows(4, 2, 1, seed=0))
+    [0, 1, 2, 3]
+    """
+    if count < 1:
+        raise ValueError("prompts must not be empty: got 0 rows")
+    rows = []
+    for position in range(update * batch, (update + 1) * batch):
+        epoch, place = divmod(position, count)
+        if not rows or place == 0:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows.append(order[place].item())
+    return rows
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' picks cuda, then mps, then cpu; anything else must name a device that is there."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not usable here ({error}): use 'auto' or 'cpu'") from error

@@ -1,0 +1,312 @@
+"""ActorCritic: a causal language model plus a value head, which together are an action-value function.
+
+Any Hugging Face causal LM can be trained whole, or with only its top k blocks trainable. In the second case the frozen
+trunk below them is run once per rollout: its activations feed the policy, the critic and the reference alike, and the
+reference keeps a copy of the top blocks only.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VALUE_FILE = "value_head.safetensors"
+
+
+class ActorCritic(nn.Module):
+    """Policy π_θ, value V_θ and frozen reference π_b around one causal language model.
+
+    Args:
+        lm: a Hugging Face causal LM; its weights become the policy's (trained in place) and, copied, the reference's.
+        trainable_blocks: train only this many top blocks (and the final norm); None trains everything.
+        critic: "shared" puts the value head on the policy's last hidden state; "separate" gives the critic its own
+            copy of the trained part, which is best where it is affordable.
+        value_grad_scale: factor on the value gradient that enters a shared trunk. KLQ's loss weighs V against log π
+            by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's gradient.
+        vocab: token ids the policy may use, as a sorted [A] tensor; None allows all. Policy and reference are
+            restricted alike, and the head computes A logits per token instead of V. Saving is not affected.
+
+    Raises ValueError for a model without a language-model head or whose logits are not head(hidden), for an impossible
+    `trainable_blocks`, or for ids outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        trainable_blocks: int | None = None,
+        critic: str = "shared",
+        value_grad_scale: float = 1.0,
+        vocab: Tensor | None = None,
+    ):
+        super().__init__()
+        _check_head(lm)
+        if critic not in ("shared", "separate"):
+            raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
+        self.lm, self.value_grad_scale = lm.eval(), value_grad_scale
+        if trainable_blocks is None:
+            self.body, self.frozen_blocks = lm.base_model, None
+        else:
+            lm.requires_grad_(False)
+            self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
+            self.frozen_blocks = lm.config.num_hidden_layers - trainable_blocks
+        self.head = lm.get_output_embeddings()
+        self.ref_body = copy.deepcopy(self.body).requires_grad_(False)
+        self.ref_head = copy.deepcopy(self.head).requires_grad_(False) if trainable_blocks is None else self.head
+        self.critic_body = copy.deepcopy(self.body) if critic == "separate" else None
+        self.value_head = nn.Linear(self.head.in_features, 1, device=lm.device)
+        nn.init.zeros_(self.value_head.weight)
+        self.start_value(0.0)
+        self.register_buffer("vocab", _check_vocab(vocab, self.head.out_features, lm.device), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> "ActorCritic":
+        """Load what `save_pretrained` wrote, or any causal LM by path or hub name (then with a fresh value head).
+
+        Pass the same `critic` and `trainable_blocks` as at saving. The *loaded* policy becomes the new reference.
+        """
+        policy = cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), **kwargs)
+        if (saved := Path(folder) / VALUE_FILE).exists():
+            _load_strictly(policy._critic_modules(), load_file(saved), saved)
+        return policy
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that loads as a plain causal LM with the full vocabulary, and the critic beside it."""
+        self.lm.save_pretrained(folder)
+        state = {name: tensor.contiguous() for name, tensor in self._critic_modules().state_dict().items()}
+        save_file(state, Path(folder) / VALUE_FILE)
+
+    def _critic_modules(self) -> nn.ModuleDict:
+        modules = {"value_head": self.value_head}
+        return nn.ModuleDict(modules | ({"critic_body": self.critic_body} if self.critic_body is not None else {}))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.value_head.weight.device
+
+    def start_value(self, mean_reward: float) -> None:
+        """Set V to this constant everywhere. At π = π_b, Q = V, so the right one is the reference's mean reward.
+
+        A wrong offset is KLQ's worst failure: until V has learnt it, only the policy's log-ratios can express it.
+        """
+        nn.init.constant_(self.value_head.bias, mean_reward)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything the optimiser may change (nothing else needs checkpointing)."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> dict:
+        """What `body` is called with for these sequences [B, L]: computed once per rollout, then replayed.
+
+        A whole model is called with the ids. Top blocks are called with the frozen trunk's activations [B, L, d]: given
+        as `trunk` where generation has already computed them, else computed here.
+        """
+        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        whole["position_ids"] = positions(attention_mask)
+        if self.frozen_blocks is None:
+            return whole
+        with torch.no_grad():
+            call = _record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
+        return call if trunk is None else call | {"hidden": trunk}
+
+    def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
+        """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
+        return self._logits(self.head, _hidden(self.body, inputs)[:, keep])
+
+    @torch.no_grad()
+    def reference_logits(self, inputs: dict, keep: slice) -> Tensor:
+        """The frozen reference's logits [B, T, A]; no gradient."""
+        return self._logits(self.ref_head, _hidden(self.ref_body, inputs)[:, keep])
+
+    def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
+        """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
+        hidden = _hidden(self.body, inputs)[:, keep]
+        if self.critic_body is not None:
+            features = _hidden(self.critic_body, inputs)[:, keep]
+        else:
+            features = scale_gradient(hidden, self.value_grad_scale)
+        return self._logits(self.head, hidden), self.value_head(features.float()).squeeze(-1)
+
+    def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        if self.vocab is None:
+            return head(hidden)
+        bias = None if head.bias is None else head.bias[self.vocab]
+        return nn.functional.linear(hidden, head.weight[self.vocab], bias)
+
+    def action_ids(self, tokens: Tensor) -> Tensor:
+        """Vocabulary ids -> indices into the allowed vocabulary (where every unmasked token must lie)."""
+        if self.vocab is None:
+            return tokens
+        return torch.searchsorted(self.vocab, tokens).clamp(max=len(self.vocab) - 1)
+
+    def token_ids(self, actions: Tensor) -> Tensor:
+        """Indices into the allowed vocabulary -> vocabulary ids."""
+        return actions if self.vocab is None else self.vocab[actions]
+
+
+class Decoder:
+    """Token-by-token policy logits with a key-value cache; keeps the frozen trunk's activations as it goes."""
+
+    def __init__(self, policy: ActorCritic):
+        self.policy, self.cache, self.trunk = policy, None, []
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Feed new tokens [B, n] (the mask covers all so far) and return next-token logits [B, A]."""
+        policy = self.policy
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
+        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
+        with _watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0])):
+            out = policy.lm.base_model(**inputs, use_cache=True)
+        self.cache = out.past_key_values
+        return policy._logits(policy.head, out.last_hidden_state[:, -1])
+
+    def activations(self) -> Tensor | None:
+        """Trunk activations [B, L, d] of all tokens fed so far; None when the whole model is trained."""
+        return torch.cat(self.trunk, dim=1) if self.trunk else None
+
+
+class TopBlocks(nn.Module):
+    """The k uppermost blocks and the final norm of a language model, called with recorded block inputs."""
+
+    def __init__(self, lm: PreTrainedModel, count: int):
+        super().__init__()
+        blocks = _blocks(lm)
+        if not 1 <= count <= len(blocks):
+            raise ValueError(f"trainable_blocks must lie in [1, {len(blocks)}], the model's blocks, got {count}")
+        kinds = set(getattr(lm.config, "layer_types", None) or ["same"])
+        if len(kinds) > 1:
+            raise ValueError(f"trainable_blocks needs blocks of one kind, {type(lm).__name__} mixes {sorted(kinds)}")
+        self.blocks, self.norm = nn.ModuleList(blocks[-count:]), _final_norm(lm)
+
+    def forward(self, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Replay: the recorded arguments of one block serve them all."""
+        for block in self.blocks:
+            out = block(hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return self.norm(hidden)
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids of left-padded sequences: the first real token is 0.
+
+    >>> positions(torch.tensor([[0, 0, 1, 1]]))
+    tensor([[0, 0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, with its gradient multiplied by `factor`.
+
+    >>> x = torch.ones(1, requires_grad=True); scale_gradient(x, 0.5).backward(); x.grad
+    tensor([0.5000])
+    """
+    return x if factor == 1 else x * factor + x.detach() * (1 - factor)
+
+
+def take_rows(inputs, rows: Tensor, batch: int):
+    """The given rows of every [batch, …] tensor in a nested structure; everything else is passed through."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows] if inputs.dim() and inputs.shape[0] == batch else inputs
+    if isinstance(inputs, dict):
+        return {key: take_rows(value, rows, batch) for key, value in inputs.items()}
+    return tuple(take_rows(x, rows, batch) for x in inputs) if isinstance(inputs, tuple) else inputs
+
+
+def _hidden(body: nn.Module, inputs: dict) -> Tensor:
+    out = body(**inputs)
+    return out if isinstance(out, Tensor) else out.last_hidden_state
+
+
+def _blocks(lm: PreTrainedModel) -> nn.ModuleList:
+    """The list of transformer blocks: the one ModuleList as long as the model is deep."""
+    depth = lm.config.num_hidden_layers
+    found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ValueError(f"{type(lm).__name__} has no list of {depth} blocks: train it whole (trainable_blocks=None)")
+    return found[0]
+
+
+def _final_norm(lm: PreTrainedModel) -> nn.Module:
+    """The norm that follows the blocks: their sibling whose class name says so."""
+    blocks = _blocks(lm)
+    parent = next(m for m in lm.base_model.modules() if any(child is blocks for child in m.children()))
+    norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
+    if len(norms) != 1:
+        raise ValueError(f"{type(lm).__name__} has {len(norms)} norms beside its blocks, expected 1: train it whole")
+    return norms[0]
+
+
+class _watch_block:
+    """Context in which `see(args, kwargs)` is called before block number `block` runs (None: never)."""
+
+    def __init__(self, lm: PreTrainedModel, block: int | None, see):
+        self.module, self.see = None if block is None else _blocks(lm)[block], see
+
+    def __enter__(self):
+        if self.module is not None:
+            hook = lambda _, args, kwargs: self.see(args, kwargs)  # noqa: E731
+            self.handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def __exit__(self, *_):
+        if self.module is not None:
+            self.handle.remove()
+
+
+class _Reached(Exception):
+    """Raised to stop a forward pass at the block whose inputs were wanted."""
+
+
+def _record_call(lm: PreTrainedModel, block: int, inputs: dict) -> dict:
+    """How the model calls its block number `block`: hidden states, other arguments and keywords. Runs only up to it."""
+    call = {}
+
+    def stop(args, kwargs):
+        call.update(hidden=args[0], args=args[1:], kwargs=kwargs)
+        raise _Reached
+
+    try:
+        with _watch_block(lm, block, stop):
+            lm.base_model(**inputs)
+    except _Reached:
+        return call
+    raise RuntimeError(f"{type(lm).__name__} never called its block {block}")  # pragma: no cover
+
+
+def _check_head(lm: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not head(last hidden state): every statistic here relies on it."""
+    name = type(lm).__name__
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        found = "none" if head is None else type(head).__name__
+        raise ValueError(f"lm must have a linear language-model head, {name} has {found}: use AutoModelForCausalLM")
+    with torch.no_grad():
+        ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected, got = lm(**whole).logits, head(lm.base_model(**whole).last_hidden_state)
+    if not torch.allclose(expected.float(), got.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(f"lm: the logits of {name} are not head(hidden) (scaled or capped?), which is assumed here")
+
+
+def _check_vocab(vocab: Tensor | None, size: int, device: torch.device) -> Tensor | None:
+    if vocab is None:
+        return None
+    vocab = torch.unique(vocab).to(device)
+    if not len(vocab) or vocab[0] < 0 or vocab[-1] >= size:
+        ends = f"{vocab[0].item()}…{vocab[-1].item()}" if len(vocab) else "none"
+        raise ValueError(f"vocab must hold at least one id, all in [0, {size}), got {ends}")
+    return vocab
+
+
+def _load_strictly(module: nn.Module, state: dict, source: Path) -> None:
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    if expected != given:
+        differ = sorted(set(expected.items()) ^ set(given.items()))[:4]
+        raise ValueError(f"{source} does not fit this critic (same critic and trainable_blocks as saved?): {differ}")
+    module.load_state_dict(state)

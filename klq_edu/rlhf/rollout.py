@@ -1,0 +1,172 @@
+"""Prompts -> Rollout: sampled completions with everything the losses need, in the shapes of the contract.
+
+Completions are sampled from exactly the distribution whose log-probabilities are stored: one temperature, no top-k, no
+top-p, no penalties; the model's own generation settings are not consulted.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from klq_kernels import token_stats
+from klq_kernels.checks import right_padded
+from torch import Tensor
+
+from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
+
+
+class Constraint(Protocol):
+    """Which tokens may follow: policy and reference logits become −inf elsewhere (a grammar, say)."""
+
+    def start(self, prompts: list[str]) -> Tensor:
+        """State per prompt, [B]."""
+
+    def allowed(self, state: Tensor) -> Tensor:
+        """Boolean [B, A]: the tokens that may be chosen in these states."""
+
+    def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """States after the chosen tokens, [B]."""
+
+
+@dataclass
+class Rollout:
+    """A batch of B completions of up to T tokens. Index t holds action a_t, V(s_t) and r_{t+1}.
+
+    Attributes:
+        prompts, completions: the texts.
+        tokens: [B, T] vocabulary ids; anything where masked.
+        mask: [B, T] boolean, True up to and including EOS (or to the length limit).
+        logprobs, ref_logprobs, values, entropy, kl: [B, T] float32 under the policy that sampled; log π, log π_b, V,
+            H(π) and exact D(π ‖ π_b), recomputed by the training forward.
+        rewards: [B, T] the score on the last real token, 0 elsewhere; zeros until scored.
+        inputs: what the policy is called with (see `ActorCritic.encode`).
+        allowed: [B, T, A] tokens that could have been chosen, or None.
+        temperature: what divided the logits.
+
+    Raises ValueError for an empty row or a mask with holes.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    kl: Tensor
+    rewards: Tensor
+    inputs: dict
+    allowed: Tensor | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        right_padded(self.mask)
+        if not self.mask.any(dim=1).all():
+            row = int((~self.mask.any(dim=1)).nonzero()[0])
+            raise ValueError(f"mask: row {row} is empty; every completion needs at least one real token")
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The sub-batch with these rows."""
+        out = {f.name: take_rows(getattr(self, f.name), index, len(self)) for f in fields(self)}
+        for name in ("prompts", "completions"):
+            out[name] = [getattr(self, name)[i] for i in index.tolist()]
+        return Rollout(**out)
+
+    def stats(self, policy: ActorCritic, reference: bool = False):
+        """(TokenStats, values) of these completions under the policy as it is now, differentiable."""
+        keep = slice(-self.tokens.shape[1], None)
+        logits, values = policy(self.inputs, keep)
+        ref_logits = policy.reference_logits(self.inputs, keep) if reference else None
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed, -torch.inf)
+            ref_logits = None if ref_logits is None else ref_logits.masked_fill(~self.allowed, -torch.inf)
+        actions = policy.action_ids(self.tokens)
+        return token_stats(logits, actions, ref_logits, temperature=self.temperature, mask=self.mask), values
+
+
+@torch.no_grad()
+def collect(
+    policy: ActorCritic,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    constraint: Constraint | None = None,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one completion per prompt and compute its statistics; rewards are left at zero.
+
+    Raises ValueError for an empty prompt, or one whose tokens and completion do not fit the model's context.
+    """
+    prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
+    tokens, mask, allowed, trunk = _sample(
+        policy, prompt_ids, attention, tokenizer.eos_token_id, constraint and (constraint, constraint.start(prompts)),
+        max_new_tokens, temperature, generator,
+    )  # fmt: skip
+    ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
+    seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
+    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
+    zeros = torch.zeros(mask.shape, device=policy.device)
+    rollout = Rollout(
+        list(prompts), texts, tokens, mask, zeros, zeros, zeros, zeros, zeros, zeros.clone(),
+        policy.encode(ids, seen, trunk), allowed, temperature,
+    )  # fmt: skip
+    stats, values = rollout.stats(policy, reference=True)
+    rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.kl = stats
+    rollout.values = torch.where(mask, values, 0.0)
+    return rollout
+
+
+def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Left-padded prompt ids and attention mask, both [B, P], on the policy's device."""
+    if not prompts:
+        raise ValueError("prompts must not be empty: got a list of 0 prompts")
+    rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    limit = getattr(policy.lm.config, "max_position_embeddings", None) or float("inf")
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompts[{i}] = {prompts[i]!r} has no tokens: every prompt needs at least one")
+        if len(row) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompts[{i}] has {len(row)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
+                f"context of {limit}: shorten or filter the prompts"
+            )
+    width = max(map(len, rows))
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read: attention masks it
+    ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
+    attention = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=policy.device)
+    return ids, attention
+
+
+def _sample(policy, ids, attention, eos, constrained, steps, temperature, generator):
+    """Autoregressive sampling: tokens and mask [B, T], allowed tokens [B, T, A] or None, trunk activations or None."""
+    decode = Decoder(policy)
+    rule, state = constrained or (None, None)
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    tokens, mask, allowed = [], [], []
+    for _ in range(steps):
+        logits = decode(ids, attention).float() / temperature
+        if rule is not None:
+            allowed.append(rule.allowed(state))
+            logits = logits.masked_fill(~allowed[-1], -torch.inf)
+        actions = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
+        ids = policy.token_ids(actions)
+        tokens.append(ids)
+        mask.append(alive)
+        if rule is not None:
+            state = rule.advance(state, ids.squeeze(1))
+        alive = alive & (ids.squeeze(1) != eos)
+        attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
+        if not alive.any():
+            break
+    return (
+        torch.cat(tokens, 1),
+        torch.stack(mask, 1),
+        torch.stack(allowed, 1) if allowed else None,
+        decode.activations(),
+    )

