@@ -1,5 +1,6 @@
 """`klq demo`: train a language model by KLQ and by PPO from the same start and seed, and write a report."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,54 +56,27 @@ def run_demo(config: DemoConfig) -> Path:
     from rich.console import Console
 
     from klq_edu import report
-    from klq_edu.experiment import run_experiment, timer
+    from klq_edu.experiment import run_experiment
     from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.terminal import progress_bars, show_update
     from klq_edu.worlds import load
 
-    console, elapsed = Console(), timer()
+    console, start = Console(), time.perf_counter()
     folder = writable_folder(config.out / config.world)
     with console.status(f"loading the world {config.world} (the first time takes up to half a minute longer)"):
         world = load(config.world)
     experiments, results = config.experiments(), []
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         bars = {n: progress.add_task(n, total=c.updates, note="", start=False) for n, c in experiments.items()}
         for name, settings in experiments.items():
             progress.start_task(bars[name])
-            results.append(run_experiment(world, settings, folder / name, _update(progress, bars[name])))
+            results.append(run_experiment(world, settings, folder / name, show_update(progress, bars[name])))
             progress.update(bars[name], completed=settings.updates)
     report.print_results(console, world, results)
-    page = report.write(folder / "report.html", world, results, elapsed())
-    console.print(f"\nreport: [bold]{page}[/]   runs: {folder}   time: {elapsed() / 60:.1f} min")
+    page = report.write(folder / "report.html", world, results, time.perf_counter() - start)
+    console.print(f"\nreport: [bold]{page}[/]   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
     if config.open:
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())
     return page
-
-
-def _progress(console):
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
-
-
-def _update(progress, bar):
-    """A callback that moves one bar and shows reward and KL beside it."""
-
-    def show(row: dict) -> None:
-        note = f"reward {row['reward']:+.2f}  KL {row['kl']:.2f}"
-        if "attained" in row:
-            note += f"  attained {row['attained']:.0%}"
-        progress.update(bar, completed=row["update"] + 1, note=note)
-
-    return show

@@ -1,7 +1,6 @@
 """One experiment = one world, one configuration, one folder: reference samples, training, samples after."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +75,29 @@ def read_result(run: Run) -> Result | None:
     return Result(run.settings, run.rows(), **tables)
 
 
+def train_command(name: str, config: TrainConfig, out: Path, save_model: Path | None) -> None:
+    """`klq train`: one experiment with a progress bar, and the trained model as a folder if wanted."""
+    from rich.console import Console
+
+    from klq_edu.report import print_results
+    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.terminal import progress_bars, show_update
+    from klq_edu.worlds import load
+
+    console = Console()
+    if save_model:
+        writable_folder(save_model)
+    world = load(name)
+    with progress_bars(console) as progress:
+        bar = progress.add_task(f"{name} {variant_of(config.to_dict())}", total=config.updates, note="")
+        result = run_experiment(world, config, out, show_update(progress, bar))
+    print_results(console, world, [result])
+    if save_model:
+        trained_policy(world, config, out).save_pretrained(save_model)
+        world.tokenizer.save_pretrained(save_model)
+        console.print(f"model: [bold]{save_model}[/]")
+
+
 def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> ActorCritic:
     """The policy of a run, finished or not, with the parameters of its last checkpoint."""
     policy = world.make_policy(config)
@@ -113,13 +135,3 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
         row |= {"attained": r.rows[-1].get("attained", float("nan"))}
         rows.append(row | {"seconds": sum(x["seconds"] for x in r.rows)})
     return pd.DataFrame(rows)
-
-
-def timer() -> Callable[[], float]:
-    """Seconds since this call, whenever asked.
-
-    >>> timer()() < 1
-    True
-    """
-    start = time.perf_counter()
-    return lambda: time.perf_counter() - start

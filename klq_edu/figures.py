@@ -124,8 +124,8 @@ def exact_steps(tau: float = 0.2, alphas: tuple[float, ...] = (0.2, 0.5, 0.9), s
     axes[0].legend()
     caption = (
         f"What theory predicts: each dot is one token in one state of a random token tree ({tree.ref.numel()} in all). "
-        "With β = τ(1−α)/α beside τ the exact PPO-penalty step and the exact KLQ step give the same policy, so dots lie "
-        "on the diagonal; put β on the bare advantage and they leave it."
+        "With β = τ(1−α)/α beside τ, the exact PPO-penalty step and the exact KLQ step give the same policy, so the "
+        "dots lie on the diagonal; put β on the bare advantage and they leave it."
     )
     return Picture(
         figure, caption, "Scatter plots of policies after the two steps; left on the diagonal, right off it."
