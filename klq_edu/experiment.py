@@ -51,6 +51,8 @@ def run_experiment(
     run = Run(folder, {"world": world.name, **config.to_dict()})
     if (finished := read_result(run)) is not None:
         return finished
+    if world.threads:
+        torch.set_num_threads(world.threads)
     device = resolve_device(config.device)
     policy = world.make_policy(config).to(device=device, dtype=getattr(torch, config.dtype))
     before = test_samples(world, policy, config)

@@ -67,12 +67,13 @@ def right_padded(mask: torch.Tensor) -> None:
         )
 
 
-def token_ids(tokens: torch.Tensor, vocab: int) -> None:
-    """Raise ValueError unless every id lies in [0, vocab)."""
+def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
+    """Raise TypeError unless tokens are integers, ValueError unless every unmasked one lies in [0, vocab)."""
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+    real = tokens[mask]
+    if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < vocab:
         raise ValueError(
-            f"tokens must lie in [0, {vocab}), the size of the vocabulary, got ids from {int(tokens.min())} "
-            f"to {int(tokens.max())} on unmasked positions"
+            f"tokens must lie in [0, {vocab}), the size of the vocabulary, got ids from {int(real.min())} "
+            f"to {int(real.max())} on unmasked positions"
         )

@@ -66,8 +66,8 @@ def token_stats(
         checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.boolean_mask(mask)
+    checks.token_ids(tokens, mask, logits.shape[-1])
     tokens = torch.where(mask, tokens, 0).long()
-    checks.token_ids(tokens, logits.shape[-1])
 
     dtype = _result_dtype(logits, ref_logits)
     logp = _log_softmax(logits.to(dtype), temperature, mask)
@@ -83,7 +83,8 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 
     Computed as the Bregman sum Σ_v [q_v − p_v + p_v log(p_v/q_v)] = Σ_v p_v (e^{−d_v} − 1 + d_v), d = log(p/q). Since
     Σp = Σq = 1 it equals Σ p log(p/q), but no term is negative and rounding errors in the normalisers cancel to first
-    order: float32 keeps a KL of 1e−8 that Σ p log(p/q) loses entirely.
+    order: float32 keeps a KL of 1e−8 that Σ p log(p/q) loses entirely. A token with p > 0 = q makes the sum +inf and
+    passes no gradient itself.
 
     Shapes: [..., V], [..., V] -> [...]. Units: nats.
 
@@ -92,11 +93,11 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     0.1438
     """
     p, q = logp.exp(), logq.exp()
-    d = torch.where(p > 0, logp - logq, 0.0)
-    near = d.abs() < 1
+    d = torch.where((p > 0) & (logq > -INF), logp - logq, 0.0)
+    near = (d.abs() < 1) & (p > 0)
     d_near = torch.where(near, d, 0.0)
-    terms = torch.where(near & (p > 0), p * (torch.expm1(-d_near) + d_near).clamp_min(0), q - p + p * d)
-    return terms.sum(-1)
+    terms = torch.where(near, p * (torch.expm1(-d_near) + d_near).clamp_min(0), q - p + p * d)
+    return torch.where((p > 0) & (logq == -INF), INF, terms).sum(-1)
 
 
 def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
@@ -288,7 +289,10 @@ def _clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
     """log softmax(logits/temperature) with masked rows replaced by the uniform distribution."""
-    return torch.log_softmax(_zero_unless(mask.unsqueeze(-1), logits) / temperature, dim=-1)
+    z = _zero_unless(mask.unsqueeze(-1), logits)
+    if temperature != 1 and z.numel():
+        z = (z - z.detach().amax(-1, keepdim=True)) / temperature  # dividing first would round a common offset
+    return torch.log_softmax(z, dim=-1)
 
 
 def _pick(logp: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def kl_penalised_argmax(q: Tensor, *anchors: tuple[Tensor, float]) -> tuple[Tens
     tensor([0.2689, 0.7311])
     """
     total = sum(c for _, c in anchors)
-    if min(c for _, c in anchors) < 0:
+    if min((c for _, c in anchors), default=0) < 0:
         raise ValueError(f"every penalty coefficient must be >= 0, got {[c for _, c in anchors]}")
     checks.positive(total_penalty=total)
     score = q / total + sum(c / total * p.log() for p, c in anchors if c > 0)

@@ -68,6 +68,7 @@ def value_loss(
     tensor(2.)
     """
     checks.same_shape(values.shape, "values", returns=returns, mask=mask, old_values=old_values)
+    checks.boolean_mask(mask)
     values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns.detach(), 0.0)
     squares = (values - returns) ** 2
     if clip is not None:

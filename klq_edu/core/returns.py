@@ -4,7 +4,7 @@ Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_re
 """
 
 import torch
-from klq_kernels import LambdaReturns, lambda_returns
+from klq_kernels import LambdaReturns, checks, lambda_returns
 from klq_kernels.reference import masked_mean, q_values
 from torch import Tensor
 
@@ -25,6 +25,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2).bool(), lam=1.0)
     tensor([[0.5000, 0.5000]])
     """
+    checks.right_padded(mask)
     rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
     advantages, tail, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -36,7 +37,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
 
 def forward_view(td_errors: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Δ_t = Σ_{k≥0} (γλ)^k δ_{t+k}, the sum written out: O(T²) and independent of the recursion it must equal."""
-    steps = torch.arange(td_errors.shape[1])
+    steps = torch.arange(td_errors.shape[1], device=td_errors.device)
     gap = steps[None, :] - steps[:, None]  # [t, t+k] -> k
     weights = torch.where(gap >= 0, (gamma * lam) ** gap.clamp(min=0).to(td_errors.dtype), 0.0)
     return torch.where(mask, torch.where(mask, td_errors, 0.0) @ weights.T, 0.0)

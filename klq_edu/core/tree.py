@@ -102,7 +102,16 @@ class TokenTree:
         return cls.grow(vocab, depth, ref, lambda _: torch.randn((), generator=rng, dtype=torch.float64), eos)
 
     def with_ref(self, ref: Tensor) -> "TokenTree":
-        """The same tree under another reference policy [S, V] (a trained language model's, say)."""
+        """The same tree under another reference policy [S, V] (a trained language model's, say).
+
+        Raises ValueError unless each row is a distribution over tokens that the tree follows.
+        """
+        checks.same_shape(self.ref.shape, "the tree's states x tokens", ref=ref)
+        worst = (ref.to(torch.float64).sum(1) - 1).abs().max().item()
+        if worst > 1e-6 or (ref < 0).any() or (ref[self.ref == 0] > 0).any():
+            raise ValueError(
+                f"ref must be probabilities of the tree's own tokens; a row's sum is {worst:.2g} away from 1"
+            )
         return replace(self, ref=ref.to(torch.float64))
 
     @cached_property
@@ -157,7 +166,10 @@ class TokenTree:
         return self.evaluate(policy, tau, gamma)[1][self.roots].mean()
 
     def attained(self, policy: Tensor, tau: float) -> float:
-        """Fraction of the attainable improvement, (J(π) − J(π_b)) / (J* − J(π_b)): 0 at π_b, 1 at the optimum."""
+        """Fraction of the attainable improvement, (J(π) − J(π_b)) / (J* − J(π_b)): 0 at π_b, 1 at the optimum.
+
+        NaN where nothing can be improved (constant rewards).
+        """
         start, best = self.objective(self.ref, tau), self.optimum(tau)[1][self.roots].mean()
         return ((self.objective(policy, tau) - start) / (best - start)).item()
 

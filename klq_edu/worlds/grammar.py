@@ -241,7 +241,7 @@ def load_grammar(seed: int = 0) -> World:
 
     return World(
         "grammar", Dataset.from_dict({"prompt": list(PROMPTS)}), list(PROMPTS), tokenizer, lexicon_reward, make_policy,
-        GrammarRule(tree, tokenizer), tree, evaluate, METRICS,
+        GrammarRule(tree, tokenizer), tree, evaluate, METRICS, threads=1,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class World:
         tree: the same task as an exact TokenTree, or None where it cannot be enumerated.
         evaluate: settings -> a function of the policy with exact metrics, or None.
         metrics: what those metrics mean.
+        threads: CPU threads to train with, or None for torch's choice. Tiny models are fastest on one.
     """
 
     name: str
@@ -40,3 +41,4 @@ class World:
     tree: TokenTree | None = None
     evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None
     metrics: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
