@@ -54,7 +54,7 @@ def run_experiment(
     if world.threads:
         torch.set_num_threads(world.threads)
     device = resolve_device(config.device)
-    policy = world.make_policy(config).to(device=device, dtype=getattr(torch, config.dtype))
+    policy = world.make_policy(config).to(device)
     before = test_samples(world, policy, config)
     centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
     policy.start_value(0.0 if centred else before["reward"].mean())

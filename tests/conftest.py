@@ -1,10 +1,10 @@
-"""Shared by all tests: two threads, fixed seeds, one hypothesis profile."""
+"""Shared by all tests: one thread (pytest-xdist runs two workers), fixed seeds, tiny models of several families."""
 
 import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 settings.register_profile("klq", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("klq")
 
@@ -24,3 +24,53 @@ def random_policy():
         return logits.masked_fill(tree.ref == 0, -torch.inf).softmax(-1)
 
     return draw
+
+
+FAMILIES = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 3}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """A function: (family, seed) -> a random three-block causal LM with a vocabulary of 61 tokens, not near-uniform."""
+    import transformers
+
+    def build(family="llama", seed=0, vocab=61):
+        name, extra = FAMILIES[family]
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+        if family != "gpt2":
+            sizes["intermediate_size"] = 48
+        config = getattr(transformers, name)(
+            vocab_size=vocab, bos_token_id=None, eos_token_id=1, pad_token_id=1, **(sizes | extra)
+        )
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for p in model.parameters():
+            p.data.mul_(3.0)  # initial weights are so small that every distribution is nearly uniform
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token per word w2 … w60; token 1 is both EOS and padding, as in many real models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", *(f"w{i}" for i in range(2, 61))]
+    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def grammar():
+    """The grammar world (its reference is trained on first use and cached)."""
+    from klq_edu.worlds import load
+
+    return load("grammar")

@@ -4,9 +4,10 @@ Policies and action values are [..., V] tensors over the tokens of each state, v
 """
 
 import torch
+from torch import Tensor
+
 from klq_kernels import checks
 from klq_kernels.reference import q_values
-from torch import Tensor
 
 
 def kl_penalised_argmax(q: Tensor, *anchors: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:

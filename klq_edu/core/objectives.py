@@ -5,9 +5,10 @@ flow through `logprobs`, `values` and `kl` only. Masked entries may be NaN.
 """
 
 import torch
+from torch import Tensor
+
 from klq_kernels import checks
 from klq_kernels.reference import LOSSES, klq_loss, masked_mean
-from torch import Tensor
 
 __all__ = ["LOSSES", "klq_loss", "masked_mean", "ppo_clip_loss", "ppo_penalty_loss", "value_loss"]
 

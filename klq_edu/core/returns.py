@@ -4,9 +4,10 @@ Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_re
 """
 
 import torch
+from torch import Tensor
+
 from klq_kernels import LambdaReturns, checks, lambda_returns
 from klq_kernels.reference import masked_mean, q_values
-from torch import Tensor
 
 __all__ = ["LambdaReturns", "lambda_returns", "gae", "kl_shaped_rewards", "forward_view", "retrace_weights", "whiten"]
 

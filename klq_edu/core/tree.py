@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from klq_kernels import checks
-from klq_kernels.reference import kl_divergence
 from torch import Tensor
 
 from klq_edu.core.improvement import boltzmann
+from klq_kernels import checks
+from klq_kernels.reference import kl_divergence
 
 ENDS = -1  # child index of a token that ends the completion; see `_backup` for why it is −1
 

@@ -6,13 +6,13 @@ rates and clipping thresholds comparable: KLQ's is divided by ατ (claim 2 of t
 
 from typing import NamedTuple
 
-from klq_kernels import TokenStats
 from torch import Tensor
 
 from klq_edu.core.objectives import klq_loss, ppo_clip_loss, ppo_penalty_loss, value_loss
 from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.rollout import Rollout
+from klq_kernels import TokenStats
 
 
 class Targets(NamedTuple):

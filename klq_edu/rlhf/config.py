@@ -4,8 +4,8 @@ Standard library only, so that `--help` is instant.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ class TrainConfig:
     """Parameters and activations; statistics and losses are float32 whatever this is."""
 
     def __post_init__(self):
+        for f in fields(self):
+            if get_origin(f.type) is Literal:
+                choices = get_args(f.type)
+                _require(f.name, getattr(self, f.name) in choices, self, f"must be one of {choices}")
+        needed = {"huber": ("delta",), "value_clipped": ("clip",), "ratio_clipped": ("log_ratio_clip",)}
+        needed["double_clipped"] = ("clip", "log_ratio_clip")
+        for name in needed.get(self.loss, ()):
+            _require(name, getattr(self, name) is not None, self, f"must be given for loss={self.loss!r}")
         for name in (
             "updates",
             "batch_size",
@@ -105,4 +113,4 @@ class TrainConfig:
 
 def _require(name: str, holds: bool, config: TrainConfig, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name} {rule}, got {getattr(config, name)}")
+        raise ValueError(f"{name} {rule}, got {getattr(config, name)!r}")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from klq_kernels.reference import masked_mean
 from torch import Tensor
 
 from klq_edu.core.estimators import k3
@@ -15,6 +14,7 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import Constraint, Rollout, collect
 from klq_edu.rlhf.runs import Run, Snapshot
+from klq_kernels.reference import masked_mean
 
 METRICS = {
     "update": "number of this update, from 0; everything below is measured on its batch of rollouts",

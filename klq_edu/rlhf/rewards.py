@@ -14,8 +14,8 @@ def score(reward: Reward, rollout: Rollout, **columns: list) -> torch.Tensor:
     """Call `reward` on the rollout's texts and put each score on the completion's last real token.
 
     `columns` are the dataset's further columns for these prompts. Fills `rollout.rewards` [B, T] and returns the scores
-    [B]. Raises ValueError where the reward returns the wrong number of scores or one that is not a finite number, and
-    RuntimeError, from the original error, where the callable itself raises.
+    [B]. Raises TypeError or ValueError where the reward returns no list, the wrong number of scores or one that is not
+    a finite number, and RuntimeError, from the original error, where the callable itself raises.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
@@ -25,15 +25,20 @@ def score(reward: Reward, rollout: Rollout, **columns: list) -> torch.Tensor:
             f"the reward {name} raised {type(error).__name__}: {error}. It is called as "
             f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
         ) from error
+    if not hasattr(scores, "__iter__"):
+        raise TypeError(f"the reward {name} must return a list of numbers, got {type(scores).__name__}")
     scores = list(scores)
     if len(scores) != len(rollout):
         raise ValueError(f"the reward {name} must return one score per completion, {len(rollout)}, got {len(scores)}")
-    for i, s in enumerate(scores):
-        if not (isinstance(s, (int, float)) or getattr(s, "ndim", None) == 0) or not math.isfinite(s):
-            raise ValueError(
-                f"the reward {name} must return finite numbers, got {s!r} for completion {rollout.completions[i]!r}"
-            )
+    for completion, s in zip(rollout.completions, scores, strict=True):
+        if not _finite_number(s):
+            raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
     scores = torch.tensor([float(s) for s in scores], device=rollout.mask.device)
     last = rollout.mask.sum(1, keepdim=True) - 1
     rollout.rewards = torch.zeros(rollout.mask.shape, device=scores.device).scatter(1, last, scores[:, None])
     return scores
+
+
+def _finite_number(x) -> bool:
+    """True for finite Python, NumPy and zero-dimensional tensor numbers."""
+    return (isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0) and math.isfinite(x)

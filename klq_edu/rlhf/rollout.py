@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
-from klq_kernels import token_stats
-from klq_kernels.checks import right_padded
 from torch import Tensor
 
 from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
+from klq_kernels import token_stats
+from klq_kernels.checks import right_padded
 
 
 class Constraint(Protocol):

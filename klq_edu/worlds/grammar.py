@@ -222,7 +222,8 @@ def load_grammar(seed: int = 0) -> World:
         return [scores[tuple(tokenizer.convert_tokens_to_ids(list(k)))] for k in keys]
 
     def make_policy(config: TrainConfig) -> ActorCritic:
-        return ActorCritic.from_pretrained(folder, critic=config.critic, value_grad_scale=config.trunk_scale)
+        settings = {"critic": config.critic, "value_grad_scale": config.trunk_scale}
+        return ActorCritic.from_pretrained(folder, dtype=getattr(torch, config.dtype), **settings)
 
     def evaluate(config: TrainConfig):
         best = tree.optimum(config.tau)[1][tree.roots].mean().item()

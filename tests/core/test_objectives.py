@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from klq_kernels import reference
 
 from klq_edu.core import objectives
 from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
+from klq_kernels import reference
 
 F64 = torch.float64
 NAN = float("nan")

@@ -2,12 +2,12 @@
 
 import math
 
-import klq_kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import klq_kernels
 from klq_edu.core import returns
 
 F64 = torch.float64

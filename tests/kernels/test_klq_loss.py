@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klq_kernels.reference import LOSSES, klq_loss
 
 F64 = torch.float64

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klq_kernels import lambda_returns
 
 F64 = torch.float64

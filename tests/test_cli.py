@@ -1,0 +1,103 @@
+"""The commands as a user types them: instant help, clear errors, a demo that resumes and a report that stands alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+def klq(*args, **environment):
+    """Run the command line in a fresh process."""
+    env = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-m", "klq_edu.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("doctor",)])
+def test_help_is_instant_because_nothing_heavy_is_imported(command):
+    code = "import sys; sys.argv = ['klq', *sys.argv[1:]]\nfrom klq_edu.cli import main\ntry:\n    main()\nfinally:\n"
+    code += "    heavy = {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)\n    assert not heavy, heavy\n"
+    out = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    assert out.returncode == 0 and "usage: klq" in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("train", "grammar", "--tau", "0"), "tau must be a finite number > 0, got 0"),
+        (("train", "grammar", "--alpha", "2"), "alpha must lie in (0, 1], got 2"),
+        (("demo", "--world", "grammar", "--seeds", "0"), "seeds must be >= 1, got 0"),
+        (("demo", "--world", "grammar", "--out", "/dev/null/here"), "cannot write to the output folder"),
+        (("train", "grammar", "--device", "cuda:99", "--out"), "device 'cuda:99' is not usable here"),
+    ],
+)
+def test_bad_values_are_one_clear_line(args, message, tmp_path):
+    args = (*args, tmp_path) if args[-1] == "--out" else args
+    out = klq(*args)
+    text = re.sub(r"[\s│]+", " ", out.stdout + out.stderr)
+    assert out.returncode != 0 and message in text and "Traceback" not in text
+
+
+def test_the_demo_runs_reports_and_does_not_repeat_itself(tmp_path):
+    args = ("demo", "--world", "grammar", "--updates", "5", "--out", tmp_path)
+    first = klq(*args)
+    assert first.returncode == 0, first.stderr
+    for word in ("KLQ", "PPO-clip", "PPO-penalty", "improvement attained", "reference"):
+        assert word in first.stdout
+    logs = sorted(tmp_path.glob("grammar/*/metrics.jsonl"))
+    assert len(logs) == 3 and all(len(log.read_text().splitlines()) == 5 for log in logs)
+    before = [log.read_text() for log in logs]
+    assert klq(*args).returncode == 0
+    assert [log.read_text() for log in logs] == before
+
+
+def test_the_report_stands_alone(tmp_path):
+    """One file: no script, no link or image from elsewhere, every figure with a text alternative."""
+    klq("demo", "--world", "grammar", "--updates", "2", "--out", tmp_path)
+    page = (tmp_path / "grammar" / "report.html").read_text()
+    assert not re.search(r"<script|<link|(src|href)=[\"']?(https?:)?//", page)
+    images = re.findall(r"<img [^>]*>", page)
+    assert len(images) == 5 and all(
+        "data:image/svg+xml;base64," in i and re.search(r'alt="[^"]{10,}"', i) for i in images
+    )
+
+
+def test_train_saves_a_model_that_loads_anywhere(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = klq("train", "grammar", "--updates", "2", "--out", tmp_path / "run", "--save-model", tmp_path / "model")
+    assert out.returncode == 0, out.stderr
+    model, tokenizer = (c.from_pretrained(tmp_path / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
+    assert model(**tokenizer("at dawn the", return_tensors="pt", return_token_type_ids=False)).logits.shape[-1] == 51
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world"] == "grammar"
+
+
+def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path):
+    args = (
+        "--taus",
+        "0.2",
+        "--learning-rates",
+        "1e-3",
+        "--variants",
+        "klq",
+        "ppo_clip",
+        "--seeds",
+        "1",
+        "--updates",
+        "2",
+    )
+    out = klq("sweep", *args, "--out", tmp_path, "--runs", tmp_path / "runs", "--jobs", "1")
+    assert out.returncode == 0, out.stderr
+    rows = (tmp_path / "grammar_sweep.csv").read_text().splitlines()
+    assert len(rows) == 3 and rows[0].startswith("algorithm,critic,tau,learning_rate,seed,rollouts,attained")
+    assert {"command", "settings", "torch", "machine"} <= set(json.loads((tmp_path / "grammar_sweep.json").read_text()))
+
+
+def test_the_doctor_reports_versions_devices_and_weights():
+    out = klq("doctor")
+    for word in ("torch", "triton", "device", "SmolLM2 weights", "cache"):
+        assert word in out.stdout
+    assert out.returncode == (1 if "missing" in out.stdout else 0)
