@@ -24,10 +24,12 @@ class TrainConfig:
     """Optimiser steps per pass."""
     learning_rate: float = 2e-3
     """Adam's step size at the start; it decays linearly."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises: Adam's first steps are its most reckless."""
     final_lr_fraction: float = 0.05
     """Learning rate at the end as a fraction of that at the start."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm (losses are scaled so that it means the same for every tau)."""
+    """Gradients are clipped to this norm, those of the value head apart from all others (KLQ's are 1/τ times PPO's)."""
     tau: float = 0.2
     """KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn."""
     gamma: float = 1.0
@@ -95,6 +97,7 @@ class TrainConfig:
             _require(name, 0 <= getattr(self, name) <= 1, self, "must lie in [0, 1]")
         for name in ("clip", "log_ratio_clip", "delta"):
             _require(name, getattr(self, name) is None or getattr(self, name) > 0, self, "must be > 0 or None")
+        _require("warmup_updates", self.warmup_updates >= 0, self, "must be an integer >= 0")
         _require("alpha", 0 < self.alpha <= 1, self, "must lie in (0, 1]")
         _require("vf_coef", self.vf_coef >= 0, self, "must be >= 0")
         _require("minibatches", self.minibatches <= self.batch_size, self, "must not exceed batch_size")
@@ -105,6 +108,16 @@ class TrainConfig:
         if self.value_grad_scale is not None:
             return self.value_grad_scale
         return self.tau if self.algorithm == "klq" else 1.0
+
+    def learning_rate_factor(self, update: int) -> float:
+        """Share of the learning rate in this update: a linear rise, then a linear fall to `final_lr_fraction`.
+
+        >>> config = TrainConfig(updates=11, warmup_updates=1, final_lr_fraction=0.0)
+        >>> [round(config.learning_rate_factor(u), 2) for u in (0, 1, 5, 10)]
+        [0.5, 0.9, 0.5, 0.0]
+        """
+        rise = min(1.0, (update + 1) / (self.warmup_updates + 1))
+        return rise * (1 - (1 - self.final_lr_fraction) * min(1.0, update / max(self.updates - 1, 1)))
 
     def to_dict(self) -> dict:
         """The settings as plain values, for JSON."""

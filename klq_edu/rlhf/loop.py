@@ -28,7 +28,7 @@ METRICS = {
     "value": "mean over tokens of V(s_t) before the update",
     "td_std": "root mean square of Δ_t before whitening: how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
-    "grad_norm": "mean gradient norm over the update's optimiser steps, before clipping",
+    "grad_norm": "mean gradient norm, value head left out, over the update's optimiser steps, before clipping",
     "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, at the last optimiser step: how far the update went",
     "learning_rate": "Adam's step size in this update",
     "seconds": "wall-clock time of this update, evaluation excluded",
@@ -57,7 +57,7 @@ def train(
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
     parameters = policy.trainable()
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.final_lr_fraction, max(config.updates - 1, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate_factor)
     generator = torch.Generator().manual_seed(config.seed)
     snapshot = Snapshot(parameters, optimizer, schedule, generator)
     rows = run.resume(snapshot)
@@ -81,7 +81,7 @@ def train(
                     loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
                     optimizer.zero_grad()
                     loss.backward()
-                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    grad_norm = clip_gradients(policy, config.max_grad_norm)
                     optimizer.step()
                     kl_old = masked_mean(k3(old.logprobs - new.logprob.detach()), old.mask)
                     steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
@@ -119,6 +119,17 @@ def summarise(rollout: Rollout, scores: Tensor, advantages: Tensor, steps: Tenso
         "grad_norm": steps[:, 1].mean().item(),
         "kl_old": steps[-1, 2].item(),
     }
+
+
+def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
+    """Clip the value head's gradient and that of everything else to norm `limit` each; returns the latter's norm.
+
+    Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
+    """
+    head = list(policy.value_head.parameters())
+    torch.nn.utils.clip_grad_norm_(head, limit)
+    others = (p for p in policy.trainable().values() if all(p is not q for q in head))
+    return torch.nn.utils.clip_grad_norm_(others, limit)
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:

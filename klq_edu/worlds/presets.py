@@ -16,7 +16,14 @@ VARIANTS = {
 WORLDS = {
     "grammar": TrainConfig(max_new_tokens=5),
     "stories": TrainConfig(
-        updates=40, batch_size=16, epochs=3, learning_rate=2e-4, tau=0.1, max_new_tokens=24, temperature=0.7
+        updates=40,
+        batch_size=16,
+        epochs=3,
+        learning_rate=1e-4,
+        warmup_updates=3,
+        tau=0.1,
+        max_new_tokens=24,
+        temperature=0.7,
     ),
 }
 DEMO = {"grammar": ("klq", "ppo_clip", "ppo_penalty"), "stories": ("klq", "ppo_clip")}
