@@ -117,7 +117,10 @@ def test_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.D
     )  # fmt: skip
     rewards = score(world.reward, rollout)
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
-    return pd.DataFrame(columns | {"reward": rewards.tolist(), "kl": rollout.kl.sum(1).tolist()})
+    columns |= {"reward": rewards.tolist(), "kl": rollout.kl.sum(1).tolist()}
+    if world.judge:
+        columns["judge"] = world.judge(rollout.prompts, rollout.completions)
+    return pd.DataFrame(columns)
 
 
 def last_quarter(rows: list[dict], name: str) -> float:
@@ -133,6 +136,8 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
     for r in results:
         row = {"algorithm": r.variant, "tau": r.settings["tau"], "seed": r.settings["seed"]}
         row |= {"test_before": r.before["reward"].mean(), "test_after": r.after["reward"].mean()}
+        if "judge" in r.after:
+            row |= {"judge_before": r.before["judge"].mean(), "judge_after": r.after["judge"].mean()}
         row |= {"reward": last_quarter(r.rows, "reward"), "kl": last_quarter(r.rows, "kl")}
         row |= {"attained": r.rows[-1].get("attained", float("nan"))}
         rows.append(row | {"seconds": sum(x["seconds"] for x in r.rows)})

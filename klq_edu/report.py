@@ -23,6 +23,8 @@ PROMPTS_SHOWN = 3
 HEADINGS = {
     "test_before": "test reward before",
     "test_after": "test reward after",
+    "judge_before": "second opinion before",
+    "judge_after": "second opinion after",
     "reward": "training reward, last quarter",
     "kl": "KL, last quarter [nats]",
     "attained": "improvement attained",
@@ -36,7 +38,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     summary = summarise_results(results)
     for name in (n for n in STYLES if (summary["algorithm"] == n).any()):
         part = summary[summary["algorithm"] == name]
-        cells = {HEADINGS[c]: _interval(part[c], c) for c in HEADINGS if part[c].notna().all()}
+        cells = {HEADINGS[c]: _interval(part[c], c) for c in HEADINGS if c in part and part[c].notna().all()}
         rows.append({"algorithm": STYLES[name][0]} | cells)
     return pd.DataFrame(rows)
 
@@ -106,7 +108,7 @@ def write(path: str | Path, world: World, results: list[Result], seconds: float)
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
-        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(),
+        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(), judge=world.judge_name,
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
     )  # fmt: skip
     Path(path).write_text(page, encoding="utf-8")

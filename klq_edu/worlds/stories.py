@@ -87,6 +87,13 @@ def sentiment_reward():
     return sentiment
 
 
+def textblob_judge(prompts, completions, **_) -> list[float]:
+    """Second opinion: TextBlob's polarity in [−1, 1], from another lexicon than the reward's."""
+    from textblob import TextBlob
+
+    return [TextBlob(c).sentiment.polarity for c in completions]
+
+
 @lru_cache(maxsize=1)
 def load_stories() -> World:
     """The stories world. Raises WeightsMissing where the weights are not installed."""
@@ -104,5 +111,5 @@ def load_stories() -> World:
 
     return World(
         "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}), openers[-TEST_PROMPTS:], tokenizer,
-        sentiment_reward(), make_policy,
+        sentiment_reward(), make_policy, judge=textblob_judge, judge_name="TextBlob polarity",
     )  # fmt: skip

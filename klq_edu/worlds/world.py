@@ -28,6 +28,7 @@ class World:
         tree: the same task as an exact TokenTree, or None where it cannot be enumerated.
         evaluate: settings -> a function of the policy with exact metrics, or None.
         metrics: what those metrics mean.
+        judge: an independent opinion of completions, never trained on, or None; `judge_name` says what it is.
         threads: CPU threads to train with, or None for torch's choice. Tiny models are fastest on one.
     """
 
@@ -41,4 +42,6 @@ class World:
     tree: TokenTree | None = None
     evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None
     metrics: dict[str, str] = field(default_factory=dict)
+    judge: Reward | None = None
+    judge_name: str = ""
     threads: int | None = None
