@@ -47,9 +47,9 @@ def demo(config: tyro.conf.OmitArgPrefixes[DemoConfig]) -> None:
 @app.command(name="train")
 def train(command: Annotated[tyro.extras.subcommand_type_from_defaults(TRAIN), tyro.conf.arg(name="")]) -> None:
     """Train once, in a world of your choice, with every setting at your disposal."""
-    from klq_edu.experiment import train_command
+    from klq_edu.demo import run_train
 
-    train_command(command.world, command.config, command.out, command.save_model)
+    run_train(command.world, command.config, command.out, command.save_model)
 
 
 @app.command(name="sweep")
@@ -75,7 +75,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nInterrupted; what is done is kept. The same command continues with what is missing.", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"klq: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""`klq demo`: train a language model by KLQ and by PPO from the same start and seed, and write a report."""
+"""`klq demo` and `klq train`: train a language model by KLQ and by PPO from the same start and seed, and write a report."""
 
 import time
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, preset
+from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, preset, variant_of
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,27 @@ def run_demo(config: DemoConfig) -> Path:
 
         webbrowser.open(page.resolve().as_uri())
     return page
+
+
+def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None) -> None:
+    """`klq train`: one experiment with a progress bar, and the trained model as a folder if wanted."""
+    from rich.console import Console
+
+    from klq_edu.experiment import run_experiment, trained_policy
+    from klq_edu.report import print_results
+    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.terminal import progress_bars, show_update
+    from klq_edu.worlds import load
+
+    console = Console()
+    if save_model:
+        writable_folder(save_model)
+    world = load(name)
+    with progress_bars(console) as progress:
+        bar = progress.add_task(f"{name} {variant_of(config.to_dict())}", total=config.updates, note="")
+        result = run_experiment(world, config, out, show_update(progress, bar))
+    print_results(console, world, [result])
+    if save_model:
+        trained_policy(world, config, out).save_pretrained(save_model)
+        world.tokenizer.save_pretrained(save_model)
+        console.print(f"model: [bold]{save_model}[/]")

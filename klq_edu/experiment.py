@@ -77,29 +77,6 @@ def read_result(run: Run) -> Result | None:
     return Result(run.settings, run.rows(), **tables)
 
 
-def train_command(name: str, config: TrainConfig, out: Path, save_model: Path | None) -> None:
-    """`klq train`: one experiment with a progress bar, and the trained model as a folder if wanted."""
-    from rich.console import Console
-
-    from klq_edu.report import print_results
-    from klq_edu.rlhf.runs import writable_folder
-    from klq_edu.terminal import progress_bars, show_update
-    from klq_edu.worlds import load
-
-    console = Console()
-    if save_model:
-        writable_folder(save_model)
-    world = load(name)
-    with progress_bars(console) as progress:
-        bar = progress.add_task(f"{name} {variant_of(config.to_dict())}", total=config.updates, note="")
-        result = run_experiment(world, config, out, show_update(progress, bar))
-    print_results(console, world, [result])
-    if save_model:
-        trained_policy(world, config, out).save_pretrained(save_model)
-        world.tokenizer.save_pretrained(save_model)
-        console.print(f"model: [bold]{save_model}[/]")
-
-
 def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> ActorCritic:
     """The policy of a run, finished or not, with the parameters of its last checkpoint."""
     policy = world.make_policy(config)

@@ -96,7 +96,7 @@ def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     return Picture(figure, caption, f"Regret on a logarithmic axis for {_names(runs)}.")
 
 
-def exact_steps(tau: float = 0.2, alphas: tuple[float, ...] = (0.2, 0.5, 0.9), seed: int = 0) -> Picture:
+def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), seed: int = 0) -> Picture:
     """The exact KLQ step against the exact PPO-penalty step on a random token tree, for several α.
 
     Left: β = τ(1−α)/α on KL(π‖π_old) beside τ on KL(π‖π_b), every point on the diagonal. Right: the same β on the bare

@@ -108,7 +108,8 @@ def write(path: str | Path, world: World, results: list[Result], seconds: float)
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
-        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(), judge=world.judge_name,
+        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(),
+        judge=world.judge_name,
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
     )  # fmt: skip
     Path(path).write_text(page, encoding="utf-8")

@@ -79,6 +79,8 @@ def train(
                     old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
                     new, values = old.stats(policy)
                     loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
+                    if not loss.isfinite():
+                        raise FloatingPointError(f"loss is {loss.item()} in update {update}: lower learning_rate")
                     optimizer.zero_grad()
                     loss.backward()
                     grad_norm = clip_gradients(policy, config.max_grad_norm)

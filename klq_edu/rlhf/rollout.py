@@ -101,7 +101,8 @@ def collect(
 ) -> Rollout:
     """Sample one completion per prompt and compute its statistics; rewards are left at zero.
 
-    Raises ValueError for an empty prompt, or one whose tokens and completion do not fit the model's context.
+    Raises ValueError for an empty prompt, or one whose tokens and completion do not fit the model's context, and
+    FloatingPointError where the model's probabilities are NaN.
     """
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     tokens, mask, allowed, trunk = _sample(
@@ -154,7 +155,10 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
         if rule is not None:
             allowed.append(rule.allowed(state))
             logits = logits.masked_fill(~allowed[-1], -torch.inf)
-        actions = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
+        probs = logits.softmax(-1).cpu()
+        if not probs.isfinite().all():
+            raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
+        actions = torch.multinomial(probs, 1, generator=generator).to(ids.device)
         ids = policy.token_ids(actions)
         tokens.append(ids)
         mask.append(alive)

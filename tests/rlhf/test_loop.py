@@ -121,6 +121,18 @@ def test_klqs_first_gradient_is_ppos_on_a_language_model(tiny_lm, tokenizer, ppo
     assert (klq - other).norm() > 0.01 * klq.norm()
 
 
+def test_a_diverged_run_says_so_and_keeps_its_last_good_state(tmp_path, tiny_lm, tokenizer):
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+
+    def break_it(row):
+        if row["update"] == 1:
+            policy.body.norm.weight.data.fill_(float("nan"))
+
+    with pytest.raises(FloatingPointError, match="not finite: training diverged; lower learning_rate"):
+        run(tmp_path, tiny_lm, tokenizer, on_update=break_it, policy=policy)
+    assert [row["update"] for row in run(tmp_path, tiny_lm, tokenizer)] == [0, 1, 2, 3]
+
+
 def test_prompts_are_used_equally_often_and_reshuffled():
     counts = torch.bincount(torch.tensor([r for u in range(14) for r in prompt_rows(7, 4, u, seed=3)]))
     assert counts.tolist() == [8] * 7
