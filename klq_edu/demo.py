@@ -1,4 +1,4 @@
-"""`klq demo` and `klq train`: train a language model by KLQ and by PPO from the same start and seed, and write a report."""
+"""`klq demo` and `klq train`: language models trained by KLQ and PPO, with progress, table and report."""
 
 import time
 from dataclasses import dataclass

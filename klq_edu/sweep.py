@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.presets import VARIANTS, preset
@@ -27,8 +28,8 @@ class SweepConfig:
     """Seeds per setting."""
     updates: int = 80
     """Updates of 64 completions each."""
-    critic: str = "shared"
-    """shared or separate."""
+    critic: Literal["shared", "separate"] = "separate"
+    """Value head on the policy's trunk, or a critic network of its own."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     out: Path = Path("results")
@@ -45,7 +46,13 @@ class SweepConfig:
             for lr in self.learning_rates
             for s in range(self.seeds)
         ]
-        changes = {"updates": self.updates, "critic": self.critic, "device": "cpu", "checkpoint_every": self.updates}
+        changes = {
+            "updates": self.updates,
+            "critic": self.critic,
+            "device": "cpu",
+            "eval_every": 10,
+            "checkpoint_every": self.updates,
+        }
         return {
             f"{v}-{self.critic}-tau{t:g}-lr{lr:g}-{self.updates}-seed{s}": preset(
                 "grammar", v, tau=t, learning_rate=lr, seed=s, **changes

@@ -28,7 +28,7 @@ METRICS = {
     "value": "mean over tokens of V(s_t) before the update",
     "td_std": "root mean square of Δ_t before whitening: how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
-    "grad_norm": "mean gradient norm, value head left out, over the update's optimiser steps, before clipping",
+    "grad_norm": "mean gradient norm of the policy over the update's optimiser steps, before clipping",
     "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, at the last optimiser step: how far the update went",
     "learning_rate": "Adam's step size in this update",
     "seconds": "wall-clock time of this update, evaluation excluded",
@@ -124,14 +124,13 @@ def summarise(rollout: Rollout, scores: Tensor, advantages: Tensor, steps: Tenso
 
 
 def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
-    """Clip the value head's gradient and that of everything else to norm `limit` each; returns the latter's norm.
+    """Clip the gradient of what only V uses and that of the rest to norm `limit` each; returns the latter's norm.
 
     Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
     """
-    head = list(policy.value_head.parameters())
-    torch.nn.utils.clip_grad_norm_(head, limit)
-    others = (p for p in policy.trainable().values() if all(p is not q for q in head))
-    return torch.nn.utils.clip_grad_norm_(others, limit)
+    critic = set(policy.critic_modules().parameters())
+    torch.nn.utils.clip_grad_norm_(critic, limit)
+    return torch.nn.utils.clip_grad_norm_([p for p in policy.trainable().values() if p not in critic], limit)
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:

@@ -70,16 +70,17 @@ class ActorCritic(nn.Module):
         """
         policy = cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), **kwargs)
         if (saved := Path(folder) / VALUE_FILE).exists():
-            _load_strictly(policy._critic_modules(), load_file(saved), saved)
+            _load_strictly(policy.critic_modules(), load_file(saved), saved)
         return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that loads as a plain causal LM with the full vocabulary, and the critic beside it."""
         self.lm.save_pretrained(folder)
-        state = {name: tensor.contiguous() for name, tensor in self._critic_modules().state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in self.critic_modules().state_dict().items()}
         save_file(state, Path(folder) / VALUE_FILE)
 
-    def _critic_modules(self) -> nn.ModuleDict:
+    def critic_modules(self) -> nn.ModuleDict:
+        """What only V uses: the value head, and the separate critic's network if there is one."""
         modules = {"value_head": self.value_head}
         return nn.ModuleDict(modules | ({"critic_body": self.critic_body} if self.critic_body is not None else {}))
 

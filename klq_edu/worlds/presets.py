@@ -14,16 +14,16 @@ VARIANTS = {
     "ppo_penalty": {"algorithm": "ppo_penalty"},
 }
 WORLDS = {
-    "grammar": TrainConfig(max_new_tokens=5),
+    "grammar": TrainConfig(max_new_tokens=5, critic="separate"),
     "stories": TrainConfig(
-        updates=40,
+        updates=36,
         batch_size=16,
         epochs=3,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         warmup_updates=3,
         tau=0.1,
-        max_new_tokens=24,
-        temperature=0.7,
+        max_new_tokens=20,
+        temperature=0.8,
     ),
 }
 DEMO = {"grammar": ("klq", "ppo_clip", "ppo_penalty"), "stories": ("klq", "ppo_clip")}
