@@ -29,7 +29,7 @@ class TrainConfig:
     final_lr_fraction: float = 0.05
     """Learning rate at the end as a fraction of that at the start."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm, policy and critic each by itself (KLQ's value gradient is 1/τ times PPO's)."""
+    """Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's)."""
     tau: float = 0.2
     """KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn."""
     gamma: float = 1.0

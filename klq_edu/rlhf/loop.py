@@ -128,9 +128,10 @@ def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
 
     Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
     """
-    critic = set(policy.critic_modules().parameters())
+    critic = list(policy.critic_modules().parameters())
+    others = [p for p in policy.trainable().values() if all(p is not q for q in critic)]
     torch.nn.utils.clip_grad_norm_(critic, limit)
-    return torch.nn.utils.clip_grad_norm_([p for p in policy.trainable().values() if p not in critic], limit)
+    return torch.nn.utils.clip_grad_norm_(others, limit)
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
