@@ -79,41 +79,51 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
             console.print(f"  {line['who']:<12} {line['reward']:+.2f}  {text}", markup=False, highlight=False)
 
 
-def pictures(world: World, results: list[Result]) -> list[tuple[str, Picture]]:
-    """The report's figures with their headings."""
+def pictures(world: World, results: list[Result]) -> dict[str, tuple[str, Picture]]:
+    """The report's figures: name -> (heading, picture)."""
     runs = pd.concat([r.table() for r in results], ignore_index=True)
     tau, exact = results[0].settings["tau"], world.tree is not None
     smooth = 1 if exact and runs["seed"].nunique() > 1 else 5
     curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
-    shown = [("Reward and KL over training", figures.learning_curves(runs, curves, smooth))]
     best = figures.frontier(world.tree) if exact else None
-    shown.append(("Reward against KL", figures.reward_kl_plane(runs, best, smooth)))
+    shown = {
+        "curves": ("Reward and KL over training", figures.learning_curves(runs, curves, smooth)),
+        "plane": ("Reward against KL", figures.reward_kl_plane(runs, best, smooth)),
+    }
     if exact:
-        shown.append(("Regret to the exact optimum", figures.regret_curves(runs, tau)))
-    shown.append(("KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps()))
+        shown["regret"] = ("Regret to the exact optimum", figures.regret_curves(runs, tau))
+    shown["theory"] = ("KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())
     if exact and {"klq", "ppo_penalty"} <= set(runs["algorithm"]):
         pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
-        shown.append(("KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels)))
+        shown["pair"] = ("KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels))
     return shown
 
 
 def write(path: str | Path, world: World, results: list[Result], seconds: float) -> Path:
-    """Write the self-contained report page (no scripts, no links to other hosts) and return its path."""
+    """Write the self-contained report page (no scripts, no links to other hosts) and return its path.
+
+    Beside it go its figures as SVG files (figures/) and its table of numbers, one row per run (results.csv).
+    """
+    path = Path(path)
+    (path.parent / "figures").mkdir(exist_ok=True)
+    shown = []
+    for name, (title, picture) in pictures(world, results).items():
+        svg = _svg(picture)
+        (path.parent / "figures" / f"{name}.svg").write_bytes(svg)
+        src = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+        shown.append({"title": title, "src": src, "caption": picture.caption, "alt": picture.alt})
+    summarise_results(results).to_csv(path.parent / "results.csv", index=False)
     template = jinja2.Environment(autoescape=True).from_string(files("klq_edu").joinpath("report.html").read_text())
-    shown = [
-        {"title": t, "src": _data_uri(p.figure), "caption": p.caption, "alt": p.alt}
-        for t, p in pictures(world, results)
-    ]
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
         samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(),
-        judge=world.judge_name,
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
+        judge=world.judge_name,
     )  # fmt: skip
-    Path(path).write_text(page, encoding="utf-8")
-    return Path(path)
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 def machine() -> dict[str, str]:
@@ -146,7 +156,7 @@ def _seeds(results: list[Result]) -> str:
     return f"median over {count} seeds [lowest, highest]"
 
 
-def _data_uri(figure) -> str:
+def _svg(picture: Picture) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -99,10 +99,8 @@ def run_sweep(config: SweepConfig) -> Path:
 def one_thread() -> None:
     """A worker's set-up: small models are fastest, and reproducible, on one thread."""
     import torch
-    import transformers
 
     torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def one_run(settings: TrainConfig, folder: Path) -> dict:

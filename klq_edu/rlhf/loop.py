@@ -94,9 +94,9 @@ def train(
             schedule.step()
             if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
                 row |= evaluate(policy)
-            snapshot.take()
             rows.append(row)
             run.log(row, rollout)
+            snapshot.take()
             on_update(row)
             if update % config.checkpoint_every == config.checkpoint_every - 1:
                 run.save(snapshot)

@@ -153,7 +153,7 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
     for _ in range(steps):
         logits = decode(ids, attention).float() / temperature
         if rule is not None:
-            allowed.append(rule.allowed(state))
+            allowed.append(rule.allowed(state).to(logits.device))
             logits = logits.masked_fill(~allowed[-1], -torch.inf)
         probs = logits.softmax(-1).cpu()
         if not probs.isfinite().all():
@@ -163,14 +163,10 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
         tokens.append(ids)
         mask.append(alive)
         if rule is not None:
-            state = rule.advance(state, ids.squeeze(1))
+            state = rule.advance(state, ids.squeeze(1).to(state.device))
         alive = alive & (ids.squeeze(1) != eos)
         attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
         if not alive.any():
             break
-    return (
-        torch.cat(tokens, 1),
-        torch.stack(mask, 1),
-        torch.stack(allowed, 1) if allowed else None,
-        decode.activations(),
-    )
+    choices = torch.stack(allowed, 1) if allowed else None
+    return torch.cat(tokens, 1), torch.stack(mask, 1), choices, decode.activations()

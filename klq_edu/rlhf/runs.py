@@ -24,14 +24,18 @@ class Snapshot:
 
     def __init__(self, parameters, optimizer, schedule, generator):
         self.parameters, self.stateful, self.generator = parameters, (optimizer, schedule), generator
-        self.updates, self.state = 0, None
+        self.state = None
+
+    @property
+    def updates(self) -> int:
+        """Updates finished at the last copy."""
+        return self.state["updates"] if self.state else 0
 
     def take(self) -> None:
         """Copy the present state as that after one more update."""
-        self.updates += 1
         self.state = copy.deepcopy(
             {
-                "updates": self.updates,
+                "updates": self.updates + 1,
                 "parameters": {name: p.detach() for name, p in self.parameters.items()},
                 "stateful": [s.state_dict() for s in self.stateful],
                 "generator": self.generator.get_state(),
@@ -40,7 +44,7 @@ class Snapshot:
 
     def restore(self, state: dict) -> None:
         """Put a saved state back into the objects this snapshot watches."""
-        self.updates, self.state = state["updates"], state
+        self.state = state
         for name, p in self.parameters.items():
             p.data.copy_(state["parameters"][name])
         for s, saved in zip(self.stateful, state["stateful"], strict=True):
@@ -70,7 +74,9 @@ class Run:
         for log in (self.metrics, self.samples):
             kept = log.read_text().splitlines(keepends=True)[: snapshot.updates] if log.exists() else []
             _replace(log, lambda path, kept=kept: path.write_text("".join(kept)))
-        return self.rows()
+        if len(rows := self.rows()) != snapshot.updates:
+            raise ValueError(f"{self.folder}: {len(rows)} logged updates but a checkpoint after {snapshot.updates}")
+        return rows
 
     def rows(self) -> list[dict]:
         """The logged metrics, one dict per update."""

@@ -3,6 +3,9 @@
 
 def load(name: str):
     """The World called `name`: "grammar" (exact optimum, trains anywhere) or "stories" (a real language model)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # models load in a second, and bars of our own are on the screen
     if name == "grammar":
         from klq_edu.worlds.grammar import load_grammar
 

@@ -147,9 +147,8 @@ class TreeReader:
         longest = choice[:-1] & ~choice[tree.children].any(1)  # where only one token is possible nothing is read
         paths = [tree.prefixes[s] for s in longest.nonzero().flatten().tolist()]
         texts = [" ".join(tokenizer.convert_ids_to_tokens(list(p))) for p in paths]
-        ids, attention = encode_prompts(tokenizer, texts, policy, 0)
-        self.inputs, width = policy.encode(ids, attention), ids.shape[1]
-        self.keep = slice(0, width)
+        self.sequences = encode_prompts(tokenizer, texts, policy, 0)
+        width = self.sequences[0].shape[1]
         index = {p: i for i, p in enumerate(tree.prefixes)}
         place = {}
         for row, path in enumerate(paths):
@@ -162,7 +161,8 @@ class TreeReader:
     @torch.no_grad()
     def __call__(self, policy: ActorCritic) -> Tensor:
         """The policy as a table [S, V], float64, zero off the grammar."""
-        logits = policy.policy_logits(self.inputs, self.keep)[self.rows, self.columns].double().cpu()
+        inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
+        logits = policy.policy_logits(inputs, slice(0, None))[self.rows, self.columns].double().cpu()
         table = self.possible.double()
         table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
         return table
