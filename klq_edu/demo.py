@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, preset, variant_of
+from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, TITLES, preset, variant_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class DemoConfig:
         return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
 
 
+def title(config: TrainConfig) -> str:
+    """The algorithm's name as people write it."""
+    return TITLES[variant_of(config.to_dict())]
+
+
 def run_demo(config: DemoConfig) -> Path:
     """Run what is missing, print the table and samples, and write the report; returns its path."""
     from rich.console import Console
@@ -67,13 +72,16 @@ def run_demo(config: DemoConfig) -> Path:
         world = load(config.world)
     experiments, results = config.experiments(), []
     with progress_bars(console) as progress:
-        bars = {n: progress.add_task(n, total=c.updates, note="", start=False) for n, c in experiments.items()}
+        bars = {
+            name: progress.add_task(f"{title(c)} seed {c.seed}", total=c.updates, note="", start=False)
+            for name, c in experiments.items()
+        }
         for name, settings in experiments.items():
             progress.start_task(bars[name])
             results.append(run_experiment(world, settings, folder / name, show_update(progress, bars[name])))
             progress.update(bars[name], completed=settings.updates)
     report.print_results(console, world, results)
-    page = report.write(folder / "report.html", world, results, time.perf_counter() - start)
+    page = report.write(folder / "report.html", world, results)
     console.print(f"\nreport: [bold]{page}[/]   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
     if config.open:
         import webbrowser
@@ -97,7 +105,7 @@ def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None
         writable_folder(save_model)
     world = load(name)
     with progress_bars(console) as progress:
-        bar = progress.add_task(f"{name} {variant_of(config.to_dict())}", total=config.updates, note="")
+        bar = progress.add_task(f"{title(config)} seed {config.seed}", total=config.updates, note="")
         result = run_experiment(world, config, out, show_update(progress, bar))
     print_results(console, world, [result])
     if save_model:

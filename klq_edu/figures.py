@@ -31,8 +31,10 @@ class Picture(NamedTuple):
     alt: str
 
 
-def learning_curves(runs: pd.DataFrame, columns: dict[str, str], smooth: int = 1) -> Picture:
+def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, smooth: int = 1) -> Picture:
     """One panel per column of `runs` (name -> axis label) against the number of rollouts, one line per algorithm.
+
+    `remark` is the sentence of the caption that says what to see.
 
     `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts". Lines are medians over seeds of
     a running mean over `smooth` updates, bands reach from the lowest to the highest seed.
@@ -52,7 +54,7 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], smooth: int = 1
     spread = f"median of {seeds} seeds, bands from lowest to highest" if seeds > 1 else "one seed, so no error bars"
     averaged = f"; running mean over {smooth} updates" if smooth > 1 else ""
     names = " and ".join(columns.values())
-    caption = f"{names} against the number of completions sampled ({spread}{averaged})."
+    caption = f"{names} against the number of completions sampled ({spread}{averaged}). {remark}"
     return Picture(figure, caption[0].upper() + caption[1:], f"Line plots of {names} for {_names(runs)}.")
 
 

@@ -20,33 +20,35 @@ from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
-HEADINGS = {
-    "test_before": "test reward before",
-    "test_after": "test reward after",
-    "judge_before": "second opinion before",
-    "judge_after": "second opinion after",
-    "reward": "training reward, last quarter",
-    "kl": "KL, last quarter [nats]",
-    "attained": "improvement attained",
-    "seconds": "training time [s]",
+COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
+    "test reward": ("test_before", "test_after"),
+    "second opinion": ("judge_before", "judge_after"),
+    "reward*": ("reward",),
+    "KL* [nats]": ("kl",),
+    "attained": ("attained",),
+    "time [s]": ("seconds",),
 }
+DIGITS = {"attained": 3, "seconds": 0}
 
 
 def results_table(results: list[Result]) -> pd.DataFrame:
     """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
+    summary = summarise_results(results).dropna(axis=1)
+    shown = {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
-    summary = summarise_results(results)
     for name in (n for n in STYLES if (summary["algorithm"] == n).any()):
         part = summary[summary["algorithm"] == name]
-        cells = {HEADINGS[c]: _interval(part[c], c) for c in HEADINGS if c in part and part[c].notna().all()}
+        cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
         rows.append({"algorithm": STYLES[name][0]} | cells)
     return pd.DataFrame(rows)
 
 
-def _interval(values: pd.Series, column: str) -> str:
-    digits = {"seconds": 0, "attained": 3}.get(column, 2)
+def _interval(values: pd.Series) -> str:
+    digits = DIGITS.get(values.name, 2)
     middle = f"{values.median():.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
+    if len(values) == 1 or values.name.endswith("_before"):
+        return middle
+    return f"{middle} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
 
 
 def samples_table(results: list[Result]) -> list[dict]:
@@ -66,9 +68,10 @@ def samples_table(results: list[Result]) -> list[dict]:
 def print_results(console: Console, world: World, results: list[Result]) -> None:
     """The results table and the completions, on the terminal."""
     data = results_table(results)
-    table = Table(title=f"world {world.name}, {_scale(results)}", caption=_seeds(results))
+    caption = f"* mean over the last quarter of training. {_seeds(results)}"
+    table = Table(title=f"world {world.name}, {_scale(results)}", caption=caption)
     for column in data.columns:
-        table.add_column(column, justify="left" if column == "algorithm" else "right")
+        table.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=column == "algorithm")
     for row in data.itertuples(index=False):
         table.add_row(*row)
     console.print(table)
@@ -85,9 +88,10 @@ def pictures(world: World, results: list[Result]) -> dict[str, tuple[str, Pictur
     tau, exact = results[0].settings["tau"], world.tree is not None
     smooth = 1 if exact and runs["seed"].nunique() > 1 else 5
     curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
+    rising = "A good run's reward rises while its KL, the distance from the reference, levels off."
     best = figures.frontier(world.tree) if exact else None
     shown = {
-        "curves": ("Reward and KL over training", figures.learning_curves(runs, curves, smooth)),
+        "curves": ("Reward and KL over training", figures.learning_curves(runs, curves, rising, smooth)),
         "plane": ("Reward against KL", figures.reward_kl_plane(runs, best, smooth)),
     }
     if exact:
@@ -96,11 +100,15 @@ def pictures(world: World, results: list[Result]) -> dict[str, tuple[str, Pictur
     if exact and {"klq", "ppo_penalty"} <= set(runs["algorithm"]):
         pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
-        shown["pair"] = ("KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels))
+        parting = (
+            "The exact steps of the two are equal. What lets training part: actions are sampled, each batch is used for "
+            "several epochs, and PPO-penalty's value loss has its own coefficient."
+        )
+        shown["pair"] = ("KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels, parting))
     return shown
 
 
-def write(path: str | Path, world: World, results: list[Result], seconds: float) -> Path:
+def write(path: str | Path, world: World, results: list[Result]) -> Path:
     """Write the self-contained report page (no scripts, no links to other hosts) and return its path.
 
     Beside it go its figures as SVG files (figures/) and its table of numbers, one row per run (results.csv).
@@ -118,7 +126,7 @@ def write(path: str | Path, world: World, results: list[Result], seconds: float)
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
-        samples=samples_table(results), figures=shown, metrics=metrics, minutes=seconds / 60, machine=machine(),
+        samples=samples_table(results), figures=shown, metrics=metrics, machine=machine(),
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
         judge=world.judge_name,
     )  # fmt: skip
@@ -152,8 +160,8 @@ def _scale(results: list[Result]) -> str:
 def _seeds(results: list[Result]) -> str:
     count = len({r.settings["seed"] for r in results})
     if count == 1:
-        return "one seed: no error bars, so small differences mean nothing"
-    return f"median over {count} seeds [lowest, highest]"
+        return "One seed: no error bars, so small differences mean nothing"
+    return f"Median over {count} seeds [lowest, highest]"
 
 
 def _svg(picture: Picture) -> bytes:

@@ -8,9 +8,9 @@ from rich.console import Console
 
 def progress_bars(console: Console) -> bars.Progress:
     """A progress display whose tasks have a `note`."""
-    times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())
+    times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn(compact=True))
     name, note = bars.TextColumn("{task.description}"), bars.TextColumn("{task.fields[note]}")
-    return bars.Progress(name, bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(), note, *times, console=console)
+    return bars.Progress(name, bars.BarColumn(bar_width=10), bars.MofNCompleteColumn(), note, *times, console=console)
 
 
 def show_update(progress: bars.Progress, bar: bars.TaskID) -> Callable[[dict], None]:
@@ -19,7 +19,7 @@ def show_update(progress: bars.Progress, bar: bars.TaskID) -> Callable[[dict], N
     def show(row: dict) -> None:
         note = f"reward {row['reward']:+.2f}  KL {row['kl']:.2f}"
         if "attained" in row:
-            note += f"  attained {row['attained']:.0%}"
+            note += f"  J {row['attained']:.0%}"
         progress.update(bar, completed=row["update"] + 1, note=note)
 
     return show

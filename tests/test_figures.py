@@ -18,7 +18,7 @@ def runs():
 def drawings(runs):
     tree = TokenTree.random(3, 2)
     return [
-        figures.learning_curves(runs, {"reward": "reward", "kl": "KL [nats]"}),
+        figures.learning_curves(runs, {"reward": "reward", "kl": "KL [nats]"}, "Rises."),
         figures.reward_kl_plane(runs, figures.frontier(tree)),
         figures.regret_curves(runs, 0.2),
         figures.exact_steps(),
