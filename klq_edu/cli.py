@@ -55,9 +55,10 @@ def train(command: Annotated[tyro.extras.subcommand_type_from_defaults(TRAIN), t
 @app.command(name="sweep")
 def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig]) -> None:
     """Compare algorithms over τ, learning rates and seeds in the grammar world, as one CSV."""
-    from klq_edu.sweep import run_sweep
+    from klq_edu.sweep import markdown, run_sweep
 
-    print(run_sweep(config))
+    path = run_sweep(config)
+    print(f"{markdown(path)}\n\n{path}")
 
 
 @app.command(name="doctor")

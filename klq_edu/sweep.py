@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import VARIANTS, preset
+from klq_edu.worlds.presets import TITLES, VARIANTS, preset
 
 MILESTONES = (0.9, 0.95, 0.98)
 
@@ -93,7 +93,30 @@ def run_sweep(config: SweepConfig) -> Path:
     pd.DataFrame([f.result() for f in futures]).to_csv(path, index=False)
     provenance = {"command": "klq sweep", "settings": experiments[next(iter(experiments))].to_dict(), **machine()}
     path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(path) + "\n")
     return path
+
+
+def markdown(csv: Path) -> str:
+    """The sweep as a Markdown table: improvement attained per τ, algorithm and learning rate, and speed at the best."""
+    import pandas as pd
+
+    runs = pd.read_csv(csv)
+    rates = sorted(runs["learning_rate"].unique())
+    head = ["τ", "algorithm", *(f"lr {rate:g}" for rate in rates), "completions to 90%"]
+    lines = [head, ["---"] * len(head)]
+    for tau, at_tau in runs.groupby("tau"):
+        for name in (v for v in TITLES if (at_tau["algorithm"] == v).any()):
+            part = at_tau[at_tau["algorithm"] == name]
+            cells = {rate: group["attained"] for rate, group in part.groupby("learning_rate")}
+            best = max(cells, key=lambda rate: cells[rate].median())
+            reached = (
+                part.loc[part["learning_rate"] == best, f"rollouts_to_{MILESTONES[0]:g}"].fillna(float("inf")).median()
+            )
+            shown = [f"{c.median():.3f} [{c.min():.3f}, {c.max():.3f}]" for c in (cells[rate] for rate in rates)]
+            shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
+            lines.append([f"{tau:g}", TITLES[name], *shown, f"{reached:.0f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def one_thread() -> None:
