@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, TITLES, preset, variant_of
+from klq_edu.worlds.presets import DEMO, QUICK_UPDATES, preset, variant_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class DemoConfig:
 
 def title(config: TrainConfig) -> str:
     """The algorithm's name as people write it."""
-    return TITLES[variant_of(config.to_dict())]
+    from klq_edu.figures import STYLES
+
+    return STYLES[variant_of(config.to_dict())][0]
 
 
 def run_demo(config: DemoConfig) -> Path:

@@ -1,12 +1,13 @@
 """`klq sweep`: the same rollout budget and learning rates for every algorithm in the grammar world, as one CSV."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import TITLES, VARIANTS, preset
+from klq_edu.worlds.presets import VARIANTS, preset
 
 MILESTONES = (0.9, 0.95, 0.98)
 
@@ -24,41 +25,33 @@ class SweepConfig:
     """Adam step sizes."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Algorithm variants."""
+    critics: tuple[str, ...] = ("separate",)
+    """separate, shared, or shared:FACTOR with this factor on the value gradient into the trunk."""
     seeds: int = 5
     """Seeds per setting."""
     updates: int = 80
     """Updates of 64 completions each."""
-    critic: Literal["shared", "separate"] = "separate"
-    """Value head on the policy's trunk, or a critic network of its own."""
     jobs: int = 2
     """Runs at a time, one thread each."""
+    name: str = "grammar_sweep"
+    """Name of the CSV, and of the table (.md) and the provenance (.json) beside it."""
     out: Path = Path("results")
-    """Folder for grammar_sweep.csv and its provenance."""
+    """Folder for these."""
     runs: Path = Path("runs/sweep")
     """Folder for the runs themselves."""
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of every run."""
-        grid = [
-            (v, t, lr, s)
-            for t in self.taus
-            for v in self.variants
-            for lr in self.learning_rates
-            for s in range(self.seeds)
-        ]
-        changes = {
-            "updates": self.updates,
-            "critic": self.critic,
-            "device": "cpu",
-            "eval_every": 10,
-            "checkpoint_every": self.updates,
-        }
-        return {
-            f"{v}-{self.critic}-tau{t:g}-lr{lr:g}-{self.updates}-seed{s}": preset(
-                "grammar", v, tau=t, learning_rate=lr, seed=s, **changes
-            )
-            for v, t, lr, s in grid
-        }
+        common = {"updates": self.updates, "device": "cpu", "eval_every": 10, "checkpoint_every": self.updates}
+        found = {}
+        for tau, variant, critic, rate, seed in product(
+            self.taus, self.variants, self.critics, self.learning_rates, range(self.seeds)
+        ):
+            kind, _, scale = critic.partition(":")
+            changes = common | {"critic": kind, "value_grad_scale": float(scale) if scale else None}
+            name = f"{variant}-{critic.replace(':', '')}-tau{tau:g}-lr{rate:g}-{self.updates}-seed{seed}"
+            found[name] = preset("grammar", variant, tau=tau, learning_rate=rate, seed=seed, **changes)
+        return found
 
 
 def run_sweep(config: SweepConfig) -> Path:
@@ -89,34 +82,39 @@ def run_sweep(config: SweepConfig) -> Path:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    path = out / "grammar_sweep.csv"
+    path = out / f"{config.name}.csv"
     pd.DataFrame([f.result() for f in futures]).to_csv(path, index=False)
-    provenance = {"command": "klq sweep", "settings": experiments[next(iter(experiments))].to_dict(), **machine()}
+    sweep = {name: str(value) for name, value in asdict(config).items()}
+    first = experiments[next(iter(experiments))].to_dict()
+    provenance = {"command": "klq sweep", "sweep": sweep, "settings of the first run": first, **machine()}
     path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(path) + "\n")
     return path
 
 
 def markdown(csv: Path) -> str:
-    """The sweep as a Markdown table: improvement attained per τ, algorithm and learning rate, and speed at the best."""
+    """The sweep as a Markdown table: improvement attained per τ, algorithm, critic and learning rate, best in bold."""
     import pandas as pd
+
+    from klq_edu.figures import STYLES
 
     runs = pd.read_csv(csv)
     rates = sorted(runs["learning_rate"].unique())
-    head = ["τ", "algorithm", *(f"lr {rate:g}" for rate in rates), "completions to 90%"]
+    head = ["τ", "algorithm", "critic", *(f"lr {rate:g}" for rate in rates), "completions to 90%"]
     lines = [head, ["---"] * len(head)]
-    for tau, at_tau in runs.groupby("tau"):
-        for name in (v for v in TITLES if (at_tau["algorithm"] == v).any()):
-            part = at_tau[at_tau["algorithm"] == name]
-            cells = {rate: group["attained"] for rate, group in part.groupby("learning_rate")}
-            best = max(cells, key=lambda rate: cells[rate].median())
-            reached = (
-                part.loc[part["learning_rate"] == best, f"rollouts_to_{MILESTONES[0]:g}"].fillna(float("inf")).median()
-            )
-            shown = [f"{c.median():.3f} [{c.min():.3f}, {c.max():.3f}]" for c in (cells[rate] for rate in rates)]
-            shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
-            lines.append([f"{tau:g}", TITLES[name], *shown, f"{reached:.0f}"])
+    for (tau, name, critic), part in runs.groupby(["tau", "algorithm", "critic"], sort=False):
+        lines.append([f"{tau:g}", STYLES[name][0], critic, *_cells(part, rates)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(part, rates: list[float]) -> list[str]:
+    """Median [lowest, highest] improvement attained per learning rate, and how soon the best one reached 90%."""
+    attained = {rate: part.loc[part["learning_rate"] == rate, "attained"] for rate in rates}
+    best = max(rates, key=lambda rate: attained[rate].median())
+    shown = [f"{x.median():.3f} [{x.min():.3f}, {x.max():.3f}]" for x in attained.values()]
+    shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
+    reached = part.loc[part["learning_rate"] == best, f"rollouts_to_{MILESTONES[0]:g}"].fillna(math.inf).median()
+    return [*shown, f"{reached:.0f}"]
 
 
 def one_thread() -> None:
@@ -133,7 +131,8 @@ def one_run(settings: TrainConfig, folder: Path) -> dict:
 
     result = run_experiment(load("grammar"), settings, folder)
     last = result.rows[-1]
-    row = {"algorithm": result.variant, "critic": settings.critic, "tau": settings.tau}
+    scale = "" if settings.value_grad_scale is None else f":{settings.value_grad_scale:g}"
+    row = {"algorithm": result.variant, "critic": settings.critic + scale, "tau": settings.tau}
     row |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
     row |= {name: last[name] for name in ("rollouts", "attained", "regret", "J", "exact_reward", "exact_kl")}
     for goal in MILESTONES:

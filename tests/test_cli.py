@@ -122,9 +122,9 @@ def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path):
     out = klq("sweep", *args, "--out", tmp_path, "--runs", tmp_path / "runs", "--jobs", "1")
     assert out.returncode == 0, out.stderr
     rows = (tmp_path / "grammar_sweep.csv").read_text().splitlines()
-    assert "| 0.2 | PPO-clip | **" in out.stdout
+    assert "| 0.2 | PPO-clip | separate | **" in out.stdout
     assert len(rows) == 3 and rows[0].startswith("algorithm,critic,tau,learning_rate,seed,rollouts,attained")
-    assert {"command", "settings", "torch", "machine"} <= set(json.loads((tmp_path / "grammar_sweep.json").read_text()))
+    assert {"command", "sweep", "torch", "machine"} <= set(json.loads((tmp_path / "grammar_sweep.json").read_text()))
 
 
 def test_the_doctor_reports_versions_devices_and_weights():

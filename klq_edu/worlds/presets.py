@@ -13,12 +13,6 @@ VARIANTS = {
     "ppo_clip_whitened": {"algorithm": "ppo_clip", "whiten": True},
     "ppo_penalty": {"algorithm": "ppo_penalty"},
 }
-TITLES = {
-    "klq": "KLQ",
-    "ppo_clip": "PPO-clip",
-    "ppo_clip_whitened": "PPO-clip, whitened",
-    "ppo_penalty": "PPO-penalty",
-}
 WORLDS = {
     "grammar": TrainConfig(max_new_tokens=5, critic="separate"),
     "stories": TrainConfig(
