@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from klq_edu.rlhf.blocks import TopBlocks, record_call, watch_block
+
 VALUE_FILE = "value_head.safetensors"
 
 
@@ -111,7 +113,7 @@ class ActorCritic(nn.Module):
         if self.frozen_blocks is None:
             return whole
         with torch.no_grad():
-            call = _record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
+            call = record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
         return call if trunk is None else call | {"hidden": trunk}
 
     def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
@@ -165,7 +167,7 @@ class Decoder:
         policy = self.policy
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
         inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
-        with _watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0])):
+        with watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0])):
             out = policy.lm.base_model(**inputs, use_cache=True)
         self.cache = out.past_key_values
         return policy._logits(policy.head, out.last_hidden_state[:, -1])
@@ -173,27 +175,6 @@ class Decoder:
     def activations(self) -> Tensor | None:
         """Trunk activations [B, L, d] of all tokens fed so far; None when the whole model is trained."""
         return torch.cat(self.trunk, dim=1) if self.trunk else None
-
-
-class TopBlocks(nn.Module):
-    """The k uppermost blocks and the final norm of a language model, called with recorded block inputs."""
-
-    def __init__(self, lm: PreTrainedModel, count: int):
-        super().__init__()
-        blocks = _blocks(lm)
-        if not 1 <= count <= len(blocks):
-            raise ValueError(f"trainable_blocks must lie in [1, {len(blocks)}], the model's blocks, got {count}")
-        kinds = set(getattr(lm.config, "layer_types", None) or ["same"])
-        if len(kinds) > 1:
-            raise ValueError(f"trainable_blocks needs blocks of one kind, {type(lm).__name__} mixes {sorted(kinds)}")
-        self.blocks, self.norm = nn.ModuleList(blocks[-count:]), _final_norm(lm)
-
-    def forward(self, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """Replay: the recorded arguments of one block serve them all."""
-        for block in self.blocks:
-            out = block(hidden, *args, **kwargs)
-            hidden = out[0] if isinstance(out, tuple) else out
-        return self.norm(hidden)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -226,61 +207,6 @@ def take_rows(inputs, rows: Tensor, batch: int):
 def _hidden(body: nn.Module, inputs: dict) -> Tensor:
     out = body(**inputs)
     return out if isinstance(out, Tensor) else out.last_hidden_state
-
-
-def _blocks(lm: PreTrainedModel) -> nn.ModuleList:
-    """The list of transformer blocks: the one ModuleList as long as the model is deep."""
-    depth = lm.config.num_hidden_layers
-    found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not found:
-        raise ValueError(f"{type(lm).__name__} has no list of {depth} blocks: train it whole (trainable_blocks=None)")
-    return found[0]
-
-
-def _final_norm(lm: PreTrainedModel) -> nn.Module:
-    """The norm that follows the blocks: their sibling whose class name says so."""
-    blocks = _blocks(lm)
-    parent = next(m for m in lm.base_model.modules() if any(child is blocks for child in m.children()))
-    norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
-    if len(norms) != 1:
-        raise ValueError(f"{type(lm).__name__} has {len(norms)} norms beside its blocks, expected 1: train it whole")
-    return norms[0]
-
-
-class _watch_block:
-    """Context in which `see(args, kwargs)` is called before block number `block` runs (None: never)."""
-
-    def __init__(self, lm: PreTrainedModel, block: int | None, see):
-        self.module, self.see = None if block is None else _blocks(lm)[block], see
-
-    def __enter__(self):
-        if self.module is not None:
-            hook = lambda _, args, kwargs: self.see(args, kwargs)  # noqa: E731
-            self.handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def __exit__(self, *_):
-        if self.module is not None:
-            self.handle.remove()
-
-
-class _Reached(Exception):
-    """Raised to stop a forward pass at the block whose inputs were wanted."""
-
-
-def _record_call(lm: PreTrainedModel, block: int, inputs: dict) -> dict:
-    """How the model calls its block number `block`: hidden states, other arguments and keywords. Runs only up to it."""
-    call = {}
-
-    def stop(args, kwargs):
-        call.update(hidden=args[0], args=args[1:], kwargs=kwargs)
-        raise _Reached
-
-    try:
-        with _watch_block(lm, block, stop):
-            lm.base_model(**inputs)
-    except _Reached:
-        return call
-    raise RuntimeError(f"{type(lm).__name__} never called its block {block}")  # pragma: no cover
 
 
 def _check_head(lm: PreTrainedModel) -> None:

@@ -1,0 +1,84 @@
+"""Running part of a transformer: record how the model calls one of its blocks, replay the blocks above it.
+
+Works for any Hugging Face causal LM whose blocks are one list of one kind, because it copies the model's own call
+(masks, position embeddings, caches) instead of rebuilding it.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class TopBlocks(nn.Module):
+    """The k uppermost blocks and the final norm of a language model, called with recorded block inputs."""
+
+    def __init__(self, lm: PreTrainedModel, count: int):
+        super().__init__()
+        blocks = blocks_of(lm)
+        if not 1 <= count <= len(blocks):
+            raise ValueError(f"trainable_blocks must lie in [1, {len(blocks)}], the model's blocks, got {count}")
+        kinds = set(getattr(lm.config, "layer_types", None) or ["same"])
+        if len(kinds) > 1:
+            raise ValueError(f"trainable_blocks needs blocks of one kind, {type(lm).__name__} mixes {sorted(kinds)}")
+        self.blocks, self.norm = nn.ModuleList(blocks[-count:]), final_norm(lm)
+
+    def forward(self, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Replay: the recorded arguments of one block serve them all."""
+        for block in self.blocks:
+            out = block(hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return self.norm(hidden)
+
+
+def blocks_of(lm: PreTrainedModel) -> nn.ModuleList:
+    """The list of transformer blocks: the one ModuleList as long as the model is deep."""
+    depth = lm.config.num_hidden_layers
+    found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ValueError(f"{type(lm).__name__} has no list of {depth} blocks: train it whole (trainable_blocks=None)")
+    return found[0]
+
+
+def final_norm(lm: PreTrainedModel) -> nn.Module:
+    """The norm that follows the blocks: their sibling whose class name says so."""
+    blocks = blocks_of(lm)
+    parent = next(m for m in lm.base_model.modules() if any(child is blocks for child in m.children()))
+    norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
+    if len(norms) != 1:
+        raise ValueError(f"{type(lm).__name__} has {len(norms)} norms beside its blocks, expected 1: train it whole")
+    return norms[0]
+
+
+@contextmanager
+def watch_block(lm: PreTrainedModel, block: int | None, see: Callable[[tuple, dict], None]):
+    """Within this context `see(args, kwargs)` is called before block number `block` runs (None: never)."""
+    if block is None:
+        yield
+        return
+    handle = blocks_of(lm)[block].register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):
+    """Raised to stop a forward pass at the block whose inputs were wanted."""
+
+
+def record_call(lm: PreTrainedModel, block: int, inputs: dict) -> dict:
+    """How the model calls its block number `block`: hidden states, other arguments and keywords. Runs only up to it."""
+    call = {}
+
+    def stop(args, kwargs):
+        call.update(hidden=args[0], args=args[1:], kwargs=kwargs)
+        raise _Reached
+
+    try:
+        with watch_block(lm, block, stop):
+            lm.base_model(**inputs)
+    except _Reached:
+        return call
+    raise RuntimeError(f"{type(lm).__name__} never called its block {block}")  # pragma: no cover
