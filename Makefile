@@ -9,7 +9,7 @@ help:
 	@echo "make demo    train SmolLM2-135M by KLQ and PPO, write a report (ARGS='--world grammar', '--quick', '--help' …)"
 	@echo "make test    ruff, doctests and all tests"
 	@echo "make lab     open the notebooks in Jupyter Lab"
-	@echo "make bench   compare the algorithms at the same budget over learning rates and seeds (results/*.csv)"
+	@echo "make bench   compare the algorithms at the same budget over learning rates and seeds (runs/grammar_sweep.csv)"
 	@echo "make setup | lint | clean"
 
 setup: $(READY)
@@ -39,6 +39,6 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:
-	rm -rf .venv build runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  # runs/ is kept: it may hold hours of training
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """`klq`: the command line. A command's implementation is imported only when it runs, so `--help` is instant."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def main() -> None:
         print("\nInterrupted; what is done is kept. The same command continues with what is missing.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
-        print(f"klq: {error}", file=sys.stderr)
+        if os.environ.get("KLQ_DEBUG"):
+            raise
+        print(f"klq: {error}\n(KLQ_DEBUG=1 shows where this was raised)", file=sys.stderr)
         sys.exit(1)
 
 

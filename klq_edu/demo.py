@@ -43,7 +43,7 @@ class DemoConfig:
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of everything this demo runs."""
-        updates = self.updates or (QUICK_UPDATES[self.world] if self.quick else None)
+        updates = QUICK_UPDATES[self.world] if self.quick and self.updates is None else self.updates
         optional = {"tau": self.tau, "updates": updates}
         changes = {"device": self.device, "dtype": self.dtype} | {k: v for k, v in optional.items() if v is not None}
         names = self.algorithms or DEMO[self.world]

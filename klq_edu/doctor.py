@@ -1,5 +1,6 @@
 """`klq doctor`: what this machine has, what is missing, and what to do about it."""
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,8 @@ def examine() -> list[Finding]:
         _package(name, "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)")
         for name in DEMO_PACKAGES
     ]
-    return [*found, _device(), _triton(), _weights(), _cache()]
+    devices = [_device(), _triton()] if importlib.util.find_spec("torch") else []
+    return [*found, *devices, _weights(), _cache()]
 
 
 def _package(name: str, advice: str) -> Finding:
@@ -57,7 +59,7 @@ def _triton() -> Finding:
 
 
 def _weights() -> Finding:
-    from klq_edu.worlds.stories import WeightsMissing, weights_folder
+    from klq_edu.worlds.weights import WeightsMissing, weights_folder
 
     fine = weights_folder() is not None
     return Finding("SmolLM2 weights", fine, "installed" if fine else "absent", "" if fine else str(WeightsMissing()))
@@ -74,6 +76,7 @@ def _cache() -> Finding:
 def run_doctor() -> bool:
     """Print the findings; True if nothing is missing."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="klq doctor")
@@ -81,6 +84,6 @@ def run_doctor() -> bool:
         table.add_column(column)
     findings = examine()
     for f in findings:
-        table.add_row("[green]ok[/]" if f.fine else "[red]missing[/]", f.what, f.found, f.advice)
+        table.add_row("[green]ok[/]" if f.fine else "[red]missing[/]", f.what, escape(f.found), escape(f.advice))
     Console().print(table)
     return all(f.fine for f in findings)

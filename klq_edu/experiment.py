@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from klq_edu.rlhf.loop import resolve_device, train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run
+from klq_edu.rlhf.runs import Run, replace_file
 from klq_edu.worlds.presets import variant_of
 from klq_edu.worlds.world import World
 
 SAMPLES_PER_PROMPT = 2
 SAMPLING_SEED = 20_250_823
+SAMPLES_FILE = "test_samples.json"
 
 
 @dataclass
@@ -51,26 +53,40 @@ def run_experiment(
     run = Run(folder, {"world": world.name, **config.to_dict()})
     if (finished := read_result(run)) is not None:
         return finished
-    if world.threads:
-        torch.set_num_threads(world.threads)
-    device = resolve_device(config.device)
-    policy = world.make_policy(config).to(device)
-    before = test_samples(world, policy, config)
+    with threads(world.threads):
+        return _run(world, config, run, on_update)
+
+
+def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict], None]) -> Result:
+    policy = world.make_policy(config).to(resolve_device(config.device))
+    before = held_out_samples(world, policy, config)
     centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
     policy.start_value(0.0 if centred else before["reward"].mean())
     train(
         policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
         evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
     )  # fmt: skip
-    after = test_samples(world, policy, config)
+    after = held_out_samples(world, policy, config)
     samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
-    (run.folder / "test_samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    text = json.dumps(samples, indent=1, ensure_ascii=False)
+    replace_file(run.folder / SAMPLES_FILE, lambda path: path.write_text(text))
     return read_result(run)
+
+
+@contextmanager
+def threads(count: int | None):
+    """Within this context torch computes with `count` CPU threads (None: as before)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_result(run: Run) -> Result | None:
     """The result in a finished run's folder; None if the run is not finished."""
-    samples = run.folder / "test_samples.json"
+    samples = run.folder / SAMPLES_FILE
     if not samples.exists() or len(run.rows()) < run.settings["updates"]:
         return None
     tables = {name: pd.DataFrame(rows) for name, rows in json.loads(samples.read_text()).items()}
@@ -85,18 +101,19 @@ def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> Act
     return policy
 
 
-def test_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
+def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
     """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call."""
+    rows = world.test_prompts[list(range(len(world.test_prompts))) * SAMPLES_PER_PROMPT]
     rollout = collect(
-        policy, world.tokenizer, world.test_prompts * SAMPLES_PER_PROMPT, max_new_tokens=config.max_new_tokens,
+        policy, world.tokenizer, rows.pop("prompt"), max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, constraint=world.constraint,
         generator=torch.Generator().manual_seed(SAMPLING_SEED),
     )  # fmt: skip
-    rewards = score(world.reward, rollout)
+    rewards = score(world.reward, rollout, **rows)
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
     columns |= {"reward": rewards.tolist(), "kl": rollout.kl.sum(1).tolist()}
     if world.judge:
-        columns["judge"] = world.judge(rollout.prompts, rollout.completions)
+        columns["judge"] = world.judge(rollout.prompts, rollout.completions, **rows)
     return pd.DataFrame(columns)
 
 

@@ -61,20 +61,23 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, sm
 def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, smooth: int = 1) -> Picture:
     """Where each run travels in the plane of KL (price) and reward (gain); `frontier` adds the best possible trade.
 
-    `frontier` has columns "kl" and "reward": the optimum for many τ.
+    `frontier` has columns "kl" and "reward": the optimum for many τ. With it the runs' exact values are drawn
+    ("exact_kl", "exact_reward"), without it the batches' means.
     """
     figure, (axis,) = _panels(1, width=6.2)
+    x, y = ("kl", "reward") if frontier is None else ("exact_kl", "exact_reward")
     if frontier is not None:
         axis.plot(frontier["kl"], frontier["reward"], color=GREY, lw=1, label="best possible (exact, all τ)")
     for name, part in _by_algorithm(runs):
         for i, (_, run) in enumerate(part.groupby("seed")):
-            path = run[["kl", "reward"]].rolling(smooth, min_periods=1).mean()
+            path = run[[x, y]].dropna().rolling(smooth, min_periods=1).mean()
             style = _line(name) | ({} if i == 0 else {"label": None})
-            axis.plot(path["kl"], path["reward"], alpha=0.7, **style)
-            axis.plot(path["kl"].iloc[-1], path["reward"].iloc[-1], "o", color=STYLES[name][1])
+            axis.plot(path[x], path[y], alpha=0.7, **style)
+            axis.plot(path[x].iloc[-1], path[y].iloc[-1], "o", color=STYLES[name][1])
     axis.set(xlabel="KL(π ‖ reference) per completion [nats]", ylabel="reward per completion")
     axis.legend(loc="lower right")
-    above = " No policy can be above the grey line." if frontier is not None else ""
+    exact = " Both are exact, by enumeration: no policy can be above the grey line."
+    above = "" if frontier is None else exact
     caption = (
         "Reward gained against KL paid, one path per run from the reference (left) to its end (dot). Higher at the "
         f"same KL is better; further right at the same height is waste.{above}"
@@ -136,7 +139,7 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
 
 def frontier(tree: TokenTree, taus=None) -> pd.DataFrame:
     """Exact (kl, reward) of the optimum for a range of τ: the best possible trade between the two."""
-    taus = np.geomspace(0.02, 50, 60) if taus is None else taus
+    taus = np.geomspace(0.02, 50, 40) if taus is None else taus
     policies = [tree.optimum(float(tau))[2] for tau in taus]
     points = [(tree.sequence_kl(p).item(), tree.expected_reward(p).item()) for p in policies]
     return pd.DataFrame(points, columns=["kl", "reward"])

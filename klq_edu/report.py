@@ -16,7 +16,7 @@ from rich.table import Table
 from klq_edu import figures
 from klq_edu.experiment import Result, summarise_results
 from klq_edu.figures import STYLES, Picture
-from klq_edu.rlhf.loop import METRICS
+from klq_edu.rlhf.loop import METRICS, resolve_device
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
@@ -92,7 +92,7 @@ def pictures(world: World, results: list[Result]) -> dict[str, tuple[str, Pictur
     best = figures.frontier(world.tree) if exact else None
     shown = {
         "curves": ("Reward and KL over training", figures.learning_curves(runs, curves, rising, smooth)),
-        "plane": ("Reward against KL", figures.reward_kl_plane(runs, best, smooth)),
+        "plane": ("Reward against KL", figures.reward_kl_plane(runs, best, 1 if exact else smooth)),
     }
     if exact:
         shown["regret"] = ("Regret to the exact optimum", figures.regret_curves(runs, tau))
@@ -126,7 +126,7 @@ def write(path: str | Path, world: World, results: list[Result]) -> Path:
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
-        samples=samples_table(results), figures=shown, metrics=metrics, machine=machine(),
+        samples=samples_table(results), figures=shown, metrics=metrics, machine=machine(results[0].settings["device"]),
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
         judge=world.judge_name,
     )  # fmt: skip
@@ -134,9 +134,10 @@ def write(path: str | Path, world: World, results: list[Result]) -> Path:
     return path
 
 
-def machine() -> dict[str, str]:
-    """Provenance of a measurement: software versions and the class of machine, no names or paths."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def machine(device: str) -> dict[str, str]:
+    """Provenance of a measurement on this device: software versions and the class of machine, no names or paths."""
+    device = resolve_device(device)
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
     return {
         "python": platform.python_version(),

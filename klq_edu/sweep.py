@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -35,10 +37,15 @@ class SweepConfig:
     """Runs at a time, one thread each."""
     name: str = "grammar_sweep"
     """Name of the CSV, and of the table (.md) and the provenance (.json) beside it."""
-    out: Path = Path("results")
-    """Folder for these."""
+    out: Path = Path("runs")
+    """Folder for these (the committed ones were made with --out results)."""
     runs: Path = Path("runs/sweep")
     """Folder for the runs themselves."""
+
+    def __post_init__(self):
+        for name in ("taus", "learning_rates", "variants", "critics", "seeds", "jobs"):
+            if not getattr(self, name) or (isinstance(getattr(self, name), int) and getattr(self, name) < 1):
+                raise ValueError(f"{name} must not be empty or below 1, got {getattr(self, name)}")
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of every run."""
@@ -77,7 +84,8 @@ def run_sweep(config: SweepConfig) -> Path:
         bar = progress.add_task("sweep", total=len(experiments))
         futures = [pool.submit(one_run, settings, config.runs / name) for name, settings in experiments.items()]
         try:
-            for _ in as_completed(futures):
+            for done in as_completed(futures):
+                done.result()  # an error ends the sweep now, not after hours
                 progress.advance(bar)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -86,7 +94,8 @@ def run_sweep(config: SweepConfig) -> Path:
     pd.DataFrame([f.result() for f in futures]).to_csv(path, index=False)
     sweep = {name: str(value) for name, value in asdict(config).items()}
     first = experiments[next(iter(experiments))].to_dict()
-    provenance = {"command": "klq sweep", "sweep": sweep, "settings of the first run": first, **machine()}
+    command = shlex.join(["klq", *sys.argv[1:]])
+    provenance = {"command": command, "sweep": sweep, "settings of the first run": first, **machine("cpu")}
     path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(path) + "\n")
     return path

@@ -19,7 +19,7 @@ def show_update(progress: bars.Progress, bar: bars.TaskID) -> Callable[[dict], N
     def show(row: dict) -> None:
         note = f"reward {row['reward']:+.2f}  KL {row['kl']:.2f}"
         if "attained" in row:
-            note += f"  J {row['attained']:.0%}"
+            note += f"  attained {row['attained']:.0%}"
         progress.update(bar, completed=row["update"] + 1, note=note)
 
     return show

@@ -41,6 +41,10 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("train", "grammar", "--tau", "0"), "tau must be a finite number > 0, got 0"),
         (("train", "grammar", "--alpha", "2"), "alpha must lie in (0, 1], got 2"),
         (("demo", "--world", "grammar", "--seeds", "0"), "seeds must be >= 1, got 0"),
+        (("demo", "--world", "grammar", "--updates", "0"), "updates must be an integer >= 1, got 0"),
+        (("sweep", "--seeds", "0"), "seeds must not be empty or below 1, got 0"),
+        (("train", "grammar", "--temperature", "0.5", "--out"), "temperature must be 1 in the grammar world, got 0.5"),
+        (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 5 in the grammar world"),
         (("demo", "--world", "grammar", "--out", "/dev/null/here"), "cannot write to the output folder"),
         (("train", "grammar", "--device", "cuda:99", "--out"), "device 'cuda:99' is not usable here"),
     ],
@@ -132,3 +136,13 @@ def test_the_doctor_reports_versions_devices_and_weights():
     for word in ("torch", "triton", "device", "SmolLM2 weights", "cache"):
         assert word in out.stdout
     assert out.returncode == (1 if "missing" in out.stdout else 0)
+
+
+def test_the_doctor_works_where_much_is_missing():
+    """It must not crash on what it is there to report, and its advice must be readable (brackets and all)."""
+    code = "import sys; sys.modules.update(transformers=None, datasets=None, gguf=None)\n"
+    code += "from klq_edu import doctor; doctor.DEMO_PACKAGES = ('no-such-package',); doctor.run_doctor()"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert out.returncode == 0 and "'.[demo]'" in out.stdout, out.stderr

@@ -9,7 +9,15 @@ from klq_edu.core.tree import TokenTree
 
 @pytest.fixture
 def runs():
-    columns = {"reward": 1.0, "kl": 2.0, "regret": 0.5, "attained": 0.5, "kl_old": 0.1}
+    columns = {
+        "reward": 1.0,
+        "kl": 2.0,
+        "regret": 0.5,
+        "attained": 0.5,
+        "kl_old": 0.1,
+        "exact_kl": 2.0,
+        "exact_reward": 1.0,
+    }
     keys = [(a, s, u) for a in ("klq", "ppo_penalty") for s in (0, 1) for u in range(1, 6)]
     rows = [{"algorithm": a, "seed": s, "rollouts": u} | {k: v * u for k, v in columns.items()} for a, s, u in keys]
     return pd.DataFrame(rows)

@@ -71,11 +71,11 @@ def token_stats(
 
     dtype = _result_dtype(logits, ref_logits)
     logp = _log_softmax(logits.to(dtype), temperature, mask)
-    logprob, entropy = _pick(logp, tokens, mask), _zero_unless(mask, _entropy(logp))
+    logprob, entropy = _pick(logp, tokens, mask), zero_unless(mask, _entropy(logp))
     if ref_logits is None:
         return TokenStats(logprob, entropy, None, None)
     logq = _log_softmax(ref_logits.detach().to(dtype), temperature, mask)
-    return TokenStats(logprob, entropy, _pick(logq, tokens, mask), _zero_unless(mask, kl_divergence(logp, logq)))
+    return TokenStats(logprob, entropy, _pick(logq, tokens, mask), zero_unless(mask, kl_divergence(logp, logq)))
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
@@ -155,17 +155,17 @@ def lambda_returns(
     checks.boolean_mask(mask)
     checks.right_padded(mask)
     weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
-    r, v, logp, logq, c = _clean(mask, rewards, values, logprobs, ref_logprobs, weights)
+    r, v, logp, logq, c = clean(mask, rewards, values, logprobs, ref_logprobs, weights)
 
     q = q_values(logp, logq, v, tau)
-    td_errors = _zero_unless(mask, r + gamma * _shift_left(v) - q)
+    td_errors = zero_unless(mask, r + gamma * _shift_left(v) - q)
     decay = gamma * lam * _shift_left(c)
     advantages = torch.zeros_like(td_errors)
     tail = td_errors.new_zeros(len(td_errors))
     for t in reversed(range(td_errors.shape[1])):
         tail = td_errors[:, t] + decay[:, t] * tail
         advantages[:, t] = tail
-    return LambdaReturns(_zero_unless(mask, q + alpha * advantages), advantages, td_errors)
+    return LambdaReturns(zero_unless(mask, q + alpha * advantages), advantages, td_errors)
 
 
 def klq_loss(
@@ -205,22 +205,8 @@ def klq_loss(
     >>> klq_loss(t(-1., -2.), t(-1., -1.), t(.5, .5), t(1., 1.), t(True, True), tau=0.5)
     tensor(0.3125)
     """
-    terms = klq_terms(
-        logprobs, ref_logprobs, values, targets, mask, tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip,
-        delta=delta, old_logprobs=old_logprobs, old_values=old_values,
-    )  # fmt: skip
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    return masked_mean(terms, mask) if reduction == "mean" else terms
-
-
-LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
-
-
-def klq_terms(
-    logprobs, ref_logprobs, values, targets, mask, *, tau, loss, clip, log_ratio_clip, delta, old_logprobs, old_values
-) -> Tensor:
-    """The per-token losses of `klq_loss`, zero where masked."""
     _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values)
     others = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask)
     checks.same_shape(logprobs.shape, "logprobs", **others, old_logprobs=old_logprobs, old_values=old_values)
@@ -228,20 +214,23 @@ def klq_terms(
     old_logprobs = logprobs if old_logprobs is None else old_logprobs
     old_values = values if old_values is None else old_values
     fixed = (x.detach() for x in (ref_logprobs, targets, old_logprobs, old_values))
-    logp, v, logq, target, old_logp, old_v = _clean(mask, logprobs, values, *fixed)
+    logp, v, logq, target, old_logp, old_v = clean(mask, logprobs, values, *fixed)
 
     error = q_values(logp, logq, v, tau) - target
-    if loss == "huber":
-        size = error.abs()
-        return torch.where(size <= delta, 0.5 * error**2, delta * (size - 0.5 * delta))
-    squares = [error**2]
+    squares = [error**2]  # each candidate's squared error; the clipped variants take the worst
     if loss in ("value_clipped", "double_clipped"):
         q_old = q_values(old_logp, logq, old_v, tau)
         squares.append((_clamp_around(error + target, q_old, clip) - target) ** 2)
     if loss in ("ratio_clipped", "double_clipped"):
         near = _clamp_around(logp, old_logp, log_ratio_clip)
         squares.append((q_values(near, logq, v, tau) - target) ** 2)
-    return 0.5 * torch.stack(squares).amax(0)
+    terms = 0.5 * torch.stack(squares).amax(0)
+    if loss == "huber":
+        terms = torch.where(error.abs() <= delta, terms, delta * (error.abs() - 0.5 * delta))
+    return masked_mean(terms, mask) if reduction == "mean" else terms
+
+
+LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -250,7 +239,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     >>> masked_mean(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True]))
     tensor(2.)
     """
-    return _zero_unless(mask, x).sum() / mask.sum().clamp(min=1)
+    return zero_unless(mask, x).sum() / mask.sum().clamp(min=1)
 
 
 def _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
@@ -264,11 +253,11 @@ def _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values
     given = dict(
         delta=delta, clip=clip, log_ratio_clip=log_ratio_clip, old_values=old_values, old_logprobs=old_logprobs
     )
-    for name in (n for n, need in needed.items() if need):
-        if given[name] is None:
+    for name, value in given.items():
+        if needed[name] and value is None:
             raise ValueError(f"loss={loss!r} needs {name}, got None")
-        if name in ("delta", "clip", "log_ratio_clip"):
-            checks.positive(**{name: given[name]})
+        if name in ("delta", "clip", "log_ratio_clip") and value is not None:
+            checks.positive(**{name: value})
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -276,20 +265,20 @@ def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _zero_unless(mask: Tensor, x: Tensor) -> Tensor:
+def zero_unless(mask: Tensor, x: Tensor) -> Tensor:
     """x where mask, else an exact 0 that passes no gradient, even where x is NaN or inf."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in the result dtype with masked entries replaced by 0."""
+def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the result dtype (float64 if one of them is, else float32) with masked entries replaced by 0."""
     dtype = _result_dtype(*tensors)
-    return [_zero_unless(mask, x.to(dtype)) for x in tensors]
+    return [zero_unless(mask, x.to(dtype)) for x in tensors]
 
 
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
     """log softmax(logits/temperature) with masked rows replaced by the uniform distribution."""
-    z = _zero_unless(mask.unsqueeze(-1), logits)
+    z = zero_unless(mask.unsqueeze(-1), logits)
     if temperature != 1 and z.numel():
         z = (z - z.detach().amax(-1, keepdim=True)) / temperature  # dividing first would round a common offset
     return torch.log_softmax(z, dim=-1)
@@ -297,7 +286,7 @@ def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
 
 def _pick(logp: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """logp of each token, 0 where masked."""
-    return _zero_unless(mask, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+    return zero_unless(mask, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
 
 
 def _entropy(logp: Tensor) -> Tensor:

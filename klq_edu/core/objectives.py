@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import checks
-from klq_kernels.reference import LOSSES, klq_loss, masked_mean
+from klq_kernels.reference import LOSSES, clean, klq_loss, masked_mean
 
 __all__ = ["LOSSES", "klq_loss", "masked_mean", "ppo_clip_loss", "ppo_penalty_loss", "value_loss"]
 
@@ -25,8 +25,7 @@ def ppo_clip_loss(
     tensor(-1.2000)
     """
     checks.positive(clip=clip)
-    ratio = _ratio(logprobs, old_logprobs, advantages, mask)
-    gain = torch.where(mask, advantages.detach(), 0.0)
+    ratio, _, gain = _ratio(logprobs, old_logprobs, advantages, mask)
     return masked_mean(-torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain), mask)
 
 
@@ -50,12 +49,10 @@ def ppo_penalty_loss(
     tensor(-1.)
     """
     checks.positive(coef=coef)
-    ratio = _ratio(logprobs, old_logprobs, advantages, mask)
-    if kl is None:
-        log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
-        kl = ratio * log_ratio - torch.expm1(log_ratio)
+    ratio, log_ratio, gain = _ratio(logprobs, old_logprobs, advantages, mask)
+    kl = ratio * log_ratio - torch.expm1(log_ratio) if kl is None else kl
     checks.same_shape(logprobs.shape, "logprobs", kl=kl)
-    return masked_mean(-ratio * torch.where(mask, advantages.detach(), 0.0) + coef * kl, mask)
+    return masked_mean(coef * kl - ratio * gain, mask)
 
 
 def value_loss(
@@ -70,20 +67,21 @@ def value_loss(
     """
     checks.same_shape(values.shape, "values", returns=returns, mask=mask, old_values=old_values)
     checks.boolean_mask(mask)
-    values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns.detach(), 0.0)
+    old_values = values if old_values is None and clip is None else old_values
+    if old_values is None:
+        raise ValueError("value_loss with clip needs old_values, got None")
+    values, returns, centre = clean(mask, values, returns.detach(), old_values.detach())
     squares = (values - returns) ** 2
     if clip is not None:
         checks.positive(clip=clip)
-        if old_values is None:
-            raise ValueError("value_loss with clip needs old_values, got None")
-        centre = torch.where(mask, old_values.detach(), 0.0)
         clamped = torch.minimum(torch.maximum(values, centre - clip), centre + clip)
         squares = torch.maximum(squares, (clamped - returns) ** 2)
     return masked_mean(0.5 * squares, mask)
 
 
-def _ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """ρ = π/π_old where mask, else 1, after checking shapes."""
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ρ = π/π_old, log ρ and Â (1, 0 and 0 where masked), after checking shapes."""
     checks.same_shape(logprobs.shape, "logprobs", old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     checks.boolean_mask(mask)
-    return torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()
+    new, old, gain = clean(mask, logprobs, old_logprobs.detach(), advantages.detach())
+    return (new - old).exp(), new - old, gain

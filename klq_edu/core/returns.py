@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import LambdaReturns, checks, lambda_returns
-from klq_kernels.reference import masked_mean, q_values
+from klq_kernels.reference import clean, masked_mean, q_values
 
 __all__ = ["LambdaReturns", "lambda_returns", "gae", "kl_shaped_rewards", "forward_view", "retrace_weights", "whiten"]
 
@@ -21,13 +21,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     """Generalised advantage estimation as in Schulman et al. 2016, written from PPO's side.
 
     δ_t = r_{t+1} + γ V_{t+1} − V_t and Â_t = Σ_k (γλ)^k δ_{t+k}, V = 0 after the last real token. On KL-shaped rewards
-    it *is* KLQ's Δ (claim 1 of the equivalence). [B, T] -> [B, T], zero where masked.
+    it *is* KLQ's Δ (claim 1 of the equivalence). [B, T] -> [B, T], zero where masked; γ, λ in [0, 1]. Raises
+    ValueError for shapes that disagree or a mask with holes.
 
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2).bool(), lam=1.0)
     tensor([[0.5000, 0.5000]])
     """
+    checks.unit_interval(gamma=gamma, lam=lam)
+    checks.same_shape(rewards.shape, "rewards", values=values, mask=mask)
+    checks.boolean_mask(mask)
     checks.right_padded(mask)
-    rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
+    rewards, values = clean(mask, rewards, values)
     advantages, tail, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -37,7 +41,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
 
 
 def forward_view(td_errors: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """Δ_t = Σ_{k≥0} (γλ)^k δ_{t+k}, the sum written out: O(T²) and independent of the recursion it must equal."""
+    """Δ_t = Σ_{k≥0} (γλ)^k δ_{t+k}, the sum written out: O(T²) and independent of the recursion it must equal.
+
+    [B, T] -> [B, T]; γ, λ in [0, 1]. Raises ValueError for shapes that disagree or a mask with holes.
+    """
+    checks.unit_interval(gamma=gamma, lam=lam)
+    checks.same_shape(td_errors.shape, "td_errors", mask=mask)
+    checks.boolean_mask(mask)
+    checks.right_padded(mask)
     steps = torch.arange(td_errors.shape[1], device=td_errors.device)
     gap = steps[None, :] - steps[:, None]  # [t, t+k] -> k
     weights = torch.where(gap >= 0, (gamma * lam) ** gap.clamp(min=0).to(td_errors.dtype), 0.0)
@@ -54,5 +65,6 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     A PPO habit offered here as an ablation: centring Δ breaks the equivalence of KLQ and PPO.
     """
+    (x,) = clean(mask, x)
     centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
     return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)

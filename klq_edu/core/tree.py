@@ -106,13 +106,17 @@ class TokenTree:
 
         Raises ValueError unless each row is a distribution over tokens that the tree follows.
         """
-        checks.same_shape(self.ref.shape, "the tree's states x tokens", ref=ref)
-        worst = (ref.to(torch.float64).sum(1) - 1).abs().max().item()
-        if worst > 1e-6 or (ref < 0).any() or (ref[self.ref == 0] > 0).any():
-            raise ValueError(
-                f"ref must be probabilities of the tree's own tokens; a row's sum is {worst:.2g} away from 1"
-            )
-        return replace(self, ref=ref.to(torch.float64))
+        self._check_policy(ref=ref)
+        ref = ref.to(torch.float64)
+        return replace(self, ref=ref / ref.sum(1, keepdim=True))
+
+    def _check_policy(self, **policies: Tensor) -> None:
+        """Each is a distribution over the tree's own tokens in every state, or a ValueError says which is not."""
+        checks.same_shape(self.ref.shape, "the tree's states x tokens", **policies)
+        for name, policy in policies.items():
+            worst = (policy.sum(1) - 1).abs().max().item()
+            if not worst <= 1e-6 or (policy < 0).any() or (policy[self.ref == 0] > 0).any():
+                raise ValueError(f"{name} must be probabilities of the tree's own tokens; a sum is {worst:.2g} off 1")
 
     @cached_property
     def levels(self) -> list[Tensor]:
@@ -138,7 +142,7 @@ class TokenTree:
 
         policy [S, V] -> (Q [S, V], V [S]). Raises ValueError for τ ≤ 0, γ outside [0, 1] or a policy of another shape.
         """
-        checks.same_shape(self.ref.shape, "the tree's states x tokens", policy=policy)
+        self._check_policy(policy=policy)
         kl = self.state_kl(policy)
         return self._backup(lambda s, q: (policy[s] * q).sum(-1) - tau * kl[s], tau, gamma)
 

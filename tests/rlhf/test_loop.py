@@ -4,16 +4,16 @@ import pytest
 import torch
 from datasets import Dataset
 
+from klq_edu.rlhf import loop
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
-from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.loop import METRICS, prompt_rows, resolve_device, train
+from klq_edu.rlhf.config import THRESHOLDS, TrainConfig
+from klq_edu.rlhf.loop import METRICS, clip_gradients, prompt_rows, resolve_device, train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.runs import Run
 
 PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)], "target": list(range(7))})
-CLIPS = {"clip": 0.5, "log_ratio_clip": 0.5, "delta": 0.5}
 
 
 def even_words(prompts, completions, target):
@@ -68,6 +68,29 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, tiny_lm, tokenizer, 
     assert len((tmp_path / "cut" / "samples.jsonl").read_text().splitlines()) == 4
 
 
+def test_an_error_inside_the_first_update_after_resuming_tears_nothing(tmp_path, tiny_lm, tokenizer, monkeypatch):
+    """The optimiser must not share its moments with the checkpoint it was restored from."""
+    whole = run(tmp_path / "whole", tiny_lm, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", tiny_lm, tokenizer, on_update=interrupt)
+    calls = []
+
+    def fail_at_the_second_step(policy, limit):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return clip_gradients(policy, limit)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "clip_gradients", fail_at_the_second_step)
+        run(tmp_path / "cut", tiny_lm, tokenizer)
+    assert timeless(run(tmp_path / "cut", tiny_lm, tokenizer)) == timeless(whole)
+
+
+def interrupt(row):
+    raise KeyboardInterrupt
+
+
 def test_lines_logged_after_the_last_checkpoint_are_dropped(tmp_path, tiny_lm, tokenizer):
     """A killed process (no chance to save) restarts from its last checkpoint without duplicate rows."""
     whole = run(tmp_path, tiny_lm, tokenizer)
@@ -93,7 +116,7 @@ def test_every_algorithm_trains(tmp_path, tiny_lm, tokenizer, algorithm, extra):
 
 @pytest.mark.parametrize("loss", ["huber", "value_clipped", "ratio_clipped", "double_clipped"])
 def test_every_loss_variant_trains(tmp_path, tiny_lm, tokenizer, loss):
-    rows = run(tmp_path, tiny_lm, tokenizer, settings(loss=loss, **CLIPS))
+    rows = run(tmp_path, tiny_lm, tokenizer, settings(loss=loss, **{name: 0.5 for name in THRESHOLDS[loss]}))
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
 
 
@@ -133,6 +156,38 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_state(tmp_path, tiny_lm,
     assert [row["update"] for row in run(tmp_path, tiny_lm, tokenizer)] == [0, 1, 2, 3]
 
 
+def test_an_infinite_gradient_stops_before_any_parameter_changes(tiny_lm):
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+    for p in policy.trainable().values():
+        p.grad = torch.full_like(p, torch.inf)
+    with pytest.raises(FloatingPointError, match="gradient norms .* lower learning_rate"):
+        clip_gradients(policy, 1.0)
+
+
+def test_the_policy_carries_out_the_settings_or_refuses_them(tmp_path, tiny_lm, tokenizer):
+    """config.json must not record a scale, precision or critic that was not used."""
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+    rows = run(tmp_path / "a", tiny_lm, tokenizer, settings(dtype="bfloat16", updates=2), policy=policy)
+    assert (policy.value_grad_scale, policy.dtype) == (settings().tau, torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32} and rows[-1]["loss"] > 0
+    with pytest.raises(ValueError, match="critic is 'separate' but the policy was built with critic='shared'"):
+        run(tmp_path / "b", tiny_lm, tokenizer, settings(critic="separate"), policy=policy)
+
+
+def test_a_fresh_value_head_starts_at_the_first_batchs_mean_reward(tmp_path, tiny_lm, tokenizer):
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+    row = run(tmp_path, tiny_lm, tokenizer, settings(updates=1), policy=policy)[0]
+    assert row["value"] == pytest.approx(row["reward"]) and row["reward"] > 0
+
+
+@pytest.mark.parametrize("minibatches", [1, 4, 5])
+def test_minibatches_are_optimiser_steps_per_pass(tmp_path, tiny_lm, tokenizer, minibatches, monkeypatch):
+    steps = []
+    monkeypatch.setattr(loop, "clip_gradients", lambda *args: steps.append(1) or clip_gradients(*args))
+    run(tmp_path, tiny_lm, tokenizer, settings(updates=1, epochs=3, minibatches=minibatches))
+    assert len(steps) == 3 * minibatches
+
+
 def test_prompts_are_used_equally_often_and_reshuffled():
     counts = torch.bincount(torch.tensor([r for u in range(14) for r in prompt_rows(7, 4, u, seed=3)]))
     assert counts.tolist() == [8] * 7
@@ -141,7 +196,7 @@ def test_prompts_are_used_equally_often_and_reshuffled():
 
 def test_a_run_folder_refuses_other_settings(tmp_path):
     Run(tmp_path, {"tau": 0.1})
-    with pytest.raises(ValueError, match=r"other settings .*tau.*0.1, 0.2.*use another folder"):
+    with pytest.raises(ValueError, match=r"holds other settings .*tau.*0.1, 0.2.*use another folder"):
         Run(tmp_path, {"tau": 0.2})
 
 

@@ -26,6 +26,14 @@ def test_columns_of_the_dataset_reach_the_reward():
     assert seen == {"prompts": ["a", "b", "c"], "completions": ["a", "b", "c"], "answer": ["x", "y", "z"]}
 
 
+def test_columns_may_have_any_name():
+    assert score(lambda reward, rollout, **_: reward, rollout(), reward=[1.0, 2.0, 3.0], rollout=[0] * 3).tolist() == [
+        1,
+        2,
+        3,
+    ]
+
+
 def broken(prompts, completions, **_):
     raise KeyError("lexicon")
 
@@ -36,6 +44,7 @@ def broken(prompts, completions, **_):
         (lambda **_: [1.0, 2.0], ValueError, "one score per completion, 3, got 2"),
         (lambda **_: [1.0, float("nan"), 2.0], ValueError, "finite numbers, got nan for completion 'b'"),
         (lambda **_: [1.0, float("inf"), 2.0], ValueError, "finite numbers, got inf"),
+        (lambda **_: [1.0, 1e39, 2.0], ValueError, "finite numbers, got 1e\\+39"),
         (lambda **_: [1.0, None, 2.0], ValueError, "finite numbers, got None"),
         (lambda **_: ["1", "2", "3"], ValueError, "finite numbers, got '1'"),
         (lambda **_: None, TypeError, "must return a list of numbers, got NoneType"),

@@ -65,7 +65,7 @@ def test_the_mask_ends_with_eos_and_a_prompt_may_contain_it(tiny_lm, tokenizer):
 
 
 def test_sampling_stops_when_every_row_has_ended(tiny_lm, tokenizer):
-    policy = ActorCritic(tiny_lm(), vocab=torch.tensor([1]))  # only EOS is possible
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1, vocab=torch.tensor([1]))  # only EOS is possible
     assert sample(policy, tokenizer, steps=9).tokens.tolist() == [[1], [1], [1]]
 
 

