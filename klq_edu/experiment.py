@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.runs import Run, replace_file
 from klq_edu.worlds.presets import variant_of
-from klq_edu.worlds.world import World
+from klq_edu.worlds.world import World, threads
 
 SAMPLES_PER_PROMPT = 2
 SAMPLING_SEED = 20_250_823
@@ -71,17 +70,6 @@ def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict]
     text = json.dumps(samples, indent=1, ensure_ascii=False)
     replace_file(run.folder / SAMPLES_FILE, lambda path: path.write_text(text))
     return read_result(run)
-
-
-@contextmanager
-def threads(count: int | None):
-    """Within this context torch computes with `count` CPU threads (None: as before)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def read_result(run: Run) -> Result | None:

@@ -22,7 +22,7 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import encode_prompts
 from klq_edu.worlds.cache import cached_folder
-from klq_edu.worlds.world import World
+from klq_edu.worlds.world import World, threads
 
 PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
 ADJECTIVES = ("kind", "old", "quiet", "proud", "cruel", "lost")
@@ -188,11 +188,11 @@ def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, see
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=16, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        loss_type="ForCausalLM",
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers derives it from the class name, and fails with a warning
     sentences = corpus(20_000, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -213,7 +213,8 @@ def load_grammar(seed: int = 0) -> World:
     """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it."""
     tokenizer = build_tokenizer()
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
-    folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
+    with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
+        folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     uniform = build_tree(tokenizer)
     reference = ActorCritic.from_pretrained(folder)
     reader = TreeReader(uniform, tokenizer, reference)
