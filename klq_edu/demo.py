@@ -68,11 +68,10 @@ def run_demo(config: DemoConfig) -> Path:
     from klq_edu.terminal import progress_bars, show_update
     from klq_edu.worlds import load
 
-    console, start = Console(), time.perf_counter()
+    console, start, experiments, results = Console(), time.perf_counter(), config.experiments(), []
     folder = writable_folder(config.out / config.world)
     with console.status(f"loading the world {config.world} (the first time takes up to half a minute longer)"):
         world = load(config.world)
-    experiments, results = config.experiments(), []
     with progress_bars(console) as progress:
         bars = {
             name: progress.add_task(f"{title(c)} seed {c.seed}", total=c.updates, note="", start=False)
