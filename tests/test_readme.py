@@ -3,7 +3,13 @@
 import re
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import pandas as pd
+
+from klq_edu.sweep import markdown
+from klq_edu.worlds.presets import preset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs(tmp_path, monkeypatch, tiny_lm, tokenizer):
@@ -20,5 +26,20 @@ def test_the_example_runs(tmp_path, monkeypatch, tiny_lm, tokenizer):
 def test_the_first_screen_names_both_commands_and_every_link_leads_somewhere():
     assert "make demo" in README[:1200] and "make test" in README[:1200]
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target
     assert "@" not in README, "a number is still to be filled in"
+
+
+def test_its_tables_are_those_of_the_committed_results():
+    """No number in prose that a command does not reproduce: the tables are made from the CSVs again and compared."""
+    for name in ("grammar_sweep", "grammar_critics"):
+        assert markdown(ROOT / "results" / f"{name}.csv") in README, f"run klq sweep --name {name} and update README.md"
+
+
+def test_the_defaults_reach_what_the_project_promises():
+    """KLQ's default settings in the grammar world, median of five seeds, from the committed sweep."""
+    runs = pd.read_csv(ROOT / "results" / "grammar_sweep.csv")
+    default = runs[(runs["algorithm"] == "klq") & (runs["learning_rate"] == preset("grammar").learning_rate)]
+    medians = default.groupby("tau")["attained"].median()
+    assert (default.groupby("tau")["seed"].nunique() == 5).all() and default["rollouts"].max() <= 5120
+    assert medians[0.05] >= 0.93 and medians[0.2] >= 0.98 and medians[1.0] >= 0.955
