@@ -23,7 +23,7 @@ class DemoConfig:
     seeds: int = 1
     """Seeds per algorithm: 0, 1, …"""
     quick: bool = False
-    """Fewer updates: 15 in stories, 30 in grammar."""
+    """Fewer updates: 10 in stories, 30 in grammar."""
     updates: int | None = None
     """Updates per run; not given: the world's."""
     tau: float | None = None
