@@ -43,3 +43,16 @@ def test_the_defaults_reach_what_the_project_promises():
     medians = default.groupby("tau")["attained"].median()
     assert (default.groupby("tau")["seed"].nunique() == 5).all() and default["rollouts"].max() <= 5120
     assert medians[0.05] >= 0.93 and medians[0.2] >= 0.98 and medians[1.0] >= 0.955
+
+
+def test_the_stories_table_is_that_of_the_committed_demo():
+    runs = pd.read_csv(ROOT / "results" / "stories_demo.csv")
+    assert runs.groupby("algorithm")["seed"].nunique().tolist() == [3, 3]
+    for name, label in {"klq": "KLQ", "ppo_clip": "PPO-clip"}.items():
+        part = runs[runs["algorithm"] == name]
+        cells = []
+        for column, digits in (("test_after", 3), ("judge_after", 3), ("kl", 2)):
+            middle, low, high = (part[column].quantile(q) for q in (0.5, 0, 1))
+            cells.append(f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+        assert f"| {label} | {' | '.join(cells)} |" in README
+    assert f"| reference | {runs['test_before'][0]:.3f} | {runs['judge_before'][0]:.3f} | 0 |" in README
