@@ -40,36 +40,13 @@ def token_stats(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    backend: str | None = None,
 ) -> TokenStats:
-    """Log-probability of each token, entropy, and exact KL(policy ‖ reference) of the distribution it was drawn from.
-
-    With z = logits/temperature and p = softmax(z), q = softmax(ref_logits/temperature):
-
-        logprob = log p(token)    entropy = −Σ_v p_v log p_v    kl = Σ_v p_v log(p_v/q_v) ≥ 0        (2)
-
-    Shapes: logits and ref_logits [..., V]; tokens and mask [...]. All results are in nats, shaped like tokens, and
-    differentiable in `logits`; no gradient flows to `ref_logits`. A logit of −inf is a forbidden token: p = 0
-    contributes nothing, p > 0 with q = 0 makes the KL +inf.
-
-    Raises ValueError or TypeError for shapes that disagree, temperature ≤ 0, a mask that is not boolean, or an
-    unmasked token outside the vocabulary. Source: arXiv 2508.17000, eq. (2).
-
-    >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), torch.zeros(1, 4))
-    >>> [round(x.item(), 4) for x in stats]
-    [-1.3863, 1.3863, -1.3863, 0.0]
-    """
-    checks.backend_name(backend)
-    checks.positive(temperature=temperature)
-    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
-    if ref_logits is not None:
-        checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
+    """`klq_kernels.token_stats` by its formulas, with every [..., V] tensor spelled out."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    checks.boolean_mask(mask)
     checks.token_ids(tokens, mask, logits.shape[-1])
     tokens = torch.where(mask, tokens, 0).long()
 
-    dtype = _result_dtype(logits, ref_logits)
+    dtype = result_dtype(logits, ref_logits)
     logp = _log_softmax(logits.to(dtype), temperature, mask)
     logprob, entropy = _pick(logp, tokens, mask), zero_unless(mask, _entropy(logp))
     if ref_logits is None:
@@ -78,13 +55,33 @@ def token_stats(
     return TokenStats(logprob, entropy, _pick(logq, tokens, mask), zero_unless(mask, kl_divergence(logp, logq)))
 
 
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> TokenStats:
+    """`klq_kernels.linear_token_stats` with both [..., V] logits in memory."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    logits, ref_logits = _project(hidden, weight, bias, mask), None
+    if ref_hidden is not None:
+        ref_logits = _project(ref_hidden.detach(), ref_weight.detach(), ref_bias, mask)
+    return token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
+
+
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """Exact D(p ‖ q) over the last axis from normalised log-probabilities.
 
     Computed as the Bregman sum Σ_v [q_v − p_v + p_v log(p_v/q_v)] = Σ_v p_v (e^{−d_v} − 1 + d_v), d = log(p/q). Since
     Σp = Σq = 1 it equals Σ p log(p/q), but no term is negative and rounding errors in the normalisers cancel to first
-    order: float32 keeps a KL of 1e−8 that Σ p log(p/q) loses entirely. A token with p > 0 = q makes the sum +inf and
-    passes no gradient itself.
+    order: float32 keeps a KL of 1e−8 that Σ p log(p/q) loses entirely. A token with p > 0 = q makes the sum +inf, and
+    such a row passes no gradient.
 
     Shapes: [..., V], [..., V] -> [...]. Units: nats.
 
@@ -97,7 +94,7 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     near = (d.abs() < 1) & (p > 0)
     d_near = torch.where(near, d, 0.0)
     terms = torch.where(near, p * (torch.expm1(-d_near) + d_near).clamp_min(0), q - p + p * d)
-    return torch.where((p > 0) & (logq == -INF), INF, terms).sum(-1)
+    return torch.where(((p > 0) & (logq == -INF)).any(-1), INF, terms.sum(-1))
 
 
 def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
@@ -124,42 +121,15 @@ def lambda_returns(
     lam: float = 0.95,
     alpha: float = 1.0,
     trace_weights: Tensor | None = None,
-    backend: str | None = None,
 ) -> LambdaReturns:
-    """KLQ's regression targets: one backward recursion over the tokens of each completion.
-
-        Q_t = τ (logprob_t − ref_logprob_t) + V_t
-        δ_t = r_{t+1} + γ V_{t+1} − Q_t,   V = 0 after the last real token                         (14)
-        Δ_t = δ_t + γ λ c_{t+1} Δ_{t+1},   c = 1 unless trace_weights are given (Retrace)
-        Ĝ_t = Q_t + α Δ_t                                                                           (7)
-
-    Shapes: every tensor [B, T]; `mask` boolean and right-padded, empty rows allowed. Ranges: τ > 0; γ, λ in [0, 1];
-    α in (0, 1]. Masked entries of any argument are ignored; results are zero there and carry no gradient.
-
-    Raises ValueError or TypeError naming the argument for shapes that disagree, a mask with holes, or a coefficient
-    out of range. Source: arXiv 2508.17000, eqs. (7) and (14); Retrace: Munos et al. 2016.
-
-    >>> one = torch.ones(1, 2)
-    >>> out = lambda_returns(torch.tensor([[0., 1.]]), 0 * one, -one, -one, one.bool(), tau=0.1, lam=1.0)
-    >>> out.targets
-    tensor([[1., 1.]])
-    """
-    checks.backend_name(backend)
-    checks.positive(tau=tau)
-    checks.unit_interval(gamma=gamma, lam=lam)
-    checks.step_size(alpha)
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
-    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, trace_weights=trace_weights)
-    checks.same_shape(rewards.shape, "rewards", mask=mask, **rest)
-    checks.boolean_mask(mask)
+    """`klq_kernels.lambda_returns` by its recursion, a Python loop over time."""
     checks.right_padded(mask)
     weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
     r, v, logp, logq, c = clean(mask, rewards, values, logprobs, ref_logprobs, weights)
 
     q = q_values(logp, logq, v, tau)
-    td_errors = zero_unless(mask, r + gamma * _shift_left(v) - q)
-    decay = gamma * lam * _shift_left(c)
+    td_errors = zero_unless(mask, r + gamma * shift_left(v) - q)
+    decay = gamma * lam * shift_left(c)
     advantages = torch.zeros_like(td_errors)
     tail = td_errors.new_zeros(len(td_errors))
     for t in reversed(range(td_errors.shape[1])):
@@ -207,7 +177,7 @@ def klq_loss(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values)
+    checks.loss_variant(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values)
     others = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask)
     checks.same_shape(logprobs.shape, "logprobs", **others, old_logprobs=old_logprobs, old_values=old_values)
     checks.boolean_mask(mask)
@@ -220,9 +190,9 @@ def klq_loss(
     squares = [error**2]  # each candidate's squared error; the clipped variants take the worst
     if loss in ("value_clipped", "double_clipped"):
         q_old = q_values(old_logp, logq, old_v, tau)
-        squares.append((_clamp_around(error + target, q_old, clip) - target) ** 2)
+        squares.append((clamp_around(error + target, q_old, clip) - target) ** 2)
     if loss in ("ratio_clipped", "double_clipped"):
-        near = _clamp_around(logp, old_logp, log_ratio_clip)
+        near = clamp_around(logp, old_logp, log_ratio_clip)
         squares.append((q_values(near, logq, v, tau) - target) ** 2)
     terms = 0.5 * torch.stack(squares).amax(0)
     if loss == "huber":
@@ -230,7 +200,27 @@ def klq_loss(
     return masked_mean(terms, mask) if reduction == "mean" else terms
 
 
-LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
+def logits_klq_loss(
+    logits: Tensor, tokens: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *,
+    temperature: float = 1.0, **variant,
+) -> Tensor:  # fmt: skip
+    """`klq_kernels.logits_klq_loss` as `token_stats`, then `klq_loss`."""
+    stats = token_stats(logits, tokens, temperature=temperature, mask=mask)
+    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant)
+
+
+def linear_klq_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_logprobs: Tensor | None, values: Tensor, targets: Tensor,
+    mask: Tensor, *, bias: Tensor | None = None, ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None, temperature: float = 1.0, **variant,
+) -> tuple[Tensor, TokenStats]:  # fmt: skip
+    """`klq_kernels.linear_klq_loss` as `linear_token_stats`, then `klq_loss`: the loss and the detached statistics."""
+    stats = linear_token_stats(
+        hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature, mask=mask
+    )
+    ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
+    loss = klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant)
+    return loss, TokenStats(*(x if x is None else x.detach() for x in stats))
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -242,25 +232,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return zero_unless(mask, x).sum() / mask.sum().clamp(min=1)
 
 
-def _check_loss(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
-    """Every variant gets the thresholds and old quantities it needs, or an error that names what is missing."""
-    checks.positive(tau=tau)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
-    values, ratios = loss in ("value_clipped", "double_clipped"), loss in ("ratio_clipped", "double_clipped")
-    needed = {"delta": loss == "huber", "clip": values, "log_ratio_clip": ratios}
-    needed |= {"old_values": values, "old_logprobs": values or ratios}
-    given = dict(
-        delta=delta, clip=clip, log_ratio_clip=log_ratio_clip, old_values=old_values, old_logprobs=old_logprobs
-    )
-    for name, value in given.items():
-        if needed[name] and value is None:
-            raise ValueError(f"loss={loss!r} needs {name}, got None")
-        if name in ("delta", "clip", "log_ratio_clip") and value is not None:
-            checks.positive(**{name: value})
-
-
-def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
+def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any input is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -272,8 +244,13 @@ def zero_unless(mask: Tensor, x: Tensor) -> Tensor:
 
 def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The tensors in the result dtype (float64 if one of them is, else float32) with masked entries replaced by 0."""
-    dtype = _result_dtype(*tensors)
+    dtype = result_dtype(*tensors)
     return [zero_unless(mask, x.to(dtype)) for x in tensors]
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states whose masked rows are replaced by zeros."""
+    return torch.nn.functional.linear(zero_unless(mask.unsqueeze(-1), hidden), weight, bias)
 
 
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
@@ -294,10 +271,11 @@ def _entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * torch.where(logp > -INF, logp, 0.0)).sum(-1)
 
 
-def _shift_left(x: Tensor) -> Tensor:
-    """x_{t+1} along the last axis, 0 after the end. Rows are right-padded and zero where masked."""
-    return torch.nn.functional.pad(x, (0, 1))[..., 1:]
+def shift_left(x: Tensor, steps: int = 1) -> Tensor:
+    """x_{t+steps} along the last axis, 0 after the end. Rows are right-padded and zero where masked."""
+    return torch.nn.functional.pad(x, (0, steps))[..., steps:]
 
 
-def _clamp_around(x: Tensor, centre: Tensor, radius: float) -> Tensor:
+def clamp_around(x: Tensor, centre: Tensor, radius: float) -> Tensor:
+    """x, but at most `radius` away from `centre`."""
     return torch.minimum(torch.maximum(x, centre - radius), centre + radius)

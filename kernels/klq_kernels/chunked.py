@@ -1,0 +1,184 @@
+"""Operations from hidden states in chunks of rows: a chunk's logits live in a workspace of bounded size, never all.
+
+The work on logits is done by a backend's `logits_stats` and `logits_grad`; the matrix products are torch's. `Head` is
+the policy's (or the reference's) hidden states with the matrix and the bias that make logits of them.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_kernels import reference, tiled
+from klq_kernels.reference import clean, result_dtype
+from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
+
+WORKSPACE_BYTES = 1 << 26  # 64 MiB: 256 rows of two models with 32,000 tokens
+
+
+class Head(NamedTuple):
+    """hidden [N, H], weight [V, H], bias [V] or None: logits = hidden weightᵀ + bias."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        """Logits of these rows in the working dtype, written to `out`."""
+        z = product(self.hidden[rows], self.weight.t(), out)
+        return z if self.bias is None else z.add_(self.bias)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a head's hidden states, weight and bias; None where nobody asked."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, head: Head, needed: tuple[bool, bool, bool]) -> "Gradients":
+        """Zero accumulators: the weight's in the working dtype, since many chunks add to it."""
+        dtype = result_dtype(head.weight)
+        made = (torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip(head, needed, strict=True))
+        return cls(*made)
+
+    def add(self, head: Head, rows: slice | Tensor, dz: Tensor) -> None:
+        """Add what logit gradients dz [n, V] of these rows contribute."""
+        dz = dz.to(head.hidden.dtype) if dz.is_cuda else dz
+        if self.hidden is not None:
+            self.hidden[rows] = product(dz, head.weight)
+        if self.weight is not None:
+            add_product(self.weight, dz.t(), head.hidden[rows])
+        if self.bias is not None:
+            self.bias.add_(dz.sum(0, dtype=self.bias.dtype))
+
+    def like(self, head: Head) -> "Gradients":
+        """In the dtypes of what they are gradients of."""
+        return Gradients(*(None if g is None else g.to(x.dtype) for g, x in zip(self, head, strict=True)))
+
+
+def linear_stats(
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
+) -> Statistics:
+    """`reference.linear_token_stats`, chunk by chunk."""
+    out = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
+    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
+        store(out, rows, tiled.logits_stats(z, tokens[rows], r, temperature, mask[rows], exact=False))
+    return out
+
+
+def linear_grad(
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Statistics,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None], needed: tuple[bool, bool, bool], workspace: int,
+) -> Gradients:  # fmt: skip
+    """Gradients of what `linear_stats` returned: the logits are computed once more, the reference's only if the KL
+    has an upstream gradient."""
+    grads = Gradients.zeros(policy, needed)
+    ref = None if upstream[2] is None else ref
+    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
+        some = Statistics(*(x[rows] if len(x) else x for x in stats))
+        ups = tuple(None if x is None else x[rows] for x in upstream)
+        grads.add(policy, rows, tiled.logits_grad(z, tokens[rows], r, temperature, mask[rows], some, ups, z))
+    return grads.like(policy)
+
+
+def linear_klq(
+    kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, values: Tensor, temperature: float,
+    mask: Tensor, fixed: dict, variant: dict, needed: tuple[bool, bool, bool], workspace: int,
+) -> tuple[Tensor, Statistics, Gradients, Tensor]:  # fmt: skip
+    """KLQ's loss, the statistics, and all gradients (hidden, weight, bias; values) from one pass over the vocabulary.
+
+    Within a chunk the log-probs are known as soon as its logits are, hence the loss and its gradient: nothing is
+    computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `fixed` holds
+    klq_loss's tensors without gradient, `variant` its settings; `kernels` works on logits.
+    """
+    grads, count = Gradients.zeros(policy, needed), mask.sum().clamp(min=1)
+    stats = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
+    total, dvalues = 0.0, torch.zeros_like(values, dtype=result_dtype(values, stats.logprob))
+    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
+        part = kernels.logits_stats(z, tokens[rows], r, temperature, mask[rows], exact=False)
+        store(stats, rows, part)
+        given = {name: None if x is None else x[rows] for name, x in fixed.items()}
+        given["ref_logprobs"] = part.ref_logprob if ref else given["ref_logprobs"]
+        loss, a, dvalues[rows] = klq_terms(part.logprob, values[rows], mask[rows], **given, **variant)
+        total = total + loss
+        if any(needed):
+            ups = (a / count, None, None)
+            grads.add(policy, rows, kernels.logits_grad(z, tokens[rows], None, temperature, mask[rows], part, ups, z))
+    return total / count, stats, grads.like(policy), dvalues / count
+
+
+def klq_terms(
+    logprobs: Tensor, values: Tensor, mask: Tensor, *, ref_logprobs: Tensor, targets: Tensor, tau: float,
+    loss: str = "l2", clip: float | None = None, log_ratio_clip: float | None = None, delta: float | None = None,
+    old_logprobs: Tensor | None = None, old_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sum of `reference.klq_loss` over tokens, and its derivatives in each log-prob and value, as autograd has them.
+
+    A clipped candidate that is worse than ½e² is out of its clamp's range: no gradient passes what is clamped.
+    """
+    thresholds = dict(clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    old = dict(old_logprobs=old_logprobs, old_values=old_values)
+    terms = reference.klq_loss(
+        logprobs, ref_logprobs, values, targets, mask, tau=tau, loss=loss, **thresholds, **old, reduction="none"
+    )
+    old = (x if x is not None else y for x, y in ((old_logprobs, logprobs), (old_values, values)))
+    logp, v, logq, target, old_logp, old_v = clean(mask, logprobs, values, ref_logprobs, targets, *old)
+    error = reference.q_values(logp, logq, v, tau) - target
+    dv = error.clamp(-delta, delta) if loss == "huber" else error
+    dlogp, worst = tau * dv, error.abs()
+    if loss in ("value_clipped", "double_clipped"):
+        q_old = reference.q_values(old_logp, logq, old_v, tau)
+        clamped = (reference.clamp_around(error + target, q_old, clip) - target).abs()
+        dlogp, dv = (x.masked_fill(clamped > worst, 0.0) for x in (dlogp, dv))
+        worst = torch.maximum(worst, clamped)
+    if loss in ("ratio_clipped", "double_clipped"):
+        near = reference.clamp_around(logp, old_logp, log_ratio_clip)
+        clamped = reference.q_values(near, logq, v, tau) - target
+        dlogp = dlogp.masked_fill(clamped.abs() > worst, 0.0)
+        dv = torch.where(clamped.abs() > worst, clamped, dv)
+    return terms.sum(), dlogp, dv
+
+
+def logit_chunks(
+    policy: Head, ref: Head | None, mask: Tensor, workspace: int
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+    """(rows, logits, reference logits) of unmasked rows in chunks that fit the workspace (at least one row), which is
+    allocated once and overwritten by each."""
+    heads = [h for h in (policy, ref) if h]
+    per_row = sum(len(h.weight) * result_dtype(h.weight).itemsize for h in heads)
+    buffers = None
+    for rows in row_blocks(mask, per_row, workspace):
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        if buffers is None:  # the first chunk is the largest
+            buffers = [h.weight.new_empty((count, len(h.weight)), dtype=result_dtype(h.weight)) for h in heads]
+        z = [h.logits(rows, buffer[:count]) for h, buffer in zip(heads, buffers, strict=True)]
+        yield rows, z[0], z[1] if ref else None
+
+
+def store(out: Statistics, rows: slice | Tensor, part: Statistics) -> None:
+    """Write a chunk's statistics into their rows."""
+    for whole, piece in zip(out, part, strict=True):
+        if len(whole):
+            whole[rows] = piece
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, accumulated and returned in the working dtype (in `out` if given)."""
+    dtype = result_dtype(a, b)
+    if a.dtype == b.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b."""
+    if a.dtype == b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(product(a, b))

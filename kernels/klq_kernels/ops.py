@@ -1,0 +1,308 @@
+"""The public operations: checks, choice of backend, autograd. What they compute is defined in `reference`."""
+
+import torch
+from torch import Tensor
+
+from klq_kernels import checks, custom, reference
+from klq_kernels.chunked import WORKSPACE_BYTES
+from klq_kernels.reference import LambdaReturns, TokenStats
+
+
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-probability of each token, entropy, and exact KL(policy ‖ reference) of the distribution it was drawn from.
+
+    With z = logits/temperature and p = softmax(z), q = softmax(ref_logits/temperature):
+
+        logprob = log p(token)    entropy = −Σ_v p_v log p_v    kl = Σ_v p_v log(p_v/q_v) ≥ 0        (2)
+
+    Shapes: logits and ref_logits [..., V]; tokens and mask [...]. All results are in nats, shaped like tokens, and
+    differentiable in `logits`; no gradient flows to `ref_logits`. A logit of −inf is a forbidden token: p = 0
+    contributes nothing, p > 0 with q = 0 makes the KL +inf (and such a row passes no gradient through it). With
+    `inplace_backward` the gradient overwrites `logits`, which nothing else may then need.
+
+    Raises ValueError or TypeError for shapes that disagree, temperature ≤ 0, a mask that is not boolean, or an
+    unmasked token outside the vocabulary (on a GPU the last is asserted on the device, without waiting for it).
+    Source: arXiv 2508.17000, eq. (2).
+
+    >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), torch.zeros(1, 4))
+    >>> [round(x.item(), 4) for x in stats]
+    [-1.3863, 1.3863, -1.3863, 0.0]
+    """
+    checks.positive(temperature=temperature)
+    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
+    if ref_logits is not None:
+        checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
+    mask = _mask(tokens, mask)
+    checks.common_device(logits=logits, tokens=tokens, ref_logits=ref_logits, mask=mask)
+    backend = checks.pick_backend(backend, logits=logits, ref_logits=ref_logits)
+    if backend == "reference":
+        return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
+    ref = None if ref_logits is None else ref_logits.detach()
+    flat = (tokens.reshape(-1), ref, temperature, mask.reshape(-1), backend)
+    out = custom.InplaceStats.apply(logits, *flat) if inplace_backward else custom.token_stats(logits, *flat)
+    return _shaped(out, tokens)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+) -> TokenStats:
+    """`token_stats` of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
+
+    Shapes: hidden [..., H], weight [V, H], bias [V]; ref_hidden [..., H'], ref_weight [V, H'] (the same tensor as
+    `weight` where the head is shared), ref_bias [V]; tokens and mask [...]. Differentiable in hidden, weight and bias
+    for any upstream gradients; what does not require a gradient costs none; masked rows cost nothing. At most
+    `workspace_bytes` of logits exist at a time (but at least one row or tile); the result does not depend on it
+    beyond rounding. From hidden states the KL's error floor is that of the logits' own rounding, about 1e-7 in
+    float32; it is never negative.
+
+    Raises ValueError or TypeError as `token_stats` does, and for a reference given by halves or dtypes that disagree.
+
+    >>> stats = linear_token_stats(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]))
+    >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4), stats.kl
+    (-1.3863, 1.3863, None)
+    """
+    checks.positive(temperature=temperature)
+    checks.positive(workspace_bytes=workspace_bytes)
+    mask = _mask(tokens, mask)
+    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
+    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden)
+    if backend == "reference":
+        return reference.linear_token_stats(
+            hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature,
+            mask=mask,
+        )  # fmt: skip
+    out = custom.linear_token_stats(
+        _rows(hidden), weight, bias, tokens.reshape(-1), *_reference(ref_hidden, ref_weight, ref_bias),
+        temperature, mask.reshape(-1), workspace_bytes, backend,
+    )  # fmt: skip
+    return _shaped(out, tokens)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    alpha: float = 1.0,
+    trace_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> LambdaReturns:
+    """KLQ's regression targets: one backward recursion over the tokens of each completion.
+
+        Q_t = τ (logprob_t − ref_logprob_t) + V_t
+        δ_t = r_{t+1} + γ V_{t+1} − Q_t,   V = 0 after the last real token                         (14)
+        Δ_t = δ_t + γ λ c_{t+1} Δ_{t+1},   c = 1 unless trace_weights are given (Retrace)
+        Ĝ_t = Q_t + α Δ_t                                                                           (7)
+
+    Shapes: every tensor [B, T]; `mask` boolean and right-padded, empty rows allowed. Ranges: τ > 0; γ, λ in [0, 1];
+    α in (0, 1]. Masked entries of any argument are ignored; results are zero there and carry no gradient.
+
+    Raises ValueError or TypeError naming the argument for shapes that disagree, a mask with holes (asserted on the
+    device where that is a GPU), or a coefficient out of range. Source: arXiv 2508.17000, eqs. (7) and (14); Retrace:
+    Munos et al. 2016.
+
+    >>> one = torch.ones(1, 2)
+    >>> out = lambda_returns(torch.tensor([[0., 1.]]), 0 * one, -one, -one, one.bool(), tau=0.1, lam=1.0)
+    >>> out.targets
+    tensor([[1., 1.]])
+    """
+    checks.positive(tau=tau)
+    checks.unit_interval(gamma=gamma, lam=lam)
+    checks.step_size(alpha)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
+    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, trace_weights=trace_weights)
+    checks.same_shape(rewards.shape, "rewards", mask=mask, **rest)
+    checks.boolean_mask(mask)
+    checks.common_device(rewards=rewards, mask=mask, **rest)
+    backend = checks.pick_backend(backend, rewards=rewards, **rest)
+    tensors = tuple(x.detach() for x in (rewards, values, logprobs, ref_logprobs))
+    weights = None if trace_weights is None else trace_weights.detach()
+    if backend == "reference":
+        return reference.lambda_returns(
+            *tensors, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha, trace_weights=weights
+        )
+    return LambdaReturns(*custom.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
+
+
+def logits_klq_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    temperature: float = 1.0,
+    loss: str = "l2",
+    clip: float | None = None,
+    log_ratio_clip: float | None = None,
+    delta: float | None = None,
+    old_logprobs: Tensor | None = None,
+    old_values: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Masked mean of the KLQ loss (see `klq_kernels.reference.klq_loss` for its variants) from logits [..., V].
+
+    Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
+    `logits`, so that no second [..., V] tensor exists; nothing else may then need them (autograd says so if it does).
+    All other tensors are shaped like tokens [...]. Raises as `token_stats` and `klq_loss` do.
+
+    >>> one = torch.ones(1)
+    >>> logits_klq_loss(torch.zeros(1, 4), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
+    tensor(0.0187)
+    """
+    checks.positive(temperature=temperature)
+    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens)
+    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    old = dict(old_logprobs=old_logprobs, old_values=old_values)
+    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
+    _check_loss_tensors(tokens, variant, **rest)
+    checks.common_device(logits=logits, tokens=tokens, **rest)
+    backend = checks.pick_backend(backend, logits=logits, values=values)
+    if backend == "reference":
+        return reference.logits_klq_loss(
+            logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
+        )
+    flat = [x if x is None else x.detach().reshape(-1) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    args = (tokens.reshape(-1), values.reshape(-1), *flat, temperature, *variant.values(), backend)
+    return custom.InplaceLoss.apply(logits, *args) if inplace else custom.logits_klq_loss(logits, *args)
+
+
+def linear_klq_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    loss: str = "l2",
+    clip: float | None = None,
+    log_ratio_clip: float | None = None,
+    delta: float | None = None,
+    old_logprobs: Tensor | None = None,
+    old_values: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    return_stats: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Masked mean of the KLQ loss from hidden states: loss and gradients in one pass over the vocabulary.
+
+    Give either ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with
+    ref_logprobs=None (four; exact KL and entropy ride along). Gradients flow to hidden, weight, bias and values. Shapes
+    as in `linear_token_stats`, variants as in `klq_kernels.reference.klq_loss`. With `return_stats` the result is
+    (loss, TokenStats), the statistics detached. Raises as those functions do.
+
+    >>> one = torch.ones(1)
+    >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
+    tensor(0.0187)
+    """
+    checks.positive(temperature=temperature)
+    checks.positive(workspace_bytes=workspace_bytes)
+    if (ref_logprobs is None) == (ref_hidden is None):
+        given = "both" if ref_logprobs is not None else "neither"
+        raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
+    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    old = dict(old_logprobs=old_logprobs, old_values=old_values)
+    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
+    _check_loss_tensors(tokens, variant, **rest)
+    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
+    checks.common_device(hidden=hidden, **rest)
+    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden, values=values)
+    if backend == "reference":
+        out, stats = reference.linear_klq_loss(
+            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, ref_hidden=ref_hidden,
+            ref_weight=ref_weight, ref_bias=ref_bias, temperature=temperature, **variant, **old,
+        )  # fmt: skip
+        return (out, stats) if return_stats else out
+    needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+    flat = [x if x is None else x.detach().reshape(-1) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    out, *stats = custom.linear_klq_loss(
+        _rows(hidden), weight, bias, tokens.reshape(-1), values.reshape(-1), *flat,
+        *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
+    )[:5]  # fmt: skip
+    return (out, _shaped(tuple(x.detach() for x in stats), tokens)) if return_stats else out
+
+
+def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, checked, or one that lets everything through."""
+    checks.integer_ids(tokens)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    checks.boolean_mask(mask)
+    return mask
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple:
+    """The reference head, flat and detached, or three Nones."""
+    return tuple(None if x is None else x.detach() for x in (hidden if hidden is None else _rows(hidden), weight, bias))
+
+
+def _shaped(out: tuple[Tensor, ...], tokens: Tensor) -> TokenStats:
+    """TokenStats shaped like tokens from flat results, which are empty where there is no reference."""
+    logprob, entropy, ref_logprob, kl = out[:4]
+    absent = len(ref_logprob) != len(logprob)
+    return TokenStats(*(None if absent and x is not logprob and x is not entropy else x.reshape(tokens.shape)
+                        for x in (logprob, entropy, ref_logprob, kl)))  # fmt: skip
+
+
+def _check_loss_tensors(tokens: Tensor, variant: dict, mask: Tensor, old_logprobs, old_values, **rest) -> None:
+    checks.loss_variant(**variant, old_logprobs=old_logprobs, old_values=old_values)
+    checks.same_shape(tokens.shape, "tokens", mask=mask, old_logprobs=old_logprobs, old_values=old_values, **rest)
+    checks.integer_ids(tokens)
+    checks.boolean_mask(mask)
+
+
+def _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
+    checks.same_shape(hidden.shape[:-1], "hidden without its last axis", tokens=tokens, mask=mask)
+    checks.head(hidden, weight, bias, "")
+    if (ref_hidden is None) != (ref_weight is None):
+        missing = "ref_weight" if ref_weight is None else "ref_hidden"
+        raise ValueError(f"a reference needs both ref_hidden and ref_weight, got no {missing}")
+    if ref_bias is not None and ref_weight is None:
+        raise ValueError("ref_bias was given without ref_hidden and ref_weight")
+    if ref_hidden is not None:
+        checks.same_shape(ref_hidden.shape[:-1], "ref_hidden without its last axis", tokens=tokens)
+        checks.head(ref_hidden, ref_weight, ref_bias, "ref_")
+        if len(ref_weight) != len(weight):
+            raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
+    heads = dict(hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    checks.common_device(**heads, ref_bias=ref_bias, tokens=tokens, mask=mask)

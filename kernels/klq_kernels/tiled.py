@@ -1,0 +1,177 @@
+"""The `torch` backend on logits: the definitions of `reference` in blocks of rows that stay in cache, on any device.
+
+Every function works on flat rows: tokens, mask and statistics [N], logits [..., V] with as many rows. Masked rows are
+never read. The arithmetic is float32, or float64 for float64 inputs.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_kernels import reference
+from klq_kernels.reference import INF, LambdaReturns
+
+BLOCK_BYTES = 1 << 20
+SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so the Bregman sum is taken
+FAR = -60.0  # log(p/q) below which e^(−d) is near overflow
+
+
+class Statistics(NamedTuple):
+    """What a forward pass leaves, each [N]; log p(v) = (z_v − shift)/temperature − norm. Empty without a reference."""
+
+    logprob: Tensor
+    entropy: Tensor
+    ref_logprob: Tensor
+    kl: Tensor
+    shift: Tensor
+    norm: Tensor
+    ref_shift: Tensor
+    ref_norm: Tensor
+
+
+def empty_statistics(tokens: Tensor, dtype: torch.dtype, with_ref: bool) -> Statistics:
+    """Zeros for each of the tokens [N]."""
+    own, ref = (torch.zeros(n, dtype=dtype, device=tokens.device) for n in (len(tokens), len(tokens) * with_ref))
+    return Statistics(*(x.clone() for x in (own, own, ref, ref, own, own, ref, ref)))
+
+
+def logits_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float,
+    mask: Tensor,
+    exact: bool = True,
+) -> Statistics:
+    """`reference.token_stats` in one pass over blocks of rows; zeros where masked.
+
+    `exact` sums a small KL without cancellation; else its error is about 1e-6, as suits logits that are no more exact.
+    """
+    dtype = reference.result_dtype(logits, ref_logits)
+    out = empty_statistics(tokens, dtype, ref_logits is not None)
+    for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
+        chosen = tokens[rows].long().unsqueeze(1)
+        logp, out.shift[rows], out.norm[rows] = _normalise(take_rows(logits, rows, dtype), temperature)
+        p = logp.exp()
+        out.logprob[rows] = logp.gather(1, chosen).squeeze(1)
+        out.entropy[rows] = _entropy(p, logp)
+        if ref_logits is not None:
+            logq, out.ref_shift[rows], out.ref_norm[rows] = _normalise(take_rows(ref_logits, rows, dtype), temperature)
+            out.ref_logprob[rows] = logq.gather(1, chosen).squeeze(1)
+            out.kl[rows] = _kl(p, logp, logq, SMALL_KL if exact else -INF)
+    return out
+
+
+def logits_grad(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float,
+    mask: Tensor,
+    stats: Statistics,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out: Tensor,
+) -> Tensor:
+    """Write the gradient in `logits` for upstream gradients (a, b, c) of log-prob, entropy and KL into `out` [N, V]:
+
+        dL/dz_v = (1/T) {a 1[v = token] + p_v [−a − b (log p_v + H) + c (log p_v − log q_v − KL)]}
+
+    `out` may be the logits themselves. Masked rows become zero.
+    """
+    if not mask.all():
+        out[~mask] = 0
+    for rows in row_blocks(mask, logits.shape[-1] * stats.norm.element_size()):
+        a, b, c = (torch.zeros_like(stats.norm[rows]) if x is None else x[rows] for x in upstream)
+        logp = _logp(take_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.norm[rows])
+        grad = logp.exp()
+        if upstream[1] is None and upstream[2] is None:
+            grad.mul_(-a.unsqueeze(1))
+        else:
+            kl, constant = stats.kl[rows] if upstream[2] is not None else c, -a - b * stats.entropy[rows]
+            c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
+            weights = _finite(logp).mul_((c - b).unsqueeze(1)).add_((constant - c * kl.clamp(max=1e30)).unsqueeze(1))
+            if upstream[2] is not None:
+                z = take_rows(ref_logits, rows, a.dtype)
+                logq = _finite(_logp(z, temperature, stats.ref_shift[rows], stats.ref_norm[rows]))
+                weights.addcmul_(logq, c.unsqueeze(1), value=-1)
+            grad.mul_(weights)
+        if upstream[0] is not None:
+            grad.scatter_add_(1, tokens[rows].long().unsqueeze(1), a.unsqueeze(1))
+        out[rows] = (grad if temperature == 1 else grad.div_(temperature)).to(out.dtype)
+    return out
+
+
+def lambda_returns(
+    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
+    tau: float, gamma: float, lam: float, alpha: float,
+) -> LambdaReturns:  # fmt: skip
+    """`reference.lambda_returns` without a loop over time: log₂ T rounds of doubling, each over all of [B, T].
+
+    Δ_t = δ_t + g_t Δ_{t+1} composes: after round k, (decay, sum)_t covers the 2^k steps from t on.
+    """
+    weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
+    r, v, logp, logq, c = reference.clean(mask, rewards, values, logprobs, ref_logprobs, weights)
+    q = reference.q_values(logp, logq, v, tau)
+    td_errors = reference.zero_unless(mask, r + gamma * reference.shift_left(v) - q)
+    decay, advantages, step = gamma * lam * reference.shift_left(c), td_errors.clone(), 1
+    while step < mask.shape[1]:
+        advantages[:, :-step] += decay[:, :-step] * advantages[:, step:].clone()
+        decay = decay * reference.shift_left(decay, step)
+        step *= 2
+    return LambdaReturns(reference.zero_unless(mask, q + alpha * advantages), advantages, td_errors)
+
+
+def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice | Tensor]:
+    """Unmasked rows in blocks of about `block_bytes`: slices where nothing is masked, else index tensors."""
+    size = max(1, block_bytes // max(1, bytes_per_row))
+    if mask.all():
+        yield from (slice(start, min(start + size, len(mask))) for start in range(0, len(mask), size))
+    else:
+        yield from mask.nonzero().squeeze(1).split(size) if mask.any() else ()
+
+
+def take_rows(x: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """These rows of x [..., V] as [n, V] in this dtype, for reading only; a strided x is never copied as a whole."""
+    if x.dim() == 2 or x.is_contiguous():
+        return x.reshape(-1, x.shape[-1])[rows].to(dtype)
+    x = x.flatten(0, -3) if x.dim() > 3 else x
+    index = torch.arange(rows.start, rows.stop, device=x.device) if isinstance(rows, slice) else rows
+    return x[index // x.shape[1], index % x.shape[1]].to(dtype)
+
+
+def _normalise(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log softmax(z/temperature), shift, norm) of each row of z."""
+    shift = z.amax(1)
+    logp = torch.log_softmax(z if temperature == 1 else (z - shift.unsqueeze(1)).mul_(1 / temperature), 1)
+    return logp, shift, -logp.amax(1)
+
+
+def _logp(z: Tensor, temperature: float, shift: Tensor, norm: Tensor) -> Tensor:
+    """(z − shift)/temperature − norm; subtracting first keeps a common offset from rounding."""
+    x = z - shift.unsqueeze(1)
+    return (x if temperature == 1 else x.mul_(1 / temperature)).sub_(norm.unsqueeze(1))
+
+
+def _entropy(p: Tensor, logp: Tensor) -> Tensor:
+    """−Σ p log p of each row, with 0 log 0 = 0."""
+    entropy = -torch.linalg.vecdot(p, logp)
+    return entropy if not entropy.isnan().any() else -torch.linalg.vecdot(p, _finite(logp))
+
+
+def _kl(p: Tensor, logp: Tensor, logq: Tensor, small: float) -> Tensor:
+    """D(p ‖ q) of each row: Σ p d, d = log(p/q), or where that is < small Σ p (e^(−d) − 1 + d), whose terms are ≥ 0."""
+    d = logp - logq
+    kl = torch.linalg.vecdot(p, d)
+    if (kl > small).all():
+        return kl.clamp_(min=0)
+    low, high = d.aminmax()
+    if not (low > FAR and high < INF):  # also where −inf − −inf made NaN
+        return reference.kl_divergence(logp, logq)
+    return torch.where(kl > small, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
+
+
+def _finite(logp: Tensor) -> Tensor:
+    """logp with −inf replaced by 0: wherever it is multiplied by p = 0 anyway."""
+    return logp.masked_fill(logp == -INF, 0.0) if logp.amin() == -INF else logp

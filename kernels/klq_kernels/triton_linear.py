@@ -1,0 +1,297 @@
+"""The `triton` backend from hidden states: statistics without logits in memory, gradients by slabs of the vocabulary.
+
+Forward, one launch: each program walks over the tiles of its span of the vocabulary, multiplies hidden states by the
+weight tile in fp32 accumulators, and folds the tile into its rows' running statistics; `merge_kernel` joins the spans.
+A shared head is loaded once for both models. Backward: the same tiles are computed again and turned into logit
+gradients, a slab of the vocabulary at a time, which two matrix products per slab turn into those of hidden and weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from klq_kernels.chunked import Gradients, Head, add_product, product
+from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
+from klq_kernels.tiled import Statistics, empty_statistics
+from klq_kernels.triton_logits import PARTIALS, merge_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+PROGRAMS = 264  # two waves of a 132-multiprocessor GPU: with fewer row tiles the vocabulary is split
+
+
+class MatmulTile(NamedTuple):
+    """Compile-time sizes of a tile: rows, vocabulary, hidden; warps and pipeline stages."""
+
+    rows: int
+    vocab: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+# The first is the default; klq inspect compiles all of them.
+TILES = {
+    2: [MatmulTile(64, 128, 64, 8, 3), MatmulTile(128, 128, 64, 8, 2), MatmulTile(64, 64, 64, 4, 3)],
+    4: [MatmulTile(64, 64, 32, 8, 3), MatmulTile(64, 64, 32, 4, 2), MatmulTile(32, 64, 32, 4, 3)],
+}
+
+
+@triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """total + a b. The interpreter gets bfloat16 products wrong, so there the operands are converted first."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def load_hidden(H, rows, live, d, D, h_row):
+    """[rows, d] of hidden states, 0 for masked rows and beyond D."""
+    return tl.load(H + rows[:, None] * h_row + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_weight(W, columns, d, V, D, w_row):
+    """[d, columns] of the transposed weight, 0 beyond V and D."""
+    return tl.load(
+        W + columns.to(tl.int64)[None, :] * w_row + d[:, None],
+        mask=(columns < V)[None, :] & (d < D)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def logits_tile(
+    H, W, BIAS, rows, live, columns, V, D, h_row, w_row,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Logits [ROWS, VOCAB] of one head in fp32; −inf beyond the vocabulary."""
+    z = tl.zeros([ROWS, VOCAB], tl.float32)
+    for start in range(0, D, HIDDEN):
+        d = start + tl.arange(0, HIDDEN)
+        h, w = load_hidden(H, rows, live, d, D, h_row), load_weight(W, columns, d, V, D, w_row)
+        z = multiply(h, w, z, PRECISION, UPCAST)
+    if HAS_BIAS:
+        z += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    return tl.where((columns < V)[None, :], z, -INF)
+
+
+@triton.jit
+def two_logits_tiles(
+    H, H2, W, BIAS, rows, live, columns, V, D, h_row, h2_row, w_row,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """`logits_tile` of two models that share a head, each weight tile loaded once."""
+    z = tl.zeros([ROWS, VOCAB], tl.float32)
+    r = tl.zeros([ROWS, VOCAB], tl.float32)
+    for start in range(0, D, HIDDEN):
+        d = start + tl.arange(0, HIDDEN)
+        w = load_weight(W, columns, d, V, D, w_row)
+        z = multiply(load_hidden(H, rows, live, d, D, h_row), w, z, PRECISION, UPCAST)
+        r = multiply(load_hidden(H2, rows, live, d, D, h2_row), w, r, PRECISION, UPCAST)
+    if HAS_BIAS:
+        bias = tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        z, r = z + bias, r + bias
+    inside = (columns < V)[None, :]
+    return tl.where(inside, z, -INF), tl.where(inside, r, -INF)
+
+
+@triton.jit
+def linear_stats_kernel(
+    H, W, BIAS, H2, W2, BIAS2, TOKENS, MASK, OUT, TOKEN_Z, TOKEN_R, rows, V, D, D2, h_row, w_row, h2_row, w2_row,
+    inv_temperature, row_tiles, span, splits,
+    HAS_BIAS: tl.constexpr, HAS_REF: tl.constexpr, HAS_BIAS2: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of a tile of rows over one span of the vocabulary; OUT [6, splits, rows]. Row tiles vary
+    fastest, so that programs running together share weight tiles in L2."""
+    split = tl.program_id(0) // row_tiles
+    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
+    if tl.sum(live.to(tl.int32), 0) == 0:
+        return
+    token = tl.load(TOKENS + row, mask=live, other=-1)
+    m = tl.full([ROWS], -INF, tl.float32)
+    s = tl.zeros([ROWS], tl.float32)
+    h, n, t, w = s, m, s, s
+    end = tl.minimum((split + 1) * span, V)
+    for start in range(split * span, end, VOCAB):
+        columns = start + tl.arange(0, VOCAB)
+        chosen = token[:, None] == columns[None, :]
+        here = (token >= start) & (token < start + VOCAB) & live
+        if SHARED:
+            z, r = two_logits_tiles(
+                H, H2, W, BIAS, row, live, columns, V, D, h_row, h2_row, w_row,
+                HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+            )  # fmt: skip
+        else:
+            z = logits_tile(
+                H, W, BIAS, row, live, columns, V, D, h_row, w_row,
+                HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+            )  # fmt: skip
+        m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
+        tl.store(TOKEN_Z + row, tl.sum(tl.where(chosen, z, 0.0), 1), mask=here)
+        if HAS_REF:
+            if not SHARED:
+                r = logits_tile(
+                    H2, W2, BIAS2, row, live, columns, V, D2, h2_row, w2_row,
+                    HAS_BIAS2, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+                )  # fmt: skip
+            n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
+            tl.store(TOKEN_R + row, tl.sum(tl.where(chosen, r, 0.0), 1), mask=here)
+    OUT += split.to(tl.int64) * rows + row
+    stride = rows.to(tl.int64) * splits
+    tl.store(OUT, m, mask=live)
+    tl.store(OUT + stride, s, mask=live)
+    tl.store(OUT + 2 * stride, h, mask=live)
+    if HAS_REF:
+        tl.store(OUT + 3 * stride, n, mask=live)
+        tl.store(OUT + 4 * stride, t, mask=live)
+        tl.store(OUT + 5 * stride, w, mask=live)
+
+
+@triton.jit
+def linear_grad_kernel(
+    H, W, BIAS, H2, W2, BIAS2, TOKENS, MASK, ENTROPY, KL, SHIFT, NORM, REF_SHIFT, REF_NORM, A, B, C, OUT,
+    rows, V, D, D2, h_row, w_row, h2_row, w2_row, out_row, inv_temperature, row_tiles, first,
+    HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Logit gradients of one tile of the slab that starts at token `first`; OUT [rows, slab], zero in masked rows."""
+    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offset = (tl.program_id(0) // row_tiles) * VOCAB + tl.arange(0, VOCAB)
+    columns = first + offset
+    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
+    target = OUT + row[:, None] * out_row + offset[None, :]
+    inside = (row < rows)[:, None] & (columns < V)[None, :]
+    if tl.sum(live.to(tl.int32), 0) == 0:
+        tl.store(target, tl.zeros([ROWS, VOCAB], tl.float32).to(OUT.dtype.element_ty), mask=inside)
+        return
+    z = logits_tile(
+        H, W, BIAS, row, live, columns, V, D, h_row, w_row, HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN
+    )
+    shift = tl.load(SHIFT + row, mask=live, other=0.0)[:, None]
+    norm = tl.load(NORM + row, mask=live, other=0.0)[:, None]
+    x = (z - shift) * inv_temperature - norm
+    y = x
+    a = tl.zeros([ROWS, 1], tl.float32)
+    b, c, entropy, kl = a, a, a, a
+    if HAS_A:
+        a = tl.load(A + row, mask=live, other=0.0)[:, None]
+    if HAS_B:
+        b = tl.load(B + row, mask=live, other=0.0)[:, None]
+        entropy = tl.load(ENTROPY + row, mask=live, other=0.0)[:, None]
+    if HAS_C:
+        c = tl.load(C + row, mask=live, other=0.0)[:, None]
+        kl = tl.load(KL + row, mask=live, other=0.0)[:, None]
+        r = logits_tile(
+            H2, W2, BIAS2, row, live, columns, V, D2, h2_row, w2_row,
+            HAS_BIAS2, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+        )  # fmt: skip
+        ref_shift = tl.load(REF_SHIFT + row, mask=live, other=0.0)[:, None]
+        ref_norm = tl.load(REF_NORM + row, mask=live, other=0.0)[:, None]
+        y = (r - ref_shift) * inv_temperature - ref_norm
+    token = tl.load(TOKENS + row, mask=live, other=-1)
+    chosen = token[:, None] == columns[None, :]
+    dz = softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B, HAS_C) * inv_temperature
+    dz = tl.where(live[:, None], dz, 0.0)
+    tl.store(target, dz.to(OUT.dtype.element_ty), mask=inside)
+
+
+def linear_stats(
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
+) -> Statistics:
+    """See `chunked.linear_stats`; needs no workspace."""
+    out = empty_statistics(tokens, torch.float32, ref is not None)
+    rows, V = len(tokens), len(policy.weight)
+    if rows == 0:
+        return out
+    tile = TILES[policy.weight.element_size()][0]
+    row_tiles = triton.cdiv(rows, tile.rows)
+    splits = min(triton.cdiv(PROGRAMS, row_tiles), triton.cdiv(V, tile.vocab))
+    span = triton.cdiv(triton.cdiv(V, splits), tile.vocab) * tile.vocab
+    splits = triton.cdiv(V, span)
+    partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=tokens.device)
+    token_logits = torch.full((2, rows), float("nan"), dtype=torch.float32, device=tokens.device)
+    heads, sizes, flags = _arguments(policy, ref)
+    shared = ref is not None and _same(policy, ref)
+    linear_stats_kernel[(row_tiles * splits,)](
+        *heads, tokens, mask, partials, *token_logits, rows, V, *sizes, 1 / temperature, row_tiles, span, splits,
+        **flags, HAS_REF=ref is not None, SHARED=shared, **_tile(tile),
+    )  # fmt: skip
+    merge_kernel[(rows,)](
+        partials, tokens, mask, *token_logits, *out, rows, V, 1, 0, 0, 0, 0, 1 / temperature, splits,
+        HAS_REF=ref is not None, IN_ROWS=False, EXACT=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def linear_grad(
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Statistics,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None], needed: tuple[bool, bool, bool], workspace: int,
+) -> Gradients:  # fmt: skip
+    """See `chunked.linear_grad`: logit gradients exist for one slab of the vocabulary at a time, in the weight's dtype
+    and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order."""
+    hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
+    clean = policy._replace(hidden=hidden)
+    grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
+    rows, V = len(tokens), len(policy.weight)
+    if rows == 0:
+        return grads.like(policy)
+    tile = TILES[policy.weight.element_size()][0]
+    size = policy.weight.element_size()
+    slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
+    dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
+    heads, sizes, flags = _arguments(clean, ref if upstream[2] is not None else None)
+    a, b, c = (stats.norm if x is None else x for x in upstream)
+    for first in range(0, V, slab):
+        columns = slice(first, min(first + slab, V))
+        width = columns.stop - first
+        row_tiles = triton.cdiv(rows, tile.rows)
+        linear_grad_kernel[(row_tiles * triton.cdiv(width, tile.vocab),)](
+            *heads, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.norm, stats.ref_shift, stats.ref_norm,
+            a, b, c, dz, rows, V, *sizes, dz.stride(0), 1 / temperature, row_tiles, first,
+            **flags, HAS_A=upstream[0] is not None, HAS_B=upstream[1] is not None, HAS_C=upstream[2] is not None,
+            **_tile(tile),
+        )  # fmt: skip
+        part = dz[:, :width]
+        if grads.hidden is not None:
+            add_product(grads.hidden, part, policy.weight[columns])
+        if grads.weight is not None:
+            grads.weight[columns] = product(part.t(), hidden)
+        if grads.bias is not None:
+            grads.bias[columns] = part.sum(0, dtype=torch.float32)
+    return grads.like(policy)
+
+
+def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int, ...], dict[str, bool]]:
+    """Both heads' tensors with unit last strides, their sizes and strides, and which biases there are."""
+    heads = [
+        Head(*(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in h)) for h in (policy, ref or policy)
+    ]
+    tensors = [h.weight if x is None else x for h in heads for x in h]
+    sizes = tuple(h.weight.shape[1] for h in heads)
+    strides = tuple(stride for h in heads for stride in (h.hidden.stride(0), h.weight.stride(0)))
+    flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
+    return tensors, (*sizes, *strides), flags
+
+
+def _same(policy: Head, ref: Head) -> bool:
+    """Whether both models use the same head: one weight (and one bias, or none) in memory."""
+    biases = [x if x is None else x.data_ptr() for x in (policy.bias, ref.bias)]
+    same_weight = policy.weight.data_ptr() == ref.weight.data_ptr() and policy.weight.stride() == ref.weight.stride()
+    return same_weight and policy.weight.shape == ref.weight.shape and biases[0] == biases[1]
+
+
+def _tile(tile: MatmulTile) -> dict:
+    """Launch arguments of a tile. fp32 products take three TF32 ones on NVIDIA, plain fp32 matrix units on AMD."""
+    return {
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "UPCAST": INTERPRETED, "ROWS": tile.rows,
+        "VOCAB": tile.vocab, "HIDDEN": tile.hidden, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
