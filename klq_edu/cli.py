@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from klq_edu.demo import DemoConfig
+from klq_edu.inspection import InspectConfig
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.sweep import SweepConfig
 from klq_edu.worlds.presets import WORLDS
@@ -60,6 +61,14 @@ def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig]) -> None:
 
     path = run_sweep(config)
     print(f"{markdown(path)}\n\n{path}")
+
+
+@app.command(name="inspect")
+def inspect(config: tyro.conf.OmitArgPrefixes[InspectConfig]) -> None:
+    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
+    from klq_edu.inspection import run_inspect
+
+    sys.exit(0 if run_inspect(config) else 1)
 
 
 @app.command(name="doctor")

@@ -16,7 +16,7 @@ from torch import Tensor
 from klq_kernels.chunked import Gradients, Head, add_product, product
 from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
 from klq_kernels.tiled import Statistics, empty_statistics
-from klq_kernels.triton_logits import PARTIALS, merge_kernel
+from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 264  # two waves of a 132-multiprocessor GPU: with fewer row tiles the vocabulary is split
@@ -32,10 +32,10 @@ class MatmulTile(NamedTuple):
     stages: int
 
 
-# The first is the default; klq inspect compiles all of them.
+# By bytes per element. The first is the default: it spills nowhere and fits all targets of `klq inspect`.
 TILES = {
-    2: [MatmulTile(64, 128, 64, 8, 3), MatmulTile(128, 128, 64, 8, 2), MatmulTile(64, 64, 64, 4, 3)],
-    4: [MatmulTile(64, 64, 32, 8, 3), MatmulTile(64, 64, 32, 4, 2), MatmulTile(32, 64, 32, 4, 3)],
+    2: [MatmulTile(64, 64, 64, 8, 3), MatmulTile(128, 64, 64, 8, 3), MatmulTile(64, 128, 64, 8, 3)],
+    4: [MatmulTile(64, 32, 32, 8, 2), MatmulTile(64, 64, 32, 8, 2), MatmulTile(32, 64, 32, 8, 2)],
 }
 
 
@@ -134,14 +134,14 @@ def linear_stats_kernel(
                 H, W, BIAS, row, live, columns, V, D, h_row, w_row,
                 HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
             )  # fmt: skip
-        m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
-        tl.store(TOKEN_Z + row, tl.sum(tl.where(chosen, z, 0.0), 1), mask=here)
-        if HAS_REF:
-            if not SHARED:
+            if HAS_REF:
                 r = logits_tile(
                     H2, W2, BIAS2, row, live, columns, V, D2, h2_row, w2_row,
                     HAS_BIAS2, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
                 )  # fmt: skip
+        m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
+        tl.store(TOKEN_Z + row, tl.sum(tl.where(chosen, z, 0.0), 1), mask=here)
+        if HAS_REF:
             n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
             tl.store(TOKEN_R + row, tl.sum(tl.where(chosen, r, 0.0), 1), mask=here)
     OUT += split.to(tl.int64) * rows + row
@@ -211,7 +211,7 @@ def linear_stats(
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
         return out
-    tile = TILES[policy.weight.element_size()][0]
+    tile = chosen(TILES[policy.weight.element_size()])
     row_tiles = triton.cdiv(rows, tile.rows)
     splits = min(triton.cdiv(PROGRAMS, row_tiles), triton.cdiv(V, tile.vocab))
     span = triton.cdiv(triton.cdiv(V, splits), tile.vocab) * tile.vocab
@@ -244,7 +244,7 @@ def linear_grad(
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
         return grads.like(policy)
-    tile = TILES[policy.weight.element_size()][0]
+    tile = chosen(TILES[policy.weight.element_size()])
     size = policy.weight.element_size()
     slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
     dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
@@ -289,9 +289,14 @@ def _same(policy: Head, ref: Head) -> bool:
     return same_weight and policy.weight.shape == ref.weight.shape and biases[0] == biases[1]
 
 
+def fp32_precision(platform: str) -> str:
+    """How fp32 matrices are multiplied: as three TF32 products on NVIDIA ("cuda"), on AMD ("hip") as they are."""
+    return "ieee" if platform == "hip" else "tf32x3"
+
+
 def _tile(tile: MatmulTile) -> dict:
-    """Launch arguments of a tile. fp32 products take three TF32 ones on NVIDIA, plain fp32 matrix units on AMD."""
+    """Launch arguments of a tile."""
     return {
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "UPCAST": INTERPRETED, "ROWS": tile.rows,
+        "PRECISION": fp32_precision("hip" if torch.version.hip else "cuda"), "UPCAST": INTERPRETED, "ROWS": tile.rows,
         "VOCAB": tile.vocab, "HIDDEN": tile.hidden, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip

@@ -4,6 +4,7 @@ One visit to each row pair for the statistics, one for the gradient. Offsets are
 constant, and masked rows are not read. The interface is that of `tiled`.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ ROWS_PER_SPLIT = 264  # fewer rows than this leave a GPU's 132 multiprocessors i
 
 
 class Tile(NamedTuple):
-    """A kernel's compile-time sizes; the first of each list is the default, the others are candidates."""
+    """A kernel's compile-time sizes."""
 
     block: int
     warps: int
 
 
+# Each list starts with the default; KLQ_TILE=1, 2 tries the others (`klq inspect --all-tiles` compiles them).
 STATS_TILES = [Tile(4096, 8), Tile(2048, 4), Tile(8192, 16)]
 GRAD_TILES = [Tile(4096, 8), Tile(2048, 4), Tile(8192, 16)]
 SCAN_TILES = [Tile(1024, 4), Tile(512, 4), Tile(2048, 8)]
@@ -193,13 +195,13 @@ def returns_kernel(
         t = block * BLOCK + steps
         real = tl.load(MASK + t, mask=t < T, other=0) != 0
         following = tl.load(MASK + t + 1, mask=t + 1 < T, other=0) != 0
-        r = tl.load(REWARDS + t, mask=real, other=0.0).to(tl.float32)
-        v = tl.load(VALUES + t, mask=real, other=0.0).to(tl.float32)
+        r = tl.load(REWARDS + t, mask=t < T, other=0.0).to(tl.float32)  # masked by t alone: 16 bytes at a time
+        v = tl.load(VALUES + t, mask=t < T, other=0.0).to(tl.float32)
         v_next = tl.load(VALUES + t + 1, mask=following, other=0.0).to(tl.float32)
-        p = tl.load(LOGPROBS + t, mask=real, other=0.0).to(tl.float32)
-        q = tl.load(REF_LOGPROBS + t, mask=real, other=0.0).to(tl.float32)
-        action_value = tau * (p - q) + v
-        td = r + gamma * v_next - action_value
+        p = tl.load(LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
+        q = tl.load(REF_LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
+        action_value = tl.where(real, tau * (p - q) + v, 0.0)
+        td = tl.where(real, r + gamma * v_next, 0.0) - action_value
         decay = tl.where(following, gamma * lam, 0.0)
         if HAS_WEIGHTS:
             decay *= tl.load(WEIGHTS + t + 1, mask=following, other=0.0).to(tl.float32)
@@ -227,7 +229,7 @@ def logits_stats(
         return out
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(ref_logits) if ref_logits is not None else (z, time, z_batch, z_time)
-    has_ref, tile = ref_logits is not None, STATS_TILES[0]
+    has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
     splits, span = vocabulary_splits(rows, V, tile.block)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     where = (z_batch, z_time, r_batch, r_time, 1 / temperature, splits)
@@ -253,7 +255,7 @@ def logits_grad(
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(ref_logits) if has_c else (z, time, z_batch, z_time)
     a, b, c = (x if x is not None else stats.norm for x in upstream)
-    tile = GRAD_TILES[0]
+    tile = chosen(GRAD_TILES)
     blocks = triton.cdiv(V, _block(tile, V))
     grad_kernel[(rows * blocks,)](
         z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.norm, stats.ref_shift, stats.ref_norm, a, b, c,
@@ -273,7 +275,7 @@ def lambda_returns(
         return out
     given = [rewards, values, logprobs, ref_logprobs, mask, mask if trace_weights is None else trace_weights]
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in given]
-    tile = SCAN_TILES[0]
+    tile = chosen(SCAN_TILES)
     block = min(tile.block, triton.next_power_of_2(mask.shape[1]))
     returns_kernel[(len(mask),)](
         *inputs, *out, mask.shape[1], *(x.stride(0) for x in inputs), tau, gamma, lam, alpha,
@@ -287,6 +289,11 @@ def vocabulary_splits(rows: int, V: int, block: int) -> tuple[int, int]:
     wanted = min(triton.cdiv(ROWS_PER_SPLIT, max(rows, 1)), triton.cdiv(V, block))
     span = triton.cdiv(triton.cdiv(V, wanted), block) * block
     return triton.cdiv(V, span), span
+
+
+def chosen(tiles: list):
+    """The tile to use: the first, or the one KLQ_TILE names."""
+    return tiles[int(os.environ.get("KLQ_TILE", 0)) % len(tiles)]
 
 
 def _block(tile: Tile, V: int) -> int:

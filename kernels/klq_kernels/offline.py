@@ -1,0 +1,233 @@
+"""Compile every Triton kernel for GPUs that are not there, and read what the machine code says.
+
+`python -m klq_kernels.offline` prints JSON, one record per kernel × target × dtype × candidate tile. It must run
+without TRITON_INTERPRET: one process can't both interpret and compile. `klq inspect` calls it and shows the table.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from klq_kernels import triton_linear, triton_logits
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes per block
+DTYPES = {"bf16": 2, "fp32": 4}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NOT_DIVISIBLE = {"splits", "row_tiles", "blocks"}  # counts; all other integers are taken to be multiples of 16
+SIZES = {"V", "T", "D", "D2"}
+
+
+@dataclass
+class Finding:
+    """One compiled kernel. `problems` is empty for a default tile that keeps the package's promises."""
+
+    kernel: str
+    target: str
+    dtype: str
+    tile: str
+    default: bool
+    registers: int
+    spill_bytes: int
+    local_accesses: int
+    shared_bytes: int
+    shared_limit: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    matrix: dict[str, int]
+    precision: str
+    problems: list[str] = field(default_factory=list)
+
+
+def variants() -> dict[str, tuple]:
+    """name -> (kernel, its element-typed pointers, flags, tiles by element size, whether it multiplies matrices)."""
+    stats, merge, grad, returns = (getattr(triton_logits, f"{n}_kernel") for n in ("stats", "merge", "grad", "returns"))
+    head = {"H", "W", "BIAS", "H2", "W2", "BIAS2"}
+    linear, linear_grad = triton_linear.linear_stats_kernel, triton_linear.linear_grad_kernel
+    both, matmul = dict.fromkeys((2, 4), triton_logits.STATS_TILES), triton_linear.TILES
+    scan = {4: triton_logits.SCAN_TILES}
+    no_bias = {"HAS_BIAS": False, "HAS_BIAS2": False}
+    every = {"HAS_A": True, "HAS_B": True, "HAS_C": True}
+    in_rows = {"HAS_REF": True, "IN_ROWS": True, "EXACT": True, "SPLITS": 8}
+    return {
+        "token_stats": (stats, {"Z", "R"}, {"HAS_REF": True}, both, False),
+        "token_stats, merge": (merge, {"Z", "R"}, in_rows, both, False),
+        "token_stats, gradient": (grad, {"Z", "R", "OUT"}, every, both, False),
+        "KLQ loss, gradient": (grad, {"Z", "R", "OUT"}, every | {"HAS_B": False, "HAS_C": False}, both, False),
+        "lambda_returns": (returns, set(), {"HAS_WEIGHTS": False}, scan, False),
+        "linear_token_stats": (linear, head, no_bias | {"HAS_REF": True, "SHARED": False}, matmul, True),
+        "linear_token_stats, shared head": (linear, head, no_bias | {"HAS_REF": True, "SHARED": True}, matmul, True),
+        "linear_token_stats, gradient": (linear_grad, head | {"OUT"}, no_bias | every, matmul, True),
+    }
+
+
+def examine(name: str, target: str, dtype: str, tile, default: bool) -> tuple[Finding, dict[str, str]]:
+    """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
+    kernel, typed, flags, _, multiplies = variants()[name]
+    size = DTYPES[dtype]
+    constants = dict(flags)
+    precision = "-"
+    if multiplies:
+        exact = triton_linear.fp32_precision(TARGETS[target].backend)
+        precision = dtype if size == 2 else exact
+        constants |= {"PRECISION": exact, "UPCAST": False}
+        constants |= {"ROWS": tile.rows, "VOCAB": tile.vocab, "HIDDEN": tile.hidden}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    else:
+        constants |= {"BLOCK": tile.block}
+        options = {"num_warps": tile.warps}
+    compiled = compile_for(kernel, typed, constants, TARGETS[target], dtype, options)
+    facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, target)
+    finding = Finding(
+        kernel=name, target=target, dtype=dtype, tile=_label(tile), default=default,
+        shared_bytes=compiled.metadata.shared, shared_limit=SHARED_LIMIT[target], precision=precision, **facts,
+    )  # fmt: skip
+    if default:
+        finding.problems = problems(finding, multiplies)
+    return finding, sources
+
+
+def problems(f: Finding, multiplies: bool) -> list[str]:
+    """What a default tile must not do."""
+    found = []
+    if f.spill_bytes or f.local_accesses:
+        found.append(f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory")
+    if f.shared_bytes > f.shared_limit:
+        found.append(f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}")
+    if "16" not in f.loads:
+        found.append("no 16-byte loads")
+    if multiplies and not f.matrix:
+        found.append("no matrix instructions")
+    return found
+
+
+def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict):
+    """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into."""
+    signature = {p.name: _type(p.name, typed, dtype) for p in kernel.params}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name not in NOT_DIVISIBLE)
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options=options)
+
+
+def _type(name: str, typed: set[str], dtype: str) -> str:
+    if name in typed:
+        return f"*{dtype}"
+    if name in ("TOKENS", "MASK"):
+        return {"TOKENS": "*i64", "MASK": "*i1"}[name]
+    if name in ("inv_temperature", "tau", "gamma", "lam", "alpha"):
+        return "fp32"
+    return "*fp32" if name.isupper() and name not in SIZES else "i32"
+
+
+def _read_nvidia(compiled, target: str) -> tuple[dict, dict[str, str]]:
+    """Registers and spills from ptxas, instructions from the disassembly."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        sass = _run(TOOLS / "nvdisasm", "-c", cubin)
+        arch = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+        ptxas = TOOLS / ("ptxas-blackwell" if (TOOLS / "ptxas-blackwell").exists() else "ptxas")
+        log = _run(ptxas, "-v", f"--gpu-name={arch}", "-o", Path(folder, "again"), ptx, stderr=True)
+    widths = {"": 4, ".64": 8, ".128": 16, ".U16": 2, ".U8": 1}
+    loads = Counter(widths.get(w, 4) for w in re.findall(r"\bLDG\.E(?:\.\w+)*?(\.64|\.128|\.U16|\.U8)?\b", sass))
+    loads += Counter(16 for _ in re.findall(r"LDGSTS\.E[.\w]*\.128|UTMALDG", sass))
+    stores = Counter(widths.get(w, 4) for w in re.findall(r"\bSTG\.E(\.64|\.128|\.U16|\.U8)?", sass))
+    facts = {
+        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "loads": _keys(loads),
+        "stores": _keys(stores),
+        "matrix": dict(Counter(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)[.\w]*", sass))),
+    }
+    return facts, {"ptx": compiled.asm["ptx"], "sass": sass}
+
+
+def _read_amd(compiled, target: str) -> tuple[dict, dict[str, str]]:
+    code = compiled.asm["amdgcn"]
+    widths = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
+    loads, stores = (
+        Counter(widths.get(w, 4) for w in re.findall(rf"(?:global|buffer)_{kind}_(?:lds_)?(\w+?)(?:_d16\w*)?\b", code))
+        for kind in ("load", "store")
+    )
+    facts = {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
+        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
+        "local_accesses": len(re.findall(r"\bscratch_(?:load|store)", code)),
+        "loads": _keys(loads),
+        "stores": _keys(stores),
+        "matrix": dict(Counter(re.findall(r"\bv_mfma\w+", code))),
+    }
+    return facts, {"amdgcn": code}
+
+
+def _keys(counts: Counter) -> dict[str, int]:
+    return {str(width): counts[width] for width in sorted(counts, reverse=True)}
+
+
+def _run(*command, stderr: bool = False) -> str:
+    out = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if out.returncode:
+        raise RuntimeError(f"{Path(str(command[0])).name} failed: {out.stderr.strip()[:300]}")
+    return out.stderr + out.stdout if stderr else out.stdout
+
+
+def _label(tile) -> str:
+    """Sizes and warps of a tile, as a table shows them.
+
+    >>> _label(triton_logits.Tile(4096, 8))
+    '4096, 8 warps'
+    """
+    stages = f", {tile.stages} stages" if hasattr(tile, "stages") else ""
+    sizes = [str(x) for name, x in tile._asdict().items() if name not in ("warps", "stages")]
+    return f"{'×'.join(sizes)}, {tile.warps} warps{stages}"
+
+
+def main() -> None:
+    """Print findings as JSON lines, or one kernel's source."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernels", nargs="+", default=list(variants()), choices=list(variants()))
+    parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
+    parser.add_argument("--source", choices=("ptx", "sass", "amdgcn"))
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: unset it to compile")
+    for name in args.kernels:
+        tiles_by_size = variants()[name][3]
+        for target in args.targets:
+            for dtype in args.dtypes:
+                if DTYPES[dtype] not in tiles_by_size:
+                    continue
+                for i, tile in enumerate(tiles_by_size[DTYPES[dtype]][: None if args.all_tiles else 1]):
+                    finding, sources = examine(name, target, dtype, tile, default=i == 0)
+                    if args.source:
+                        print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
+                    else:
+                        print(json.dumps(asdict(finding)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

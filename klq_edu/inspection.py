@@ -1,0 +1,152 @@
+"""`klq inspect`: what the compiler makes of every kernel on GPUs that are not there, and the floor physics sets.
+
+Nothing here is a measurement: registers, memory accesses and instructions are read from machine code; times are bytes
+over bandwidth or operations over peak rate, whichever is longer, which no kernel can beat and few reach.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+KERNELS = {  # name -> bytes moved and floating-point operations, from the shapes; s is the element size
+    "token_stats": lambda N, V, H, s: (2 * N * V * s, 0),
+    "token_stats, merge": lambda N, V, H, s: (2 * N * V * s, 0),  # at most: rows with a small KL are read again
+    "token_stats, gradient": lambda N, V, H, s: (3 * N * V * s, 0),
+    "KLQ loss, gradient": lambda N, V, H, s: (2 * N * V * s, 0),
+    "lambda_returns": lambda N, V, H, s: (29 * N, 0),
+    "linear_token_stats": lambda N, V, H, s: (2 * (V + N) * H * s, 4 * N * V * H),
+    "linear_token_stats, shared head": lambda N, V, H, s: ((V + 2 * N) * H * s, 4 * N * V * H),
+    "linear_token_stats, gradient": lambda N, V, H, s: (2 * (V + N) * H * s + N * V * s, 4 * N * V * H),
+}
+DEVICES = {  # bytes/s; dense matrix operations/s in bf16 and in fp32 to fp32 accuracy (a third of TF32; AMD: fp32)
+    "A100": (2.04e12, {"bf16": 312e12, "fp32": 156e12 / 3}),
+    "H100": (3.35e12, {"bf16": 989e12, "fp32": 495e12 / 3}),
+    "H200": (4.80e12, {"bf16": 989e12, "fp32": 495e12 / 3}),
+    "MI300X": (5.30e12, {"bf16": 1307e12, "fp32": 163e12}),
+}
+SIZE = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
+
+    targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    """Architectures: A100, H100/H200, B200, MI300X."""
+    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    """Element types of logits, hidden states and weights."""
+    kernels: tuple[str, ...] = tuple(KERNELS)
+    """Kernels to compile, by name."""
+    all_tiles: bool = False
+    """Candidate tile sizes too, not only the defaults."""
+    source: Literal["ptx", "sass", "amdgcn"] | None = None
+    """Print this form of each kernel's code instead of the table."""
+    n: int = 8192
+    """Tokens, for the floor."""
+    v: int = 151_936
+    """Vocabulary, for the floor."""
+    h: int = 4096
+    """Hidden size, for the floor."""
+
+    def __post_init__(self):
+        for name in ("n", "v", "h"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := set(self.kernels) - set(KERNELS):
+            raise ValueError(f"kernels must be among {list(KERNELS)}, got {sorted(unknown)}")
+
+
+def findings(config: InspectConfig) -> Iterator[dict]:
+    """One record per compiled kernel (see `klq_kernels.offline.Finding`), as they come."""
+    extra = ["--all-tiles"] if config.all_tiles else []
+    for line in _compiler(config, extra):
+        yield json.loads(line)
+
+
+def run_inspect(config: InspectConfig) -> bool:
+    """Print the table and the floors, or the code; True if no default tile has a problem."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    if config.source:
+        for line in _compiler(config, ["--source", config.source]):
+            print(line, end="")
+        return True
+    records = list(track(findings(config), description="compiling", console=console, transient=True))
+    console.print(_table(records))
+    console.print(_floors(config))
+    bad = [
+        f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(r['problems'])}" for r in records if r["problems"]
+    ]
+    console.print("\n".join(bad) or f"{len(records)} variants: no default spills, overflows or loses its wide loads.")
+    return not bad
+
+
+def floor_seconds(kernel: str, device: str, dtype: str, n: int, v: int, h: int) -> float:
+    """The time below which no implementation of this kernel can come on this device (a roofline, not a measurement).
+
+    >>> round(1e3 * floor_seconds("token_stats", "H100", "bf16", 8192, 151_936, 4096), 2)
+    1.49
+    """
+    moved, operations = KERNELS[kernel](n, v, h, SIZE[dtype])
+    bandwidth, rate = DEVICES[device]
+    return max(moved / bandwidth, operations / rate[dtype])
+
+
+def _compiler(config: InspectConfig, extra: list[str]) -> Iterator[str]:
+    """Lines printed by the compiling process, which needs Triton's interpreter switched off."""
+    command = [sys.executable, "-m", "klq_kernels.offline", "--targets", *config.targets, "--dtypes", *config.dtypes]
+    command += ["--kernels", *config.kernels, *extra]
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        yield from child.stdout
+        error = child.stderr.read()
+    if child.returncode:
+        raise RuntimeError(f"compiling failed: {error.strip().splitlines()[-1] if error.strip() else child.returncode}")
+
+
+def _table(records: list[dict]):
+    from rich.table import Table
+
+    table = Table(title="What the machine code shows (compiled here, run nowhere)", title_justify="left")
+    for column in ("kernel", "target", "dtype", "tile", "regs", "spill", "shared", "loads", "stores", "matrix", "dot"):
+        table.add_column(column, justify="right" if column in ("regs", "spill", "shared") else "left")
+    for r in records:
+        style = "red" if r["problems"] else None if r["default"] else "dim"
+        shared = f"{r['shared_bytes'] / 1024:.0f}/{r['shared_limit'] / 1024:.0f}K"
+        table.add_row(
+            r["kernel"], r["target"], r["dtype"], r["tile"], str(r["registers"]), str(r["spill_bytes"]), shared,
+            _widths(r["loads"]), _widths(r["stores"]), _matrix(r["matrix"]), r["precision"], style=style,
+        )  # fmt: skip
+    return table
+
+
+def _floors(config: InspectConfig):
+    from rich.table import Table
+
+    title = f"Floors, not measurements: N = {config.n}, V = {config.v}, H = {config.h}"
+    table = Table(title=title, title_justify="left")
+    for column in ("kernel", "dtype", "bytes/element", "FLOP/element", *(f"{d} [ms]" for d in DEVICES)):
+        table.add_column(column, justify="left" if column in ("kernel", "dtype") else "right")
+    for kernel in config.kernels:
+        for dtype in config.dtypes if kernel != "lambda_returns" else ["fp32"]:
+            moved, operations = KERNELS[kernel](config.n, config.v, config.h, SIZE[dtype])
+            elements = config.n * (1 if kernel == "lambda_returns" else config.v)
+            times = (1e3 * floor_seconds(kernel, d, dtype, config.n, config.v, config.h) for d in DEVICES)
+            counts = (f"{moved / elements:.3g}", f"{operations / elements:.3g}")
+            table.add_row(kernel, dtype, *counts, *(f"{t:.3g}" for t in times))
+    return table
+
+
+def _widths(counts: dict[str, int]) -> str:
+    """'4×16 2×4 B': how many instructions of which width in bytes."""
+    return " ".join(f"{n}×{width}" for width, n in counts.items()) + " B"
+
+
+def _matrix(counts: dict[str, int]) -> str:
+    return " ".join(f"{n}×{name}" for name, n in counts.items()) or "-"

@@ -1,0 +1,57 @@
+"""Every kernel compiles for GPUs that are not here, and its default tile keeps what the package promises."""
+
+from dataclasses import replace
+
+import pytest
+
+from klq_edu.inspection import KERNELS, InspectConfig, findings, floor_seconds
+from klq_kernels.offline import TARGETS, Finding, problems
+
+GOOD = Finding(
+    kernel="linear_token_stats", target="gfx942", dtype="bf16", tile="", default=True, registers=100, spill_bytes=0,
+    local_accesses=0, shared_bytes=1000, shared_limit=65_536, loads={"16": 4}, stores={"4": 1},
+    matrix={"v_mfma": 8}, precision="bf16",
+)  # fmt: skip
+
+
+def test_no_default_spills_overflows_shared_memory_or_loses_wide_loads_or_matrix_instructions():
+    records = list(findings(InspectConfig()))
+    assert not [r for r in records if r["problems"]]
+    expected = {(k, t, d) for k in KERNELS for t in TARGETS for d in ("bf16", "fp32")}
+    seen = {(r["kernel"], r["target"], r["dtype"]) for r in records}
+    assert expected - seen == {("lambda_returns", t, "bf16") for t in TARGETS}, "λ-returns are always fp32"
+    for r in records:
+        if r["matrix"]:
+            exact = "ieee" if r["target"] == "gfx942" else "tf32x3"
+            assert r["precision"] == ("bf16" if r["dtype"] == "bf16" else exact), "plain TF32 only if asked for"
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [(dict(spill_bytes=8), "spills 8 bytes"), (dict(local_accesses=2), "2 accesses to local"),
+     (dict(shared_bytes=70_000), "needs 70000"), (dict(loads={"8": 3}), "no 16-byte"), (dict(matrix={}), "no matrix")],
+)  # fmt: skip
+def test_each_broken_promise_is_named(change, complaint):
+    assert problems(GOOD, multiplies=True) == []
+    (found,) = problems(replace(GOOD, **change), multiplies=True)
+    assert complaint in found
+
+
+def test_a_tile_too_large_for_a_device_is_found_out():
+    """The compiler itself does not check the device's shared memory; candidates show it, defaults must not."""
+    config = InspectConfig(
+        kernels=("linear_token_stats, shared head",), targets=("gfx942",), dtypes=("bf16",), all_tiles=True
+    )
+    records = list(findings(config))
+    assert max(r["shared_bytes"] for r in records) > 65_536 >= records[0]["shared_bytes"]
+
+
+def test_the_floor_is_the_longer_of_memory_and_arithmetic():
+    """By hand: 2 · 10 · 160 · 2 bytes at 3.35 TB/s, and 4 · 1e3 · 1e3 · 1e3 operations at 989 TFLOP/s."""
+    assert floor_seconds("token_stats", "H100", "bf16", 10, 160, 1) == pytest.approx(6400 / 3.35e12)
+    assert floor_seconds("linear_token_stats", "H100", "bf16", 1000, 1000, 1000) == pytest.approx(4e9 / 989e12)
+
+
+def test_unknown_kernels_are_named():
+    with pytest.raises(ValueError, match="kernels must be among"):
+        InspectConfig(kernels=("softmax",))
