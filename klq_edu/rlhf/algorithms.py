@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from klq_edu.core.objectives import klq_loss, ppo_clip_loss, ppo_penalty_loss, value_loss
+from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
 from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import Rollout
-from klq_kernels import TokenStats
 
 
 class Targets(NamedTuple):
@@ -27,6 +27,13 @@ class Targets(NamedTuple):
         return Targets(*(x[index] for x in self))
 
 
+class Step(NamedTuple):
+    """What one optimiser step starts from: the loss, and the new policy's log-probs [B, T] for the logs."""
+
+    loss: Tensor
+    logprobs: Tensor
+
+
 def make_targets(rollout: Rollout, config: TrainConfig) -> Targets:
     """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's."""
     out = lambda_returns(
@@ -37,26 +44,28 @@ def make_targets(rollout: Rollout, config: TrainConfig) -> Targets:
     return Targets(out.targets + config.alpha * (gains - out.advantages), gains, rollout.values + out.advantages)
 
 
-def klq(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+def klq(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
     """½(τ log π/π_b + V − Ĝ)² / (ατ): one regression trains policy and critic together (6)."""
-    loss = klq_loss(
-        new.logprob, old.ref_logprobs, values, targets.q, old.mask, tau=config.tau, loss=config.loss, clip=config.clip,
-        log_ratio_clip=config.log_ratio_clip, delta=config.delta, old_logprobs=old.logprobs, old_values=old.values,
+    loss, new = old.klq_loss(
+        policy, targets.q, tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip,
+        delta=config.delta,
     )  # fmt: skip
-    return loss / (config.alpha * config.tau)
+    return Step(loss / (config.alpha * config.tau), new.logprob)
 
 
-def ppo_clip(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+def ppo_clip(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
     """PPO's clipped surrogate plus vf_coef times the value loss."""
+    new, values = old.stats(policy)
     surrogate = ppo_clip_loss(new.logprob, old.logprobs, targets.advantages, old.mask, clip=config.ratio_clip)
-    return surrogate + config.vf_coef * _critic(values, old, targets, config)
+    return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
 
 
-def ppo_penalty(new: TokenStats, values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+def ppo_penalty(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
     """−E[ρÂ] + (τ/α) KL(π ‖ π_old), KLQ's counterpart (claim 3), plus vf_coef times the value loss."""
+    new, values = old.stats(policy)
     coef = config.tau / config.alpha
     surrogate = ppo_penalty_loss(new.logprob, old.logprobs, targets.advantages, old.mask, coef=coef)
-    return surrogate + config.vf_coef * _critic(values, old, targets, config)
+    return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
 
 
 def _critic(values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:

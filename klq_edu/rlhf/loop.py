@@ -98,13 +98,12 @@ def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimiz
     for _ in range(config.epochs):
         for index in torch.randperm(len(rollout), generator=generator).tensor_split(config.minibatches):
             old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
-            new, values = old.stats(policy)
-            loss = ALGORITHMS[config.algorithm](new, values, old, goal, config)
+            loss, logprobs = ALGORITHMS[config.algorithm](policy, old, goal, config)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = clip_gradients(policy, config.max_grad_norm)
             optimizer.step()
-            kl_old = masked_mean(k3(old.logprobs - new.logprob.detach()), old.mask)
+            kl_old = masked_mean(k3(old.logprobs - logprobs.detach()), old.mask)
             steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
     return torch.stack(steps)
 

@@ -128,27 +128,41 @@ class ActorCritic(nn.Module):
             call = record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
         return call if trunk is None else call | {"hidden": trunk}
 
+    def features(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, d], of which `head` makes logits, and values V(s_t) [B, T] at the positions `keep`."""
+        with self.precision():
+            hidden = _hidden(self.body, inputs)[:, keep]
+            if self.critic_body is None:
+                seen = scale_gradient(hidden, self.value_grad_scale)
+            else:
+                seen = _hidden(self.critic_body, inputs)[:, keep]
+        return self.cast(hidden), self.value_head(seen.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    @torch.no_grad()
+    def reference_features(self, inputs: dict, keep: slice) -> Tensor:
+        """The frozen reference's hidden states [B, T, d], of which `ref_head` makes logits; no gradient."""
+        with self.precision():
+            return self.cast(_hidden(self.ref_body, inputs)[:, keep])
+
+    def cast(self, x: Tensor) -> Tensor:
+        """x in the dtype of forward passes, where that is not the parameters' own."""
+        return x if self.dtype == torch.float32 else x.to(self.dtype)
+
     def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
         """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
-        with self.precision():
-            return self.head(_hidden(self.body, inputs)[:, keep])
+        return self(inputs, keep)[0]
 
     @torch.no_grad()
     def reference_logits(self, inputs: dict, keep: slice) -> Tensor:
         """The frozen reference's logits [B, T, A]; no gradient."""
         with self.precision():
-            return self.ref_head(_hidden(self.ref_body, inputs)[:, keep])
+            return self.ref_head(self.reference_features(inputs, keep))
 
     def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
+        hidden, values = self.features(inputs, keep)
         with self.precision():
-            hidden = _hidden(self.body, inputs)[:, keep]
-            logits = self.head(hidden)
-            if self.critic_body is None:
-                features = scale_gradient(hidden, self.value_grad_scale)
-            else:
-                features = _hidden(self.critic_body, inputs)[:, keep]
-        return logits, self.value_head(features.to(self.value_head.weight.dtype)).squeeze(-1)
+            return self.head(hidden), values
 
     def action_ids(self, tokens: Tensor) -> Tensor:
         """Vocabulary ids -> indices into the allowed vocabulary; −1, which no mask should let through, if not there."""

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from klq_edu.core.objectives import klq_loss
 from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
-from klq_kernels import token_stats
+from klq_kernels import TokenStats, linear_klq_loss, linear_token_stats, token_stats
 from klq_kernels.checks import right_padded
 
 
@@ -77,15 +78,44 @@ class Rollout:
         return Rollout(**out)
 
     def stats(self, policy: ActorCritic, reference: bool = False):
-        """(TokenStats, values) of these completions under the policy as it is now, differentiable."""
-        keep = slice(-self.tokens.shape[1], None)
-        logits, values = policy(self.inputs, keep)
-        ref_logits = policy.reference_logits(self.inputs, keep) if reference else None
-        if self.allowed is not None:
-            logits = logits.masked_fill(~self.allowed, -torch.inf)
-            ref_logits = None if ref_logits is None else ref_logits.masked_fill(~self.allowed, -torch.inf)
+        """(TokenStats, values) of these completions under the policy as it is now, differentiable.
+
+        Logits exist only where a constraint needs them.
+        """
+        keep, settings = self._keep, {"temperature": self.temperature, "mask": self.mask}
         actions = policy.action_ids(self.tokens)
-        return token_stats(logits, actions, ref_logits, temperature=self.temperature, mask=self.mask), values
+        if self.allowed is not None:
+            logits, values = policy(self.inputs, keep)
+            ref_logits = policy.reference_logits(self.inputs, keep) if reference else None
+            logits, ref_logits = (
+                None if z is None else z.masked_fill(~self.allowed, -torch.inf) for z in (logits, ref_logits)
+            )
+            return token_stats(logits, actions, ref_logits, **settings), values
+        hidden, values = policy.features(self.inputs, keep)
+        weight, settings["bias"] = _head(policy, policy.head)
+        ref = (None, None)
+        if reference:
+            ref_weight, settings["ref_bias"] = _head(policy, policy.ref_head)
+            ref = (policy.reference_features(self.inputs, keep), ref_weight)
+        return linear_token_stats(hidden, weight, actions, *ref, **settings), values
+
+    def klq_loss(self, policy: ActorCritic, targets: Tensor, **variant) -> tuple[Tensor, TokenStats]:
+        """The KLQ loss of fitting Q to targets [B, T] (see `klq_kernels.linear_klq_loss`), and the new statistics."""
+        variant |= {"old_logprobs": self.logprobs, "old_values": self.values}
+        if self.allowed is not None:
+            new, values = self.stats(policy)
+            return klq_loss(new.logprob, self.ref_logprobs, values, targets, self.mask, **variant), new
+        hidden, values = policy.features(self.inputs, self._keep)
+        weight, bias = _head(policy, policy.head)
+        return linear_klq_loss(
+            hidden, weight, policy.action_ids(self.tokens), self.ref_logprobs, values, targets, self.mask, bias=bias,
+            temperature=self.temperature, return_stats=True, **variant,
+        )  # fmt: skip
+
+    @property
+    def _keep(self) -> slice:
+        """Positions whose outputs predict the completion's tokens."""
+        return slice(-self.tokens.shape[1], None)
 
 
 @torch.no_grad()
@@ -142,6 +172,11 @@ def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_t
     ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
     attention = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=policy.device)
     return ids, attention
+
+
+def _head(policy: ActorCritic, head: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The head's weight and bias in the dtype of the hidden states."""
+    return policy.cast(head.weight), None if head.bias is None else policy.cast(head.bias)
 
 
 def _sample(policy, ids, attention, eos, constrained, steps, temperature, generator):

@@ -121,9 +121,8 @@ def test_every_loss_variant_trains(tmp_path, tiny_lm, tokenizer, loss):
 
 
 def first_gradient(policy, batch, config):
-    new, values = batch.stats(policy)
     policy.zero_grad()
-    ALGORITHMS[config.algorithm](new, values, batch, make_targets(batch, config), config).backward()
+    ALGORITHMS[config.algorithm](policy, batch, make_targets(batch, config), config).loss.backward()
     return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
 
 
