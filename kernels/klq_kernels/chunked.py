@@ -15,7 +15,8 @@ from klq_kernels import reference, tiled
 from klq_kernels.reference import clean, result_dtype
 from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
 
-WORKSPACE_BYTES = 1 << 26  # 64 MiB: 256 rows of two models with 32,000 tokens
+WORKSPACE_BYTES = 1 << 26  # 64 MiB: 458 rows of 32,000 tokens, and an eighth of it for the reference's tiles
+REF_SHARE = 8
 
 
 class Head(NamedTuple):
@@ -24,6 +25,13 @@ class Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+
+    def workable(self) -> "Head":
+        """Itself, or in float32 where the CPU has no fast products of its 16-bit type."""
+        if self.weight.is_cuda or native(self.weight.dtype):
+            return self
+        dtype = result_dtype(self.weight)
+        return Head(*(x if x is None else x.to(dtype) for x in self))
 
     def logits(self, rows: slice | Tensor, out: Tensor) -> Tensor:
         """Logits of these rows in the working dtype, written to `out`."""
@@ -47,7 +55,7 @@ class Gradients(NamedTuple):
 
     def add(self, head: Head, rows: slice | Tensor, dz: Tensor) -> None:
         """Add what logit gradients dz [n, V] of these rows contribute."""
-        dz = dz.to(head.hidden.dtype) if dz.is_cuda else dz
+        dz = dz.to(head.hidden.dtype)
         if self.hidden is not None:
             self.hidden[rows] = product(dz, head.weight)
         if self.weight is not None:
@@ -64,9 +72,10 @@ def linear_stats(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Statistics:
     """`reference.linear_token_stats`, chunk by chunk."""
+    policy, ref = policy.workable(), ref and ref.workable()
     out = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
-    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
-        store(out, rows, tiled.logits_stats(z, tokens[rows], r, temperature, mask[rows], exact=False))
+    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
+        store(out, rows, chunk_stats(tiled, z, tokens[rows], ref, rows, temperature, mask[rows], workspace))
     return out
 
 
@@ -76,13 +85,16 @@ def linear_grad(
 ) -> Gradients:  # fmt: skip
     """Gradients of what `linear_stats` returned: the logits are computed once more, the reference's only if the KL
     has an upstream gradient."""
-    grads = Gradients.zeros(policy, needed)
-    ref = None if upstream[2] is None else ref
-    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
+    grads, given = Gradients.zeros(policy, needed), policy
+    policy, ref = policy.workable(), None if upstream[2] is None else ref.workable()
+    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
         some = Statistics(*(x[rows] if len(x) else x for x in stats))
         ups = tuple(None if x is None else x[rows] for x in upstream)
-        grads.add(policy, rows, tiled.logits_grad(z, tokens[rows], r, temperature, mask[rows], some, ups, z))
-    return grads.like(policy)
+        for columns, r in reference_tiles(ref, rows, z, workspace):
+            part, inside = z[:, columns], tokens[rows] - columns.start
+            tiled.logits_grad(part, inside, r, temperature, mask[rows], some, ups, part)
+        grads.add(policy, rows, z)
+    return grads.like(given)
 
 
 def linear_klq(
@@ -95,11 +107,12 @@ def linear_klq(
     computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `fixed` holds
     klq_loss's tensors without gradient, `variant` its settings; `kernels` works on logits.
     """
-    grads, count = Gradients.zeros(policy, needed), mask.sum().clamp(min=1)
+    grads, count, given_policy = Gradients.zeros(policy, needed), mask.sum().clamp(min=1), policy
+    policy, ref = policy.workable(), ref and ref.workable()
     stats = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
     total, dvalues = 0.0, torch.zeros_like(values, dtype=result_dtype(values, stats.logprob))
-    for rows, z, r in logit_chunks(policy, ref, mask, workspace):
-        part = kernels.logits_stats(z, tokens[rows], r, temperature, mask[rows], exact=False)
+    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
+        part = chunk_stats(kernels, z, tokens[rows], ref, rows, temperature, mask[rows], workspace)
         store(stats, rows, part)
         given = {name: None if x is None else x[rows] for name, x in fixed.items()}
         given["ref_logprobs"] = part.ref_logprob if ref else given["ref_logprobs"]
@@ -108,7 +121,7 @@ def linear_klq(
         if any(needed):
             ups = (a / count, None, None)
             grads.add(policy, rows, kernels.logits_grad(z, tokens[rows], None, temperature, mask[rows], part, ups, z))
-    return total / count, stats, grads.like(policy), dvalues / count
+    return total / count, stats, grads.like(given_policy), dvalues / count
 
 
 def klq_terms(
@@ -143,20 +156,49 @@ def klq_terms(
     return terms.sum(), dlogp, dv
 
 
-def logit_chunks(
-    policy: Head, ref: Head | None, mask: Tensor, workspace: int
-) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
-    """(rows, logits, reference logits) of unmasked rows in chunks that fit the workspace (at least one row), which is
-    allocated once and overwritten by each."""
-    heads = [h for h in (policy, ref) if h]
-    per_row = sum(len(h.weight) * result_dtype(h.weight).itemsize for h in heads)
-    buffers = None
-    for rows in row_blocks(mask, per_row, workspace):
+def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """(rows, logits) of unmasked rows in chunks that fit the workspace (at least one row), which is allocated once and
+    overwritten by each. If it is shared, what `reference_tiles` needs is left free."""
+    size, dtype = workspace * (REF_SHARE - 1) // REF_SHARE if shared else workspace, result_dtype(policy.weight)
+    buffer = None
+    for rows in row_blocks(mask, len(policy.weight) * dtype.itemsize, size):
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        if buffers is None:  # the first chunk is the largest
-            buffers = [h.weight.new_empty((count, len(h.weight)), dtype=result_dtype(h.weight)) for h in heads]
-        z = [h.logits(rows, buffer[:count]) for h, buffer in zip(heads, buffers, strict=True)]
-        yield rows, z[0], z[1] if ref else None
+        if buffer is None:  # the first chunk is the largest
+            buffer = policy.weight.new_empty((count, len(policy.weight)), dtype=dtype)
+        yield rows, policy.logits(rows, buffer[:count])
+
+
+def reference_tiles(
+    ref: Head | None, rows: slice | Tensor, z: Tensor, workspace: int
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """(columns, the reference's logits there) for these rows, over the whole vocabulary; without a reference, one tile
+    with no logits. Tiles, not rows: a product of few rows is slow."""
+    vocab = z.shape[1]
+    if ref is None:
+        yield slice(0, vocab), None
+        return
+    dtype = result_dtype(ref.weight)
+    width = min(vocab, max(1, workspace // REF_SHARE // (dtype.itemsize * len(z))))
+    hidden, buffer = ref.hidden[rows], ref.weight.new_empty(len(z) * width, dtype=dtype)
+    for start in range(0, vocab, width):
+        columns = slice(start, min(start + width, vocab))
+        tile = Head(hidden, ref.weight[columns], None if ref.bias is None else ref.bias[columns])
+        out = buffer[: len(z) * (columns.stop - start)].view(len(z), -1)
+        yield columns, tile.logits(slice(None), out)
+
+
+def chunk_stats(
+    kernels: ModuleType, z: Tensor, tokens: Tensor, ref: Head | None, rows: slice | Tensor, temperature: float,
+    mask: Tensor, workspace: int,
+) -> Statistics:  # fmt: skip
+    """Statistics of a chunk whose policy logits are z. The reference's logits are made tile by tile, or all at once for
+    kernels that visit both rows together (then another workspace is needed)."""
+    if ref is not None and kernels is not tiled:
+        return kernels.logits_stats(z, tokens, ref.logits(rows, torch.empty_like(z)), temperature, mask)
+    own = kernels.logits_stats(z, tokens, None, temperature, mask)
+    if ref is None:
+        return own
+    return tiled.add_reference(own, z, tokens, reference_tiles(ref, rows, z, workspace), temperature)
 
 
 def store(out: Statistics, rows: slice | Tensor, part: Statistics) -> None:
@@ -169,11 +211,17 @@ def store(out: Statistics, rows: slice | Tensor, part: Statistics) -> None:
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, accumulated and returned in the working dtype (in `out` if given)."""
     dtype = result_dtype(a, b)
-    if a.dtype == b.dtype == dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda and a.dtype == b.dtype:
+    if a.is_cuda and a.dtype == b.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype, out=out)
+    if native(a.dtype) and a.dtype == b.dtype:
+        narrow = torch.mm(a, b)
+        return narrow.to(dtype) if out is None else out.copy_(narrow)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this 16-bit type faster than their float32 copies."""
+    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -63,7 +63,7 @@ def variants() -> dict[str, tuple]:
     scan = {4: triton_logits.SCAN_TILES}
     no_bias = {"HAS_BIAS": False, "HAS_BIAS2": False}
     every = {"HAS_A": True, "HAS_B": True, "HAS_C": True}
-    in_rows = {"HAS_REF": True, "IN_ROWS": True, "EXACT": True, "SPLITS": 8}
+    in_rows = {"HAS_REF": True, "IN_ROWS": True, "SPLITS": 8}
     return {
         "token_stats": (stats, {"Z", "R"}, {"HAS_REF": True}, both, False),
         "token_stats, merge": (merge, {"Z", "R"}, in_rows, both, False),

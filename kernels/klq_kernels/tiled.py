@@ -4,7 +4,7 @@ Every function works on flat rows: tokens, mask and statistics [N], logits [...,
 never read. The arithmetic is float32, or float64 for float64 inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,12 +43,8 @@ def logits_stats(
     ref_logits: Tensor | None,
     temperature: float,
     mask: Tensor,
-    exact: bool = True,
 ) -> Statistics:
-    """`reference.token_stats` in one pass over blocks of rows; zeros where masked.
-
-    `exact` sums a small KL without cancellation; else its error is about 1e-6, as suits logits that are no more exact.
-    """
+    """`reference.token_stats` in one pass over blocks of rows; zeros where masked."""
     dtype = reference.result_dtype(logits, ref_logits)
     out = empty_statistics(tokens, dtype, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
@@ -60,8 +56,31 @@ def logits_stats(
         if ref_logits is not None:
             logq, out.ref_shift[rows], out.ref_norm[rows] = _normalise(take_rows(ref_logits, rows, dtype), temperature)
             out.ref_logprob[rows] = logq.gather(1, chosen).squeeze(1)
-            out.kl[rows] = _kl(p, logp, logq, SMALL_KL if exact else -INF)
+            out.kl[rows] = _kl(p, logp, logq)
     return out
+
+
+def add_reference(
+    own: Statistics, z: Tensor, tokens: Tensor, tiles: Iterable[tuple[slice, Tensor]], temperature: float
+) -> Statistics:
+    """Statistics of logits z [N, V] with those of a reference whose logits come in tiles (columns, r [N, columns]).
+
+    KL = Σ p (log p − y) + log Σ e^y, y = (r − shift)/T: one visit to each tile, and an absolute error of about 1e-6.
+    """
+    shift, token_y = torch.zeros_like(own.norm), torch.zeros_like(own.norm)
+    total, cross = torch.full_like(own.norm, -INF), torch.zeros_like(own.norm)
+    for columns, r in tiles:
+        if columns.start == 0:
+            shift = _finite(r.amax(1))
+        here = (tokens >= columns.start) & (tokens < columns.stop)
+        chosen = torch.where(here, tokens - columns.start, 0).long().unsqueeze(1)
+        token_y = torch.where(here, (r.gather(1, chosen).squeeze(1) - shift) / temperature, token_y)
+        for rows in row_blocks(torch.ones_like(here), r.shape[1] * r.element_size()):
+            logp = _logp(z[rows, columns], temperature, own.shift[rows], own.norm[rows])
+            y = _logp(r[rows], temperature, shift[rows], torch.zeros_like(shift[rows]))
+            total[rows] = torch.logaddexp(total[rows], _logsumexp(y))
+            cross[rows] += _cross(logp.exp(), logp.sub_(y))
+    return own._replace(ref_logprob=token_y - total, kl=(cross + total).clamp_(min=0), ref_shift=shift, ref_norm=total)
 
 
 def logits_grad(
@@ -98,7 +117,9 @@ def logits_grad(
                 weights.addcmul_(logq, c.unsqueeze(1), value=-1)
             grad.mul_(weights)
         if upstream[0] is not None:
-            grad.scatter_add_(1, tokens[rows].long().unsqueeze(1), a.unsqueeze(1))
+            chosen = tokens[rows].long()
+            here = (chosen >= 0) & (chosen < grad.shape[1])  # in a tile of the vocabulary it may be elsewhere
+            grad.scatter_add_(1, torch.where(here, chosen, 0).unsqueeze(1), torch.where(here, a, 0.0).unsqueeze(1))
         out[rows] = (grad if temperature == 1 else grad.div_(temperature)).to(out.dtype)
     return out
 
@@ -156,20 +177,31 @@ def _logp(z: Tensor, temperature: float, shift: Tensor, norm: Tensor) -> Tensor:
 
 def _entropy(p: Tensor, logp: Tensor) -> Tensor:
     """−Σ p log p of each row, with 0 log 0 = 0."""
-    entropy = -torch.linalg.vecdot(p, logp)
-    return entropy if not entropy.isnan().any() else -torch.linalg.vecdot(p, _finite(logp))
+    return -_cross(p, logp)
 
 
-def _kl(p: Tensor, logp: Tensor, logq: Tensor, small: float) -> Tensor:
-    """D(p ‖ q) of each row: Σ p d, d = log(p/q), or where that is < small Σ p (e^(−d) − 1 + d), whose terms are ≥ 0."""
+def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """D(p ‖ q) of each row: Σ p d, d = log(p/q), or where that is small Σ p (e^(−d) − 1 + d), whose terms are ≥ 0."""
     d = logp - logq
     kl = torch.linalg.vecdot(p, d)
-    if (kl > small).all():
-        return kl.clamp_(min=0)
+    if (kl > SMALL_KL).all():
+        return kl
     low, high = d.aminmax()
     if not (low > FAR and high < INF):  # also where −inf − −inf made NaN
         return reference.kl_divergence(logp, logq)
-    return torch.where(kl > small, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
+    return torch.where(kl > SMALL_KL, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
+
+
+def _logsumexp(y: Tensor) -> Tensor:
+    """log Σ e^y of each row; by log_softmax, which visits y less often than torch.logsumexp."""
+    top = y.amax(1)
+    return torch.where(top > -INF, top - torch.log_softmax(y, 1).amax(1), -INF)
+
+
+def _cross(p: Tensor, d: Tensor) -> Tensor:
+    """Σ p d of each row, where p = 0 contributes 0 whatever d is."""
+    sums = torch.linalg.vecdot(p, d)
+    return torch.linalg.vecdot(p, d.masked_fill(p == 0, 0.0)) if sums.isnan().any() else sums
 
 
 def _finite(logp: Tensor) -> Tensor:

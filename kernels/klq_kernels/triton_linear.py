@@ -226,7 +226,7 @@ def linear_stats(
     )  # fmt: skip
     merge_kernel[(rows,)](
         partials, tokens, mask, *token_logits, *out, rows, V, 1, 0, 0, 0, 0, 1 / temperature, splits,
-        HAS_REF=ref is not None, IN_ROWS=False, EXACT=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16,
+        HAS_REF=ref is not None, IN_ROWS=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16,
         num_warps=1,
     )  # fmt: skip
     return out

@@ -76,10 +76,10 @@ def stats_kernel(
 def merge_kernel(
     PART, TOKENS, MASK, Z, R, LOGPROB, ENTROPY, REF_LOGPROB, KL, SHIFT, NORM, REF_SHIFT, REF_NORM,
     rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits,
-    HAS_REF: tl.constexpr, IN_ROWS: tl.constexpr, EXACT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_REF: tl.constexpr, IN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row's partials. Z and R hold its logits (IN_ROWS; with EXACT a small KL is summed once more,
-    accurately) or only those of its token [rows]."""
+    """Merge one row's partials. Z and R hold its logits (IN_ROWS: then a small KL is summed once more, accurately) or
+    only those of its token [rows]."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(MASK + row) == 0:
         return
@@ -121,7 +121,7 @@ def merge_kernel(
         w = tl.sum(shrink(scale, w_i + s_i * (shift - shift_ref)), 0)
         ref_norm = tl.log(t)
         kl = w / s - norm + ref_norm
-        if EXACT:
+        if IN_ROWS:
             if kl < SMALL_KL:  # two ifs: the first is decided when compiling
                 kl_block = tl.zeros([BLOCK], tl.float32)
                 for start in range(0, V, BLOCK):
@@ -220,7 +220,6 @@ def logits_stats(
     ref_logits: Tensor | None,
     temperature: float,
     mask: Tensor,
-    exact: bool = True,
 ) -> Statistics:
     """See `tiled.logits_stats`."""
     out = empty_statistics(tokens, torch.float32, ref_logits is not None)
@@ -237,7 +236,7 @@ def logits_stats(
         z, r, mask, partials, rows, V, time, *where, span, HAS_REF=has_ref, BLOCK=_block(tile, V), num_warps=tile.warps
     )
     merge_kernel[(rows,)](
-        partials, tokens, mask, z, r, *out, rows, V, time, *where, HAS_REF=has_ref, IN_ROWS=True, EXACT=exact,
+        partials, tokens, mask, z, r, *out, rows, V, time, *where, HAS_REF=has_ref, IN_ROWS=True,
         SPLITS=triton.next_power_of_2(splits), BLOCK=_block(tile, V), num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -46,7 +46,7 @@ def test_stored_logprobs_are_the_training_forwards(tiny_lm, tokenizer, blocks):
 def test_at_the_start_policy_and_reference_agree_and_masked_entries_are_zero(tiny_lm, tokenizer):
     rollout = sample(ActorCritic(tiny_lm()), tokenizer, PROMPTS * 20, steps=12)
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs)
-    assert rollout.kl.abs().max() < 1e-9
+    assert (rollout.kl >= 0).all() and rollout.kl.max() < 5e-6  # the floor of a KL from float32 hidden states
     for name in ("logprobs", "ref_logprobs", "values", "entropy", "kl", "rewards"):
         assert not getattr(rollout, name)[~rollout.mask].any(), name
 
