@@ -76,11 +76,13 @@ def variants() -> dict[str, tuple]:
     }
 
 
-def examine(name: str, target: str, dtype: str, tile, default: bool) -> tuple[Finding, dict[str, str]]:
+def examine(
+    name: str, target: str, dtype: str, tile, default: bool, ones: bool = False
+) -> tuple[Finding, dict[str, str]]:
     """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
     kernel, typed, flags, _, multiplies = variants()[name]
     size = DTYPES[dtype]
-    constants = dict(flags)
+    constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
     precision = "-"
     if multiplies:
         exact = triton_linear.fp32_precision(TARGETS[target].backend)
@@ -91,7 +93,7 @@ def examine(name: str, target: str, dtype: str, tile, default: bool) -> tuple[Fi
     else:
         constants |= {"BLOCK": tile.block}
         options = {"num_warps": tile.warps}
-    compiled = compile_for(kernel, typed, constants, TARGETS[target], dtype, options)
+    compiled = compile_for(kernel, typed, constants, TARGETS[target], dtype, options, ones)
     facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, target)
     finding = Finding(
         kernel=name, target=target, dtype=dtype, tile=_label(tile), default=default,
@@ -116,9 +118,12 @@ def problems(f: Finding, multiplies: bool) -> list[str]:
     return found
 
 
-def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict):
-    """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into."""
+def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict, ones: bool):
+    """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into; or with all
+    `ones`, since Triton compiles a size of 1 as a constant."""
     signature = {p.name: _type(p.name, typed, dtype) for p in kernel.params}
+    if ones:
+        constants = constants | {name: 1 for name, kind in signature.items() if kind == "i32" and name not in constants}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -211,6 +216,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--kernels", nargs="+", default=list(variants()), choices=list(variants()))
     parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
+    parser.add_argument(
+        "--ones", action="store_true", help="take every size to be 1, which Triton compiles differently"
+    )
     parser.add_argument("--source", choices=("ptx", "sass", "amdgcn"))
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -222,7 +230,7 @@ def main() -> None:
                 if DTYPES[dtype] not in tiles_by_size:
                     continue
                 for i, tile in enumerate(tiles_by_size[DTYPES[dtype]][: None if args.all_tiles else 1]):
-                    finding, sources = examine(name, target, dtype, tile, default=i == 0)
+                    finding, sources = examine(name, target, dtype, tile, i == 0, args.ones)
                     if args.source:
                         print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
                     else:

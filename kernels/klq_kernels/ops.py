@@ -49,7 +49,7 @@ def token_stats(
     ref = None if ref_logits is None else ref_logits.detach()
     flat = (tokens.reshape(-1), ref, temperature, mask.reshape(-1), backend)
     out = custom.InplaceStats.apply(logits, *flat) if inplace_backward else custom.token_stats(logits, *flat)
-    return _shaped(out, tokens)
+    return _shaped(out, tokens, ref_logits is not None)
 
 
 def linear_token_stats(
@@ -95,7 +95,7 @@ def linear_token_stats(
         _rows(hidden), weight, bias, tokens.reshape(-1), *_reference(ref_hidden, ref_weight, ref_bias),
         temperature, mask.reshape(-1), workspace_bytes, backend,
     )  # fmt: skip
-    return _shaped(out, tokens)
+    return _shaped(out, tokens, ref_hidden is not None)
 
 
 def lambda_returns(
@@ -256,7 +256,7 @@ def linear_klq_loss(
         _rows(hidden), weight, bias, tokens.reshape(-1), values.reshape(-1), *flat,
         *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
     )[:5]  # fmt: skip
-    return (out, _shaped(tuple(x.detach() for x in stats), tokens)) if return_stats else out
+    return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
 
 
 def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -276,12 +276,10 @@ def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
     return tuple(None if x is None else x.detach() for x in (hidden if hidden is None else _rows(hidden), weight, bias))
 
 
-def _shaped(out: tuple[Tensor, ...], tokens: Tensor) -> TokenStats:
-    """TokenStats shaped like tokens from flat results, which are empty where there is no reference."""
-    logprob, entropy, ref_logprob, kl = out[:4]
-    absent = len(ref_logprob) != len(logprob)
-    return TokenStats(*(None if absent and x is not logprob and x is not entropy else x.reshape(tokens.shape)
-                        for x in (logprob, entropy, ref_logprob, kl)))  # fmt: skip
+def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
+    """TokenStats shaped like tokens from flat results."""
+    count = 4 if with_ref else 2
+    return TokenStats(*(x.reshape(tokens.shape) for x in out[:count]), *[None] * (4 - count))
 
 
 def _check_loss_tensors(tokens: Tensor, variant: dict, mask: Tensor, old_logprobs, old_values, **rest) -> None:

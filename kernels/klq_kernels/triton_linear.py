@@ -145,7 +145,7 @@ def linear_stats_kernel(
             n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
             tl.store(TOKEN_R + row, tl.sum(tl.where(chosen, r, 0.0), 1), mask=here)
     OUT += split.to(tl.int64) * rows + row
-    stride = rows.to(tl.int64) * splits
+    stride = tl.full([], splits, tl.int64) * rows
     tl.store(OUT, m, mask=live)
     tl.store(OUT + stride, s, mask=live)
     tl.store(OUT + 2 * stride, h, mask=live)

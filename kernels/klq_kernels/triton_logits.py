@@ -61,8 +61,8 @@ def stats_kernel(
             r = tl.load(R + columns, mask=inside, other=-INF).to(tl.float32)[None, :]
             n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
     one = tl.arange(0, 1)
-    OUT += split * rows.to(tl.int64) + row
-    stride = rows.to(tl.int64) * splits
+    OUT += split.to(tl.int64) * rows + row
+    stride = tl.full([], splits, tl.int64) * rows  # not rows.to(…): a size of 1 is a Python number here
     tl.store(OUT + one, m)
     tl.store(OUT + stride + one, s)
     tl.store(OUT + 2 * stride + one, h)
@@ -94,7 +94,7 @@ def merge_kernel(
         token_offset = row
     part = tl.arange(0, SPLITS)
     there = part < splits
-    stride = rows.to(tl.int64) * splits
+    stride = tl.full([], splits, tl.int64) * rows
     PART += row + part.to(tl.int64) * rows
     m_i = tl.load(PART, mask=there, other=-INF)
     s_i = tl.load(PART + stride, mask=there, other=0.0)
