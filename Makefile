@@ -9,7 +9,7 @@ help:
 	@echo "make demo    train SmolLM2-135M by KLQ and PPO, write a report (ARGS='--world grammar', '--quick', '--help' …)"
 	@echo "make test    ruff, doctests and all tests"
 	@echo "make lab     open the notebooks in Jupyter Lab"
-	@echo "make bench   compare the algorithms at the same budget over learning rates and seeds (runs/grammar_sweep.csv)"
+	@echo "make bench   time, memory and error of the fused operations against naive ones and peers (algorithms: klq sweep)"
 	@echo "make setup | lint | clean"
 
 setup: $(READY)
@@ -33,7 +33,7 @@ lab: setup
 	$(BIN)/jupyter lab notebooks
 
 bench: setup
-	$(BIN)/klq sweep $(ARGS)
+	$(BIN)/klq bench $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

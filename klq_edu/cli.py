@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from klq_edu.bench.run import BenchConfig
 from klq_edu.demo import DemoConfig
 from klq_edu.inspection import InspectConfig
 from klq_edu.rlhf.config import TrainConfig
@@ -69,6 +70,14 @@ def inspect(config: tyro.conf.OmitArgPrefixes[InspectConfig]) -> None:
     from klq_edu.inspection import run_inspect
 
     sys.exit(0 if run_inspect(config) else 1)
+
+
+@app.command(name="bench")
+def bench(config: tyro.conf.OmitArgPrefixes[BenchConfig]) -> None:
+    """Measure the fused operations against the naive ones and peers: time, peak memory, error."""
+    from klq_edu.bench.run import run_bench
+
+    run_bench(config)
 
 
 @app.command(name="doctor")

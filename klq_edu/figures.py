@@ -21,6 +21,17 @@ STYLES = {
     "ppo_penalty": ("PPO-penalty", "#009E73", ":"),
 }
 GREY = "#666666"
+CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
+    "naive": ("#D55E00", "--", "s", "//"),
+    "naive, compiled": ("#E69F00", (0, (5, 1, 1, 1)), "D", "\\\\"),
+    "reference": (GREY, ":", "x", ".."),
+    "ours (torch)": ("#0072B2", "-", "o", ""),
+    "ours (triton)": ("#009E73", "-.", "^", "--"),
+    "F.linear_cross_entropy": ("#CC79A7", (0, (1, 1)), "v", "xx"),
+    "liger GRPO": ("#56B4E9", (0, (3, 1)), "P", "++"),
+    "liger cross-entropy": ("#F0E442", (0, (3, 1, 1, 1, 1, 1)), "*", "oo"),
+    "cut-cross-entropy": ("#000000", (0, (8, 2)), "<", "||"),
+}
 
 
 class Picture(NamedTuple):
@@ -143,6 +154,60 @@ def frontier(tree: TokenTree, taus=None) -> pd.DataFrame:
     policies = [tree.optimum(float(tau))[2] for tau in taus]
     points = [(tree.sequence_kl(p).item(), tree.expected_reward(p).item()) for p in policies]
     return pd.DataFrame(points, columns=["kl", "reward"])
+
+
+def bench_times(rows: pd.DataFrame) -> Picture:
+    """Bars: each contender's time in GEMM units beside the least it needs, at each workload's first size.
+
+    `rows` are those of the benchmark's CSV with stage "both", in its order.
+    """
+    first = rows.groupby("workload", sort=False)[["n", "v", "h", "dtype"]].transform("first")
+    rows = rows[(rows[first.columns] == first).all(axis=1)].iloc[::-1].reset_index()
+    places = rows.index + 0.6 * (rows["workload"] != rows["workload"].shift()).cumsum()
+    figure, (axis,) = _panels(1, width=7.4, height=1.2 + 0.3 * len(rows))
+    axis.set_axisbelow(True)
+    for place, row in zip(places, rows.itertuples(), strict=True):
+        colour, _, _, hatch = CONTENDERS[row.contender]
+        spread = [[row.units - row.units_low], [row.units_high - row.units]]
+        axis.barh(place, row.units, xerr=spread, color=colour, hatch=hatch, edgecolor="white", ecolor=GREY)
+    least = rows["limit"].notna()
+    axis.plot(rows["limit"][least], places[least], "|", color="black", ms=14, mew=2.5, label="limit: products needed")
+    axis.set_yticks(places, [f"{r.workload}: {r.contender}" for r in rows.itertuples()])
+    axis.set(xlabel="time of forward and backward pass [N×H×V matrix products]", ylabel="workload: contender")
+    axis.legend(loc="lower right")
+    caption = (
+        "Time in units of one matrix product of the same shape, taken just before and after, so that a slow machine "
+        "cannot lie. The black mark counts the products that cannot be avoided; the rest of a bar is overhead. Medians "
+        "of the repetitions, whiskers from lowest to highest."
+    )
+    return Picture(figure, caption, f"Bars of time per contender for {', '.join(dict.fromkeys(rows['workload']))}.")
+
+
+def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
+    """Time, peak memory and gradient error of one workload against V (`along` = "v") or N ("n"), by contender."""
+    panels = {"units": "time [N×H×V products]", "memory_mb": "peak memory beyond inputs [MB]"}
+    panels |= {"error_gradient": "relative error of the gradient"}
+    figure, axes = _panels(3, width=3.9, height=3.6)
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        for name in (n for n in CONTENDERS if (rows["contender"] == n).any()):
+            colour, line, marker, _ = CONTENDERS[name]
+            part = rows[rows["contender"] == name].sort_values(along)
+            axis.plot(part[along], part[column], color=colour, linestyle=line, marker=marker, label=name)
+            if column == "units":
+                axis.vlines(part[along], part["units_low"], part["units_high"], color=colour, lw=1)
+        axis.set(xlabel={"v": "vocabulary V", "n": "tokens N"}[along], ylabel=label, xscale="log")
+        axis.set_xticks(sorted(rows[along].unique()), [f"{x:,.0f}" for x in sorted(rows[along].unique())], minor=False)
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    first, axis = rows.iloc[0], along.upper()
+    fixed = f"N = {first['n']:,}" if along == "v" else f"V = {first['v']:,.0f}"
+    caption = (
+        f"{first['workload']} against {axis}, forward and backward, {fixed}, {first['dtype']}. Naive memory grows with "
+        "N·V; the fused ways hold a fixed workspace, and beyond it only the gradients. A flat line on the left means "
+        "that time grows like the products themselves (whiskers: lowest and highest repetition)."
+    )
+    return Picture(figure, caption, f"Time, memory and error of {first['workload']} against {axis}, by contender.")
 
 
 def _panels(count: int, width: float = 4.6, height: float = 3.4):

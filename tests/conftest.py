@@ -1,8 +1,13 @@
 """Shared by all tests: one thread (pytest-xdist runs two workers), fixed seeds, tiny models of several families."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 
 torch.set_num_threads(1)
 settings.register_profile("klq", deadline=None, derandomize=True, max_examples=40)

@@ -29,7 +29,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("bench",), ("doctor",)])
 def test_help_is_instant_because_nothing_heavy_is_imported(command):
     out = subprocess.run([sys.executable, "-c", WATCHED, *command, "--help"], capture_output=True, text=True)
     assert out.returncode == 0 and "usage: " in out.stdout, out.stderr
@@ -43,6 +43,8 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("demo", "--world", "grammar", "--seeds", "0"), "seeds must be >= 1, got 0"),
         (("demo", "--world", "grammar", "--updates", "0"), "updates must be an integer >= 1, got 0"),
         (("sweep", "--seeds", "0"), "seeds must not be empty or below 1, got 0"),
+        (("bench", "--reps", "0"), "reps must be at least 1, got 0"),
+        (("bench", "--workloads", "nothing"), "invalid choice"),
         (("train", "grammar", "--temperature", "0.5", "--out"), "temperature must be 1 in the grammar world, got 0.5"),
         (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 5 in the grammar world"),
         (("demo", "--world", "grammar", "--out", "/dev/null/here"), "cannot write to the output folder"),
@@ -129,6 +131,16 @@ def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path):
     assert "| 0.2 | PPO-clip | separate | **" in out.stdout
     assert len(rows) == 3 and rows[0].startswith("algorithm,critic,tau,learning_rate,seed,rollouts,attained")
     assert {"command", "sweep", "torch", "machine"} <= set(json.loads((tmp_path / "grammar_sweep.json").read_text()))
+
+
+def test_the_benchmark_measures_time_memory_and_error(tmp_path):
+    out = klq("bench", "--quick", "--workloads", "returns", "--name", "mine", "--out", tmp_path)
+    assert out.returncode == 0 and "ours (torch)" in out.stdout, out.stderr
+    head, *rows = (line.split(",") for line in (tmp_path / "mine.csv").read_text().splitlines())
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [row["contender"] for row in rows] == ["naive", "ours (torch)"]
+    assert all(float(row["memory_mb"]) >= 0 and float(row["error_targets"]) < 1e-5 for row in rows)
+    assert json.loads((tmp_path / "mine.json").read_text())["command"].startswith("klq bench --quick")
 
 
 def test_the_doctor_reports_versions_devices_and_weights():

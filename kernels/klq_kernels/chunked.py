@@ -4,6 +4,7 @@ The work on logits is done by a backend's `logits_stats` and `logits_grad`; the 
 the policy's (or the reference's) hidden states with the matrix and the bias that make logits of them.
 """
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -178,7 +179,8 @@ def reference_tiles(
         yield slice(0, vocab), None
         return
     dtype = result_dtype(ref.weight)
-    width = min(vocab, max(1, workspace // REF_SHARE // (dtype.itemsize * len(z))))
+    width = max(1, workspace // REF_SHARE // (dtype.itemsize * len(z)))
+    width = math.ceil(vocab / math.ceil(vocab / width))
     hidden, buffer = ref.hidden[rows], ref.weight.new_empty(len(z) * width, dtype=dtype)
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))

@@ -4,6 +4,7 @@ Every function works on flat rows: tokens, mask and statistics [N], logits [...,
 never read. The arithmetic is float32, or float64 for float64 inputs.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def add_reference(
         token_y = torch.where(here, (r.gather(1, chosen).squeeze(1) - shift) / temperature, token_y)
         for rows in row_blocks(torch.ones_like(here), r.shape[1] * r.element_size()):
             logp = _logp(z[rows, columns], temperature, own.shift[rows], own.norm[rows])
-            y = _logp(r[rows], temperature, shift[rows], torch.zeros_like(shift[rows]))
+            y = r[rows].sub_(shift[rows].unsqueeze(1)).mul_(1 / temperature)
             total[rows] = torch.logaddexp(total[rows], _logsumexp(y))
             cross[rows] += _cross(logp.exp(), logp.sub_(y))
     return own._replace(ref_logprob=token_y - total, kl=(cross + total).clamp_(min=0), ref_shift=shift, ref_norm=total)
@@ -145,12 +146,15 @@ def lambda_returns(
 
 
 def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice | Tensor]:
-    """Unmasked rows in blocks of about `block_bytes`: slices where nothing is masked, else index tensors."""
-    size = max(1, block_bytes // max(1, bytes_per_row))
-    if mask.all():
+    """Unmasked rows in equal blocks of at most `block_bytes` (or one row): slices where nothing is masked, else
+    index tensors."""
+    most = max(1, block_bytes // max(1, bytes_per_row))
+    count = int(mask.sum())
+    size = math.ceil(count / max(1, math.ceil(count / most)))
+    if count == len(mask):
         yield from (slice(start, min(start + size, len(mask))) for start in range(0, len(mask), size))
     else:
-        yield from mask.nonzero().squeeze(1).split(size) if mask.any() else ()
+        yield from mask.nonzero().squeeze(1).split(size) if count else ()
 
 
 def take_rows(x: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,131 @@
+"""How it is measured: time in units of a matrix product taken just before and after, and errors against float64."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_edu.bench.contenders import Contender
+from klq_edu.bench.sizes import Size
+from klq_edu.bench.workloads import SHARED, Outputs
+
+CHECKED_ROWS = 64
+UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}
+"""Output -> the column of inputs["upstream"] that is its upstream gradient."""
+
+
+class Repetition(NamedTuple):
+    """Seconds of one repetition, and of the reference GEMM around it (the mean of before and after)."""
+
+    forward: float
+    backward: float
+    gemm: float
+
+    @property
+    def both(self) -> float:
+        """Seconds of the two together."""
+        return self.forward + self.backward
+
+
+def run_once(contender: Contender, x: dict) -> tuple[Outputs, float, float]:
+    """Outputs, and seconds of the forward and of the backward pass (with the optimiser's step, if there is one)."""
+    for leaf in leaves(x).values():
+        leaf.grad = None
+    start = now()
+    out = contender.run(x)
+    middle = now()
+    differentiate(out, x)
+    if "optimizer" in x:
+        x["optimizer"].step()
+    return out, middle - start, now() - middle
+
+
+def interleave(everyone: list[Contender], x: dict, gemm: Callable[[], float], reps: int, tick) -> dict[str, list]:
+    """Contender -> its repetitions, taken in turns in rotating order, a GEMM between any two."""
+    times, before = {c.name: [] for c in everyone}, gemm()
+    for rep in range(reps):
+        turn = rep % len(everyone)
+        for contender in everyone[turn:] + everyone[:turn]:
+            _, forward, backward = run_once(contender, x)
+            after = gemm()
+            times[contender.name].append(Repetition(forward, backward, (before + after) / 2))
+            before = after
+            tick()
+    return times
+
+
+def reference_gemm(size: Size, device: str) -> Callable[[], float]:
+    """A function that multiplies [N, H] by [H, V] into a fixed output and returns the seconds it took."""
+    dtype = getattr(torch, size.dtype)
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((size.n, size.h), (size.v, size.h)))
+    out = torch.empty(size.n, size.v, dtype=dtype, device=device)
+
+    def gemm() -> float:
+        start = now()
+        torch.mm(a, b.T, out=out)
+        return now() - start
+
+    gemm()
+    return gemm
+
+
+def errors(contender: Contender, x: dict, out: Outputs) -> dict[str, float]:
+    """Largest absolute error per output, and the largest relative one of a gradient, after `run_once`.
+
+    The truth is computed in float64 for 64 tokens (or sequences) spread evenly over the batch, which is exact for them
+    because rows are independent given the upstream gradients. What mixes rows (the mean loss, the weights' gradients)
+    is compared where these are all the rows there are, and for an update.
+    """
+    count = len(x["tokens"] if "tokens" in x else x["mask"])
+    whole = "model" in x or count <= CHECKED_ROWS
+    rows = ... if whole else torch.linspace(0, count - 1, CHECKED_ROWS).long()
+    y = in_float64(x, rows)
+    truth = contender.truth(y)
+    differentiate(truth, y, share=1.0 if whole else CHECKED_ROWS / count)
+
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().double()[rows]
+
+    found, true = {}, leaves(y)
+    for name in (n for n in truth if n in out and (whole or truth[n].dim())):
+        found[f"error_{name}"] = (exact(out[name]) - truth[name]).abs().max().item()
+    pairs = [(leaf.grad, true[n].grad) for n, leaf in leaves(x).items() if whole or n not in SHARED]
+    wrong = [((exact(g) - t).norm() / t.norm()).item() for g, t in pairs if t is not None and t.any()]
+    return found | ({"error_gradient": max(wrong)} if wrong else {})
+
+
+def differentiate(out: Outputs, x: dict, share: float = 1.0) -> None:
+    """Backward pass from all outputs that have one; `share` is what a loss counts for if its rows are a part."""
+    live = {name: value for name, value in out.items() if value.requires_grad and name != "ref_logprob"}
+    pairs = [(v, x["upstream"][:, UPSTREAM[n]] if v.dim() else torch.full_like(v, share)) for n, v in live.items()]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs))
+
+
+def leaves(x: dict) -> dict[str, Tensor]:
+    """Everything that gets a gradient, by name."""
+    found = {name: value for name, value in x.items() if isinstance(value, Tensor) and value.requires_grad}
+    return found | (dict(x["model"].named_parameters()) if "model" in x else {})
+
+
+def in_float64(x: dict, rows) -> dict:
+    """The same inputs on the CPU in float64, but these rows only."""
+    y = {}
+    for name, value in x.items():
+        if name == "model":
+            y[name] = copy.deepcopy(value).cpu().double()
+            y[name].zero_grad()
+        elif isinstance(value, Tensor):
+            part = (value if name in SHARED else value[rows]).detach().cpu()
+            y[name] = part.double().requires_grad_(value.requires_grad) if part.is_floating_point() else part
+    return y
+
+
+def now() -> float:
+    """Seconds, once everything asked of the GPU is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,213 @@
+"""What is computed: per workload its inputs, the naive way and ours.
+
+Inputs are a dict of tensors whose leading axis is the token (the sequence, where there is T), but for those in SHARED.
+Both ways map them to a dict of outputs. Outputs that carry a gradient are differentiated: the loss with upstream
+gradient 1, per-token statistics with the random columns of inputs["upstream"].
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_edu.bench.sizes import Size
+from klq_kernels import lambda_returns, linear_klq_loss, linear_token_stats, token_stats
+from klq_kernels.reference import klq_loss
+
+TAU = 0.1
+SHARED = ("weight", "ref_weight", "model", "optimizer")
+Outputs = dict[str, Tensor]
+
+
+class Workload(NamedTuple):
+    """What a workload computes, its inputs, and the two ways that always exist."""
+
+    title: str
+    inputs: Callable[[Size, torch.Generator], dict]
+    naive: Callable[[dict], Outputs]
+    ours: Callable[..., Outputs]
+    """ours(inputs, backend=…)"""
+    naive_gemms: tuple[int, int] | None = None
+    """Matrix products N×H×V that its forward and its backward pass cannot do without: the limit, in GEMM units."""
+    gemms: tuple[int, int] | None = None
+    """The same for ours."""
+    stages: tuple[str, ...] = ("forward", "backward", "both")
+
+
+def make_inputs(name: str, size: Size, seed: int, device: str) -> dict:
+    """The inputs of a workload, drawn on the CPU (so alike on every device) and moved there."""
+    x = WORKLOADS[name].inputs(size, torch.Generator().manual_seed(seed))
+    dtype = getattr(torch, size.dtype)
+    for key in ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits"):
+        if key in x:
+            x[key] = x[key].to(dtype)
+    x = {key: value.to(device) for key, value in x.items()}
+    for key in ("hidden", "weight", "logits", "values"):
+        if key in x and name != "returns":
+            x[key].requires_grad_()
+    if "model" in x:
+        x["optimizer"] = _adam(x["model"].to(dtype))
+    return x
+
+
+def _adam(model: torch.nn.Module) -> torch.optim.Adam:
+    """Adam with its moments in place, and step size 0: all of the work, and always the same weights."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def _random(rng: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=rng)
+
+
+def _logits_inputs(size: Size, rng: torch.Generator) -> dict:
+    logits = 2 * _random(rng, size.n, size.v)
+    near = logits + 0.2 * _random(rng, size.n, size.v)
+    tokens = torch.randint(size.v, (size.n,), generator=rng)
+    return {"logits": logits, "ref_logits": near, "tokens": tokens, "upstream": _random(rng, size.n, 3)}
+
+
+def _linear_inputs(size: Size, rng: torch.Generator) -> dict:
+    """Hidden states and heads of a policy and of a reference near it, with logits of standard deviation 2."""
+    hidden, weight = _random(rng, size.n, size.h), 2 * size.h**-0.5 * _random(rng, size.v, size.h)
+    x = {"hidden": hidden, "ref_hidden": hidden + 0.1 * _random(rng, size.n, size.h)}
+    x |= {"weight": weight, "ref_weight": weight + 0.2 * size.h**-0.5 * _random(rng, size.v, size.h)}
+    x |= {"tokens": torch.randint(size.v, (size.n,), generator=rng), "upstream": _random(rng, size.n, 3)}
+    x |= {"values": _random(rng, size.n), "targets": _random(rng, size.n), "ref_logprobs": -_random(rng, size.n).abs()}
+    return x | {"mask": torch.ones(size.n, dtype=torch.bool)}
+
+
+def _returns_inputs(size: Size, rng: torch.Generator) -> dict:
+    """Sequences of random length, at least one token each."""
+    names = ("rewards", "values", "logprobs", "ref_logprobs")
+    x = {name: _random(rng, size.n // size.t, size.t) for name in names}
+    lengths = torch.randint(1, size.t + 1, (size.n // size.t, 1), generator=rng)
+    return x | {"mask": torch.arange(size.t) < lengths}
+
+
+def _update_inputs(size: Size, rng: torch.Generator) -> dict:
+    """A random two-block Llama, sequences of T+1 tokens, and per token what the loss needs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size.v, hidden_size=size.h, intermediate_size=3 * size.h, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=size.t + 1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.initial_seed())
+        model = LlamaForCausalLM(config).eval()
+    x = {name: _random(rng, size.n // size.t, size.t) for name in ("values", "targets")}
+    x |= {
+        "ref_logprobs": _random(rng, *x["values"].shape) - 9,
+        "tokens": torch.randint(size.v, (len(x["values"]), size.t + 1), generator=rng),
+    }
+    return x | {"mask": torch.ones_like(x["values"], dtype=torch.bool), "model": model}
+
+
+def naive_stats(x: dict, logits: Tensor, ref_logits: Tensor, differentiable: bool = True) -> Outputs:
+    """What people write: every [N, V] intermediate spelled out in float32."""
+    logp = torch.log_softmax(logits.float(), -1)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        p, logq = logp.exp(), torch.log_softmax(ref_logits.float(), -1)
+        entropy, kl = -(p * logp).sum(-1), (p * (logp - logq)).sum(-1)
+    logprob, ref_logprob = (z.gather(-1, x["tokens"][:, None]).squeeze(-1) for z in (logp, logq))
+    return {"logprob": logprob, "entropy": entropy, "kl": kl, "ref_logprob": ref_logprob}
+
+
+def naive_linear_stats(x: dict, **options) -> Outputs:
+    """`naive_stats` of hidden states: both models' logits in memory."""
+    with torch.no_grad():
+        ref_logits = x["ref_hidden"] @ x["ref_weight"].T
+    return naive_stats(x, x["hidden"] @ x["weight"].T, ref_logits, **options)
+
+
+def naive_loss(x: dict, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """The KLQ loss (6) in one line."""
+    return (0.5 * (TAU * (logprob - ref_logprob) + x["values"] - x["targets"]) ** 2).mean()
+
+
+def naive_klq_ref(x: dict) -> Outputs:
+    """The KLQ loss with its reference model; entropy and KL are for the log, so they keep no graph."""
+    stats = naive_linear_stats(x, differentiable=False)
+    loss = naive_loss(x, stats["logprob"], stats["ref_logprob"])
+    return {"loss": loss} | {name: value.detach() for name, value in stats.items()}
+
+
+def naive_klq(x: dict) -> Outputs:
+    """The KLQ loss with the reference's log-probabilities at hand."""
+    logp = torch.log_softmax((x["hidden"] @ x["weight"].T).float(), -1)
+    return {"loss": naive_loss(x, logp.gather(-1, x["tokens"][:, None]).squeeze(-1), x["ref_logprobs"])}
+
+
+def naive_update(x: dict) -> Outputs:
+    """The policy's loss on whole sequences, through the model's logits."""
+    logp = torch.log_softmax(x["model"](x["tokens"][:, :-1], use_cache=False).logits.float(), -1)
+    logprob = logp.gather(-1, x["tokens"][:, 1:, None]).squeeze(-1)
+    return {"loss": klq_loss(logprob, *(x[k] for k in ("ref_logprobs", "values", "targets", "mask")), tau=TAU)}
+
+
+def our_logits_stats(x: dict, backend: str) -> Outputs:
+    """`klq_kernels.token_stats`."""
+    return token_stats(x["logits"], x["tokens"], x["ref_logits"], backend=backend)._asdict()
+
+
+def our_linear_stats(x: dict, backend: str) -> Outputs:
+    """`klq_kernels.linear_token_stats`."""
+    heads = (x[key] for key in ("hidden", "weight", "tokens", "ref_hidden", "ref_weight"))
+    return linear_token_stats(*heads, backend=backend)._asdict()
+
+
+def our_klq(x: dict, backend: str, with_reference: bool) -> Outputs:
+    """`klq_kernels.linear_klq_loss`, with the reference's head or with its log-probabilities."""
+    args = [x["hidden"], x["weight"], x["tokens"], None if with_reference else x["ref_logprobs"]]
+    args += [x["values"], x["targets"], x["mask"]]
+    if not with_reference:
+        return {"loss": linear_klq_loss(*args, tau=TAU, backend=backend)}
+    head = {key: x[key] for key in ("ref_hidden", "ref_weight")}
+    loss, stats = linear_klq_loss(*args, tau=TAU, **head, return_stats=True, backend=backend)
+    return {"loss": loss} | stats._asdict()
+
+
+def our_returns(x: dict, backend: str) -> Outputs:
+    """`klq_kernels.lambda_returns`; its reference is the Python loop over time that people write."""
+    args = (x[key] for key in ("rewards", "values", "logprobs", "ref_logprobs", "mask"))
+    return lambda_returns(*args, tau=TAU, backend=backend)._asdict()
+
+
+def our_update(x: dict, backend: str) -> Outputs:
+    """The policy's loss from the last hidden states: the model's head is never applied."""
+    hidden = x["model"].base_model(x["tokens"][:, :-1], use_cache=False).last_hidden_state
+    rest = (x[key] for key in ("ref_logprobs", "values", "targets", "mask"))
+    weight = x["model"].get_output_embeddings().weight
+    return {"loss": linear_klq_loss(hidden, weight, x["tokens"][:, 1:], *rest, tau=TAU, backend=backend)}
+
+
+WORKLOADS = {
+    "logits_stats": Workload(
+        "log-prob, entropy, exact KL from logits", _logits_inputs,
+        lambda x: naive_stats(x, x["logits"], x["ref_logits"]), our_logits_stats,
+    ),
+    "linear_stats": Workload(
+        "log-prob, entropy, exact KL from hidden states", _linear_inputs,
+        naive_linear_stats, our_linear_stats, (2, 2), (2, 4),
+    ),
+    "klq_ref": Workload(
+        "KLQ loss from hidden states of policy and reference", _linear_inputs,
+        naive_klq_ref, partial(our_klq, with_reference=True), (2, 2), (4, 0),
+    ),
+    "klq": Workload(
+        "KLQ loss from hidden states, reference log-probs given", _linear_inputs,
+        naive_klq, partial(our_klq, with_reference=False), (1, 2), (3, 0),
+    ),
+    "returns": Workload(
+        "λ-returns", _returns_inputs, partial(our_returns, backend="reference"), our_returns, stages=("forward",)
+    ),
+    "update": Workload(
+        "a whole KLQ update (loss; then gradients, Adam) of a small Llama", _update_inputs, naive_update, our_update
+    ),
+}  # fmt: skip

@@ -1,0 +1,977 @@
+"""The torch and triton backends against `reference` in float64: values, gradients, masks, extremes, memory layouts.
+
+The rule for errors: no worse than `reference` in the same dtype, apart from a few roundings of the largest entry. On a
+machine without a GPU the Triton kernels run in Triton's interpreter, at about 0.1 ms per operation and program, so they
+get every k-th case of each grid, with k prime to the lengths of all axes.
+"""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from klq_kernels import (
+    checks,
+    chunked,
+    custom,
+    lambda_returns,
+    linear_klq_loss,
+    linear_token_stats,
+    logits_klq_loss,
+    reference,
+    token_stats,
+)
+
+# The interpreter computes with numpy, which warns of inf − inf and inf · 0 in lanes that are then masked.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+F32, F64, INF, NAN = torch.float32, torch.float64, float("inf"), float("nan")
+DTYPES = (F32, torch.bfloat16, torch.float16)
+TRITON = pytest.mark.skipif(not checks._has_triton(), reason="Triton is not installed")
+BACKENDS = ("torch", pytest.param("triton", marks=TRITON))
+PER_TOKEN = (
+    "logits", "ref_logits", "hidden", "ref_hidden", "tokens", "ref_logprobs", "values", "targets", "old_logprobs",
+    "old_values",
+)  # fmt: skip
+LEAVES = ("logits", "hidden", "weight", "bias", "values")
+VARIANT = dict(tau=0.6, clip=0.3, log_ratio_clip=0.4, delta=0.5)
+LOSS_FACTOR = 1.7
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """What a test of the triton backend makes is on the GPU where there is one."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    with torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"):
+        yield
+
+
+def grid(every, **axes):
+    """Cases of the product of the axes for each backend: all, or every k-th."""
+    cases, out = [dict(zip(axes, case)) for case in itertools.product(*axes.values())], []
+    for backend, step in every.items():
+        for case in cases[::step]:
+            label = "-".join(str(x).removeprefix("torch.") for x in case.values())
+            marks = [TRITON] if backend == "triton" else []
+            out.append(pytest.param(backend, case, id=f"{backend}-{label}", marks=marks))
+    return out
+
+
+def draw_logits(shape=(2, 3), vocab=33, dtype=F32, ref=True):
+    logits, ref_logits = ((2 * torch.randn(*shape, vocab)).to(dtype) for _ in range(2))
+    inputs = dict(logits=logits, tokens=torch.randint(vocab, shape))
+    return inputs | (dict(ref_logits=ref_logits) if ref else {})
+
+
+def draw_heads(shape=(2, 3), vocab=33, width=5, dtype=F32, heads="ref"):
+    """`heads` says what there is: bias, ref (of another width), shared (the policy's weight and bias), ref_bias."""
+    heads, other = heads.split(), width if "shared" in heads else width + 3
+    inputs = dict(
+        hidden=torch.randn(*shape, width), weight=2 * torch.randn(vocab, width) / width**0.5,
+        ref_hidden=torch.randn(*shape, other), ref_weight=2 * torch.randn(vocab, other) / other**0.5,
+        bias=torch.randn(vocab), ref_bias=torch.randn(vocab),
+    )  # fmt: skip
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    own_bias = inputs["ref_bias"] if "ref_bias" in heads else None
+    inputs["bias"] = inputs["bias"] if "bias" in heads else None
+    if "shared" in heads:
+        inputs |= dict(ref_weight=inputs["weight"], ref_bias=own_bias if own_bias is not None else inputs["bias"])
+    elif "ref" in heads:
+        inputs["ref_bias"] = own_bias
+    else:
+        inputs |= dict(ref_hidden=None, ref_weight=None, ref_bias=None)
+    return inputs | dict(tokens=torch.randint(vocab, shape))
+
+
+def draw_loss(shape=(2, 3), dtype=F32, mask=None, ref_logprobs=True):
+    """What the losses need beside the model, on which each variant takes both of its branches."""
+    given = {name: torch.randn(shape).to(dtype) for name in ("values", "targets", "old_values")}
+    given |= {name: (torch.randn(shape) - 3).to(dtype) for name in ("ref_logprobs", "old_logprobs")}
+    given["ref_logprobs"] = given["ref_logprobs"] if ref_logprobs else None
+    return given | dict(mask=torch.ones(shape, dtype=torch.bool) if mask is None else mask)
+
+
+def draw(op, shape=(2, 3), vocab=33, dtype=F32, mask=None):
+    """Inputs of any of the four operations on a model's outputs, as complete as they get."""
+    model = draw_logits if op in (token_stats, logits_klq_loss) else draw_heads
+    inputs = model(shape, vocab, dtype=dtype)
+    if op in (logits_klq_loss, linear_klq_loss):
+        inputs.pop("ref_logits", None)
+        return inputs | draw_loss(shape, dtype, mask, ref_logprobs=op is logits_klq_loss) | VARIANT
+    return inputs | dict(mask=mask)
+
+
+MODEL_OPS = (token_stats, linear_token_stats, logits_klq_loss, linear_klq_loss)
+
+
+def poisoned(inputs, mask, poison=NAN):
+    """Masked entries of every argument replaced by `poison`, those of the tokens by −100."""
+    inputs = dict(inputs)
+    for name in PER_TOKEN:
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name].clone()
+            inputs[name][~mask] = -100 if name == "tokens" else poison
+    return inputs
+
+
+def exactly(inputs):
+    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
+
+
+def upstream_for(shape, names="logprob entropy kl"):
+    """Random upstream gradients of these statistics."""
+    return {name: torch.randn(shape) for name in names.split()}
+
+
+def run(op, inputs, backend, upstream=None):
+    """Results, and gradients of Σ upstream · result (of a loss: LOSS_FACTOR · loss), by name."""
+    seen = {}  # a tensor given twice stays one tensor: a shared head
+    args = {k: seen.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+    leaves = {k: args[k].requires_grad_() for k in LEAVES if args.get(k) is not None}
+    out = op(**args, backend=backend)
+    out = {"loss": out} if isinstance(out, Tensor) else {k: x for k, x in out._asdict().items() if x is not None}
+    upstream = upstream or {"loss": torch.tensor(LOSS_FACTOR)}
+    grads = torch.autograd.grad(sum((u * out[name]).sum() for name, u in upstream.items()), leaves.values())
+    assert all(g.dtype == x.dtype and g.shape == x.shape for g, x in zip(grads, leaves.values()))
+    return {name: x.detach() for name, x in out.items()} | {f"grad of {k}": g for k, g in zip(leaves, grads)}
+
+
+def error(got, want):
+    """Largest absolute difference; equal infinities don't differ, NaN never agrees."""
+    difference = torch.where(got.double() == want, 0.0, (got.double() - want).abs())
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def assert_no_worse(got, naive, want, slack=2e-6):
+    """`got` and `naive` are what a backend and `reference` made of the same rounded inputs, `want` is exact."""
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        finite = exact[exact.isfinite()].abs()
+        scale = finite.max().item() if finite.numel() else 0.0
+        if name.startswith("grad"):
+            sizes = torch.finfo(got[name].dtype).eps * scale + slack * max(0.1, scale)  # sums over tokens may cancel
+            allowed = 1.5 * error(naive[name], exact) + sizes
+        else:
+            allowed = error(naive[name], exact) + slack * max(1.0, scale)
+        assert error(got[name], exact) <= allowed, f"{name}: {error(got[name], exact):.2e} > {allowed:.2e}"
+
+
+def check(op, inputs, backend, upstream=None, **tolerance):
+    """Run on the backend and assert the rule for errors; returns the backend's results."""
+    want = run(op, exactly(inputs), "reference", {k: u.double() for k, u in (upstream or {}).items()})
+    got = run(op, inputs, backend, upstream)
+    assert_no_worse(got, run(op, inputs, "reference", upstream), want, **tolerance)
+    return got
+
+
+# The grids
+
+
+JOBS = ("logprob", "entropy", "kl", "logprob entropy kl")
+HEADS = (
+    "", "bias", "ref", "ref bias", "ref ref_bias", "ref bias ref_bias", "shared", "shared bias", "shared ref_bias",
+    "shared bias ref_bias",
+)  # fmt: skip
+COMMON = dict(dtype=DTYPES, temperature=(1.0, 0.7), vocab=(1, 2, 33, 517), shape=((5,), (2, 3)))
+
+
+def job(case, with_ref):
+    """Upstream gradients of a case; KL alone becomes log-prob and entropy where there is no reference."""
+    names = case["upstream"] if with_ref else {"kl": "logprob entropy"}.get(case["upstream"], case["upstream"][:15])
+    return upstream_for(case["shape"], names)
+
+
+@pytest.mark.parametrize("backend, case", grid({"torch": 5, "triton": 17}, **COMMON, ref=(True, False), upstream=JOBS))
+def test_token_stats(backend, case):
+    inputs = draw_logits(case["shape"], case["vocab"], case["dtype"], case["ref"])
+    inputs["temperature"] = case["temperature"]
+    got = check(token_stats, inputs, backend, job(case, case["ref"]))
+    assert all(got[name].dtype == F32 for name in ("logprob", "entropy"))
+
+
+@pytest.mark.parametrize(
+    "backend, case", grid({"torch": 29, "triton": 359}, **COMMON, width=(1, 5, 70), heads=HEADS, upstream=JOBS)
+)
+def test_linear_token_stats(backend, case):
+    inputs = draw_heads(case["shape"], case["vocab"], case["width"], case["dtype"], case["heads"])
+    inputs["temperature"] = case["temperature"]
+    check(linear_token_stats, inputs, backend, job(case, inputs["ref_hidden"] is not None))
+
+
+@pytest.mark.parametrize("backend, case", grid({"torch": 1, "triton": 13}, **COMMON, loss=checks.LOSSES))
+def test_logits_klq_loss(backend, case):
+    inputs = draw_logits(case["shape"], case["vocab"], case["dtype"], ref=False)
+    inputs |= draw_loss(case["shape"], case["dtype"]) | VARIANT
+    check(logits_klq_loss, inputs | dict(temperature=case["temperature"], loss=case["loss"]), backend)
+
+
+@pytest.mark.parametrize(
+    "backend, case", grid({"torch": 37, "triton": 431}, **COMMON, width=(1, 5, 70), heads=HEADS, loss=checks.LOSSES)
+)
+def test_linear_klq_loss(backend, case):
+    """With ref_logprobs where the heads hold no reference, else with the reference in the same pass."""
+    inputs = draw_heads(case["shape"], case["vocab"], case["width"], case["dtype"], case["heads"])
+    inputs |= draw_loss(case["shape"], case["dtype"], ref_logprobs=inputs["ref_hidden"] is None) | VARIANT
+    check(linear_klq_loss, inputs | dict(temperature=case["temperature"], loss=case["loss"]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", ["bias", "ref bias ref_bias"])
+def test_statistics_that_ride_along_with_the_loss(backend, heads):
+    """return_stats gives what linear_token_stats gives, detached; the reference's log-probs serve the loss."""
+    model = draw_heads(heads=heads)
+    rest = draw_loss(ref_logprobs=heads == "bias") | VARIANT
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    leaf = model | dict(hidden=model["hidden"].clone().requires_grad_())
+    loss, stats = linear_klq_loss(**leaf, **(rest | dict(mask=mask)), return_stats=True, backend=backend)
+    want = linear_token_stats(**exactly(model), mask=mask, backend="reference")
+    for got, exact in zip(stats, want, strict=True):
+        assert (got is None) == (exact is None)
+        assert got is None or (not got.requires_grad and got.shape == mask.shape and error(got, exact) < 5e-6)
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("op", MODEL_OPS[:2])
+def test_any_integer_dtype_of_tokens(op, dtype, backend):
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    inputs = draw(op, vocab=300, mask=mask)
+    inputs["tokens"] %= 256
+    inputs |= dict(workspace_bytes=6000) if op is linear_token_stats else {}  # the vocabulary in tiles
+    narrow = inputs | dict(tokens=inputs["tokens"].to(dtype))
+    assert equal(run_all(op, narrow, backend), run_all(op, inputs, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", ["policy", "reference"])
+def test_policy_and_reference_of_two_dtypes(low, backend):
+    inputs = draw_logits()
+    inputs["logits" if low == "policy" else "ref_logits"] = inputs["logits"].bfloat16()
+    check(token_stats, inputs, backend, upstream_for((2, 3)))
+    heads = draw_heads(heads="ref bias ref_bias")
+    names = ("hidden", "weight", "bias") if low == "policy" else ("ref_hidden", "ref_weight", "ref_bias")
+    check(linear_token_stats, heads | {name: heads[name].bfloat16() for name in names}, backend, upstream_for((2, 3)))
+
+
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_torch_on_cpus_with_and_without_16_bit_products(native, dtype, op, monkeypatch):
+    """Where the CPU multiplies bfloat16 quickly, the torch backend lets it, and rounds logits as `reference` does."""
+    monkeypatch.setattr(chunked, "native", lambda x: native and x == torch.bfloat16)
+    inputs = draw(op, vocab=130, dtype=dtype, mask=torch.rand(2, 3) < 0.8)
+    check(op, inputs, "torch", upstream_for((2, 3)) if op is linear_token_stats else None)
+
+
+# Masks and the smallest shapes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [NAN, -INF])
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_masked_entries_of_every_argument_are_ignored(op, poison, backend):
+    """Results and gradients are those of the batch with the masked tokens removed, and zero where masked."""
+    mask = torch.tensor([[True, False, True], [False] * 3, [False, True, True]])
+    inputs = draw(op, (3, 3), mask=mask)
+    upstream = None if op in (logits_klq_loss, linear_klq_loss) else upstream_for((3, 3))
+    kept = {name: x[mask] if name in PER_TOKEN and x is not None else x for name, x in inputs.items()}
+    kept["mask"] = mask[mask]
+    few = None if upstream is None else {name: u[mask].double() for name, u in upstream.items()}
+    want = run(op, exactly(kept), "reference", few)
+    if upstream is not None:
+        upstream = {name: u.masked_fill(~mask, 1e30) for name, u in upstream.items()}
+    got = run(op, poisoned(inputs, mask, poison), backend, upstream)
+    for name, exact in want.items():
+        per_token = got[name].shape != exact.shape
+        torch.testing.assert_close(got[name][mask] if per_token else got[name], exact.float(), rtol=1e-5, atol=3e-6)
+        assert not per_token or (got[name][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_nothing_unmasked_gives_zeros_with_zero_gradients(op, shape, backend):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    upstream = None if op in (logits_klq_loss, linear_klq_loss) else upstream_for(shape)
+    got = run(op, poisoned(draw(op, shape, mask=mask), mask), backend, upstream)
+    assert all((x == 0).all() and x.dtype == F32 for x in got.values())
+
+
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_results_are_float64_for_float64_even_where_all_is_masked(op):
+    inputs = draw(op, dtype=F64, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert {x.dtype for x in run_all(op, inputs, "torch").values()} == {F64}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3), (3, 1), (2, 1, 2)])
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_any_leading_shape(op, shape, backend):
+    upstream = None if op in (logits_klq_loss, linear_klq_loss) else upstream_for(shape)
+    got = check(op, draw(op, shape), backend, upstream)
+    assert upstream is None or got["kl"].shape == shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2,)])
+def test_without_a_reference_there_is_no_kl(shape, backend):
+    """… in an empty batch either."""
+    _, riding = linear_klq_loss(
+        **draw_heads(shape, heads="bias"), **draw_loss(shape), **VARIANT, return_stats=True, backend=backend
+    )
+    linear = linear_token_stats(**draw_heads(shape, heads=""), backend=backend)
+    for stats in (token_stats(**draw_logits(shape, ref=False), backend=backend), linear, riding):
+        assert stats.ref_logprob is None and stats.kl is None and stats.entropy.shape == shape
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset, ref_offset", [(1000.0, -1000.0), (-1000.0, 1000.0), (-500.0, -500.0)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_offsets_of_the_logits_neither_overflow_nor_cost_digits(offset, ref_offset, temperature, backend):
+    inputs = draw_logits((4,), vocab=70) | dict(temperature=temperature)
+    inputs |= dict(logits=inputs["logits"] + offset, ref_logits=inputs["ref_logits"] + ref_offset)
+    check(token_stats, inputs, backend, upstream_for((4,)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_of_single_tokens_far_from_the_rest(backend):
+    """Running maxima jump by hundreds from tile to tile, up and down, at different places in the two models."""
+    inputs = draw_logits((4,), 517)
+    for row, (column, ref_column) in enumerate([(0, 516), (516, 0), (300, 300), (5, 6)]):
+        inputs["logits"][row, column] += 300.0
+        inputs["ref_logits"][row, ref_column] += 80.0
+    check(token_stats, inputs, backend, upstream_for((4,)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["policy", "both", "reference", "policy here, reference there"])
+@pytest.mark.parametrize("names", ["kl", "logprob entropy kl"])
+def test_forbidden_tokens(where, names, backend):
+    """p = 0 contributes nothing; p > 0 = q makes the KL infinite, and such a row passes no gradient through it."""
+    inputs = draw_logits((4,), 33) | dict(tokens=torch.tensor([0, 1, 2, 32]))
+    rows = slice(1, None)  # row 0 stays ordinary
+    if where != "reference":
+        inputs["logits"][rows, 20:24] = -INF
+    if where in ("both", "reference"):
+        inputs["ref_logits"][rows, 20:24] = -INF
+    if where == "policy here, reference there":
+        inputs["ref_logits"][rows, 8] = -INF
+    got = check(token_stats, inputs, backend, upstream_for((4,), names))
+    infinite = where in ("reference", "policy here, reference there")
+    assert (got["kl"][rows] == INF).all() == infinite and got["kl"][0] < INF
+    assert names != "kl" or not infinite or (got["grad of logits"][rows] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("heads", ["ref bias", "ref ref_bias", "ref bias ref_bias", "shared bias"])
+def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend):
+    """The first and some later ones, so that whole tiles of the vocabulary hold no allowed token."""
+    inputs = draw_heads(heads=heads) | dict(tokens=torch.arange(6).reshape(2, 3) + 10)
+    for name in ("bias", "ref_bias"):
+        if inputs[name] is not None:
+            inputs[name][:4] = inputs[name][20:24] = -INF
+    inputs["workspace_bytes"] = workspace_bytes
+    got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)))
+    assert (got["kl"] == INF).all() == (heads == "ref ref_bias")
+    assert inputs["bias"] is None or (got["grad of bias"][20:24] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("jumps", [(100.0, 0.0), (0.0, 100.0), (-100.0, 100.0)])
+def test_biases_that_jump_in_the_middle_of_the_vocabulary(jumps, workspace_bytes, backend):
+    inputs = draw_heads(vocab=70, heads="ref bias ref_bias") | dict(workspace_bytes=workspace_bytes)
+    for name, jump in zip(("bias", "ref_bias"), jumps, strict=True):
+        inputs[name][35:] += jump
+    check(linear_token_stats, inputs, backend, upstream_for((2, 3)), slack=4e-6)  # logits of 100 round to 4e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab, scale", [(7, 0.5), (700, 3.0)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend):
+    logits = scale * torch.randn(4, vocab)
+    inputs = dict(logits=logits, tokens=torch.zeros(4, dtype=torch.long), temperature=temperature)
+    inputs["ref_logits"] = logits + 2e-4 * torch.randn(4, vocab)
+    got = token_stats(**inputs, backend=backend).kl
+    want = token_stats(**exactly(inputs)).kl
+    assert (got >= 0).all() and (want < 1e-7).all()
+    assert ((got - want).abs() <= 0.01 * want.clamp_min(1e-9)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_a_small_kl_from_hidden_states_is_not_negative(step, dtype, backend):
+    """Two products' roundings leave an absolute error; with equal hidden states and one head there is none."""
+    inputs = draw_heads((4,), 130, 20, dtype, "shared bias")
+    inputs["ref_hidden"] = inputs["hidden"] + (step * torch.randn(4, 20)).to(dtype)
+    got, naive = (linear_token_stats(**inputs, backend=b).kl for b in (backend, "reference"))
+    want = linear_token_stats(**exactly(inputs)).kl
+    rounding = error(naive, want) if dtype != F32 else 0.0  # a CPU that multiplies in bfloat16 rounds the logits
+    assert (got >= 0).all() and error(got, want) < 5e-6 + rounding
+    assert step or (got < 1e-6).all()
+
+
+# Memory: strides, workspace, in place
+
+
+LAYOUTS = {
+    "all but the last step": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
+    "every second vocabulary entry": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "time before batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "vocabulary first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "columns of a wider matrix": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "one row for all": lambda x: x[:1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_hidden_states_of_any_strides(layout, backend):
+    change = LAYOUTS[layout]
+    inputs = draw_logits()
+    inputs |= {name: change(inputs[name]) for name in ("logits", "ref_logits")}
+    assert not inputs["logits"].is_contiguous()
+    check(token_stats, inputs, backend, upstream_for((2, 3)))
+    heads = draw_heads(heads="ref bias")
+    heads |= {name: change(heads[name]) for name in ("hidden", "ref_hidden")}
+    check(linear_token_stats, heads, backend, upstream_for((2, 3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_biases_of_any_strides(backend):
+    heads = draw_heads(heads="ref bias ref_bias")
+    heads |= {name: heads[name].t().contiguous().t() for name in ("weight", "ref_weight")}
+    heads |= {name: heads[name].repeat_interleave(2)[::2] for name in ("bias", "ref_bias")}
+    check(linear_token_stats, heads, backend, upstream_for((2, 3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flat_and_four_dimensional_strided_logits(backend):
+    wide = torch.randn(2, 2, 4, 33)
+    flat = dict(logits=wide[0, 0].t()[:4].t(), ref_logits=wide[1, 1, :, ::8][:, :4], tokens=torch.randint(4, (4,)))
+    check(token_stats, flat, backend, upstream_for((4,)))
+    deep = dict(logits=wide[:, :, :-1], ref_logits=wide.transpose(0, 1)[:, :, 1:], tokens=torch.randint(33, (2, 2, 3)))
+    check(token_stats, deep, backend, upstream_for((2, 2, 3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4,), (4, 1)], ids=["column", "last step"])
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_per_token_arguments_that_are_columns_of_wider_tensors(op, shape, backend):
+    """tokens[:, −1:] and the like keep their stride when flattened."""
+    mask = torch.tensor([True, True, False, True]).reshape(shape)
+    inputs = draw(op, shape, mask=mask)
+    strided = dict(inputs)
+    for name in (*PER_TOKEN, "mask"):
+        if inputs.get(name) is not None and inputs[name].shape == shape:
+            strided[name] = torch.stack([inputs[name].flip(0), inputs[name]], 1)[:, 1]
+            assert strided[name].stride(0) == 2
+    assert equal(run_all(op, strided, backend), run_all(op, inputs, backend))
+
+
+def run_all(op, inputs, backend):
+    """`run` with an upstream gradient of 1, expanded and hence of stride 0, for every result."""
+    names = () if op in (logits_klq_loss, linear_klq_loss) else ("logprob", "entropy", "kl")
+    return run(op, inputs, backend, {name: torch.ones(()).expand(inputs["tokens"].shape) for name in names})
+
+
+def equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_workspace_changes_nothing_beyond_rounding(op, masked, backend):
+    mask = torch.rand(2, 3) < 0.6 if masked else None
+    inputs = draw(op, vocab=70, mask=mask)
+    small, large = (run_all(op, inputs | dict(workspace_bytes=size), backend) for size in (1, 1 << 40))
+    for name in small:
+        torch.testing.assert_close(small[name], large[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_the_loss_in_place_leaves_its_gradient_where_the_logits_were(shape, factor, backend):
+    """… equal to the one out of place, and no second [N, V] tensor is handed to the model."""
+    mask = torch.rand(shape) < 0.7
+    inputs = draw(logits_klq_loss, shape, mask=mask)
+    values = inputs["values"].requires_grad_()
+    grads = []
+    for inplace in (False, True):
+        leaf = inputs["logits"].clone().requires_grad_()
+        logits = leaf * 1.0
+        loss = logits_klq_loss(**(inputs | dict(logits=logits)), inplace=inplace, backend=backend) * factor
+        grads.append((loss, *torch.autograd.grad(loss, (logits, values))))
+    for other, own in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other)
+    assert grads[1][1].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_backward_in_place(backend):
+    inputs, upstream = draw_logits(), upstream_for((2, 3))
+    grads = []
+    for inplace in (False, True):
+        logits = inputs["logits"].clone().requires_grad_() * 1.0
+        stats = token_stats(**(inputs | dict(logits=logits)), inplace_backward=inplace, backend=backend)
+        grads += torch.autograd.grad(sum((u * getattr(stats, name)).sum() for name, u in upstream.items()), logits)
+    torch.testing.assert_close(*grads)
+    assert grads[1].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_refuses_logits_that_cannot_be_viewed_as_rows(backend):
+    inputs = draw(logits_klq_loss)
+    inputs["logits"] = torch.cat([inputs["logits"]] * 2, 1)[:, :3]
+    with pytest.raises(ValueError, match="in place needs logits"):
+        logits_klq_loss(**inputs, inplace=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_notices_another_use_of_logits_that_the_loss_overwrote(backend):
+    inputs = draw(logits_klq_loss)
+    logits = inputs["logits"].requires_grad_() * 1.0
+    other = (logits**2).sum()
+    loss = logits_klq_loss(**(inputs | dict(logits=logits)), inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_notices_a_second_backward_pass_through_overwritten_logits(backend):
+    inputs = draw_logits()
+    logits = inputs["logits"].requires_grad_() * 1.0
+    stats = token_stats(**(inputs | dict(logits=logits)), inplace_backward=True, backend=backend)
+    stats.kl.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.kl.sum().backward()
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_gradients_reach_the_policy_and_the_values_only(op, backend):
+    inputs = draw(op, mask=torch.ones(2, 3, dtype=torch.bool))
+    leaves = {k: x.requires_grad_() for k, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    out = op(**inputs, backend=backend)
+    (out if isinstance(out, Tensor) else out.logprob.sum() + out.entropy.sum() + out.kl.sum()).backward()
+    assert {name for name, x in leaves.items() if x.grad is not None} == set(LEAVES) & leaves.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", MODEL_OPS[:2])
+def test_the_reference_s_log_probs_hold_no_graph(op, backend):
+    """Kept in a rollout, they would keep the logits alive."""
+    inputs = draw(op)
+    leaf = {k: inputs[k].requires_grad_() for k in ("logits", "hidden") if k in inputs}
+    stats = op(**(inputs | leaf), backend=backend)
+    assert stats.logprob.requires_grad and not stats.ref_logprob.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
+    model = draw_heads(heads="shared bias")
+    model |= draw_loss(ref_logprobs=False) | VARIANT if op is linear_klq_loss else {}
+    apart = model | dict(ref_weight=model["weight"].clone(), ref_bias=model["bias"].clone())
+    for own, other in zip(run_all(op, model, backend).values(), run_all(op, apart, backend).values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
+    """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
+    module = custom.linear_module(backend) if op is linear_token_stats else chunked
+    name = "linear_grad" if op is linear_token_stats else "linear_klq"
+    original, made = getattr(module, name), []
+
+    def spy(*args):
+        out = original(*args)
+        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, chunked.Gradients)))
+        return out
+
+    inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
+    want = run_all_without_kl(op, inputs, backend)
+    monkeypatch.setattr(module, name, spy)
+    leaves = {k: inputs[k].clone().requires_grad_() for k in wanted}
+    out = op(**(inputs | leaves), backend=backend)
+    (LOSS_FACTOR * out if isinstance(out, Tensor) else out.logprob + out.entropy).sum().backward()
+    assert [k for k, g in made[0]._asdict().items() if g is not None] == list(wanted)
+    for k, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, want[f"grad of {k}"])
+
+
+def run_all_without_kl(op, inputs, backend):
+    names = () if op is linear_klq_loss else ("logprob", "entropy")
+    return run(op, inputs, backend, {name: torch.ones(inputs["tokens"].shape) for name in names})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_logits_cost_no_gradient(backend, monkeypatch):
+    inputs = draw(logits_klq_loss)
+    values = inputs["values"].requires_grad_()
+    want = torch.autograd.grad(logits_klq_loss(**inputs, backend="reference"), values)
+    monkeypatch.setattr(custom.module(backend), "logits_grad", None)
+    torch.testing.assert_close(torch.autograd.grad(logits_klq_loss(**inputs, backend=backend), values), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_without_grad_mode_there_is_no_graph(op, backend):
+    inputs = draw(op, mask=torch.ones(2, 3, dtype=torch.bool))
+    leaves = {k: inputs[k].requires_grad_() for k in LEAVES if k in inputs and inputs[k] is not None}
+    with torch.no_grad():
+        outs = op(**inputs, backend=backend)
+    outs, want = ((x,) if isinstance(x, Tensor) else x for x in (outs, op(**exactly(inputs), backend="reference")))
+    assert leaves and not any(x.requires_grad for x in outs)
+    assert max(error(x, y.detach()) for x, y in zip(outs, want)) < 5e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_a_kept_graph_gives_the_gradient_twice(op, factor, backend):
+    inputs = draw(op, mask=torch.ones(2, 3, dtype=torch.bool))
+    leaves = [inputs[k].requires_grad_() for k in LEAVES if k in inputs and inputs[k] is not None]
+    out = op(**inputs, backend=backend)
+    total = factor * (out if isinstance(out, Tensor) else out.logprob.sum() + out.kl.sum())
+    total.backward(retain_graph=True)
+    once = [x.grad.clone() for x in leaves]
+    total.backward()
+    for x, g in zip(leaves, once):
+        torch.testing.assert_close(x.grad, 2 * g)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
+@pytest.mark.parametrize("op", MODEL_OPS[2:])
+def test_a_second_backward_pass_without_the_graph(op, factor, backend):
+    """It raises what autograd raises, or, where nothing was freed, gives the gradient again."""
+    inputs = draw(op)
+    leaf = inputs["values"].requires_grad_()
+    loss = op(**inputs, backend=backend)
+    loss.backward(torch.tensor(factor))
+    once = leaf.grad.clone()
+    try:
+        loss.backward(torch.tensor(factor))
+    except RuntimeError as raised:
+        assert "second time" in str(raised)
+    else:
+        torch.testing.assert_close(leaf.grad, 2 * once)
+
+
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_an_undefined_upstream_gradient_is_none(op):
+    """What autograd hands to a node whose result contributed nothing."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    inputs = draw(op)
+    name = "logits" if "logits" in inputs else "hidden"
+    out = op(**(inputs | {name: inputs[name].requires_grad_()}), backend="torch")
+    out = out if isinstance(out, Tensor) else out.logprob.sum()
+    (grad,) = torch.autograd.grad(Nothing.apply(out), inputs[name], allow_unused=True)
+    assert grad is None or (grad == 0).all()
+
+
+# gradcheck wants determinism to the last bit of both passes, which the torch backend has
+
+
+def in_double(op, names, **inputs):
+    """A function of the named leaves, and these leaves, for gradcheck of the torch backend with masked tokens."""
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    inputs = exactly(poisoned(inputs, mask)) | dict(mask=mask, temperature=0.7)
+    w = torch.randn(3, 2, 3, dtype=F64)
+
+    def weighted(*leaves):
+        out = op(**(inputs | dict(zip(names, leaves))), backend="torch")
+        return out if isinstance(out, Tensor) else (w * torch.stack([out.logprob, out.entropy, out.kl])).sum()
+
+    return weighted, [inputs[name].requires_grad_() for name in names]
+
+
+@pytest.mark.parametrize("ref_step", [3.0, 0.01])  # KLs on both sides of the switch to the Bregman sum
+def test_gradcheck_of_token_stats(ref_step):
+    inputs = draw_logits(vocab=5)
+    inputs["ref_logits"] = inputs["logits"] + ref_step * torch.randn(2, 3, 5)
+    assert torch.autograd.gradcheck(*in_double(token_stats, ["logits"], **inputs))
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("heads", ["ref bias ref_bias", "shared bias"])
+def test_gradcheck_of_linear_token_stats(heads, workspace_bytes):
+    inputs = draw_heads(vocab=6, width=4, heads=heads) | dict(workspace_bytes=workspace_bytes)
+    inputs["ref_weight"] = inputs["ref_weight"].double()  # a constant to gradcheck, hence a tensor of its own
+    assert torch.autograd.gradcheck(*in_double(linear_token_stats, ["hidden", "weight", "bias"], **inputs))
+
+
+@pytest.mark.parametrize("loss", checks.LOSSES)
+def test_gradcheck_of_the_losses(loss):
+    rest, gradcheck = VARIANT | dict(loss=loss), partial(torch.autograd.gradcheck, check_undefined_grad=False)
+    logits = draw_logits(vocab=4, ref=False) | draw_loss() | rest
+    assert gradcheck(*in_double(logits_klq_loss, ["logits", "values"], **logits))
+    linear = draw_heads(vocab=4, width=3, heads="bias") | draw_loss() | rest
+    assert gradcheck(*in_double(linear_klq_loss, ["hidden", "weight", "bias", "values"], **linear))
+
+
+# Random batches
+
+
+BATCHES = dict(
+    seed=st.integers(0, 10**6), shape=st.one_of(st.tuples(st.integers(0, 7)), st.tuples(*[st.integers(0, 3)] * 2)),
+    vocab=st.integers(1, 90), width=st.integers(1, 20), density=st.sampled_from([0.0, 0.5, 1.0]),
+    temperature=st.floats(0.3, 3.0), heads=st.sampled_from(HEADS), dtype=st.sampled_from(DTYPES),
+    loss=st.sampled_from(checks.LOSSES),
+)  # fmt: skip
+
+
+def check_random_batch(backend, seed, shape, vocab, width, density, temperature, heads, dtype, loss):
+    """All four operations with NaN in every masked entry."""
+    torch.manual_seed(seed)
+    mask = torch.rand(shape) < density
+    rest = dict(mask=mask, temperature=temperature)
+    model = draw_heads(shape, vocab, width, dtype, heads) | rest
+    alone = model["ref_hidden"] is None
+    upstream = upstream_for(shape, "logprob entropy" if alone else "logprob entropy kl")
+    check(linear_token_stats, poisoned(model, mask), backend, upstream)
+    check(token_stats, poisoned(draw_logits(shape, vocab, dtype) | rest, mask), backend, upstream_for(shape))
+    given = draw_loss(shape, dtype, mask) | VARIANT | dict(loss=loss, temperature=temperature)
+    check(logits_klq_loss, poisoned(draw_logits(shape, vocab, dtype, ref=False) | given, mask), backend)
+    given["ref_logprobs"] = given["ref_logprobs"] if alone else None
+    check(linear_klq_loss, poisoned(model | given, mask), backend)
+
+
+@given(**BATCHES)
+@settings(max_examples=60)
+def test_torch_on_random_batches(**batch):
+    check_random_batch("torch", **batch)
+
+
+@TRITON
+@pytest.mark.parametrize("backend", ["triton"])
+@given(**BATCHES)
+@settings(max_examples=8)
+def test_triton_on_random_batches(backend, **batch):
+    check_random_batch(backend, **batch)
+
+
+@given(
+    seed=st.integers(0, 10**6), loss=st.sampled_from(checks.LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
+    log_ratio_clip=st.floats(0.01, 3), delta=st.floats(0.01, 3), dtype=st.sampled_from([F32, F64]),
+)  # fmt: skip
+@settings(max_examples=200)
+def test_klq_terms_are_the_loss_and_its_derivatives(seed, loss, dtype, **thresholds):
+    """… as autograd has them, in every variant, with NaN where masked. It holds for float32 too: a clamp that doesn't
+    bind must not hide the gradient because of a rounding."""
+    torch.manual_seed(seed)
+    mask = torch.rand(40) < 0.8
+    batch = {name: torch.randn(40, dtype=dtype).masked_fill(~mask, NAN) for name in PER_TOKEN[-5:]}
+    logp, v = (x.requires_grad_() for x in (torch.randn(40, dtype=dtype), batch.pop("values")))
+    settings = thresholds | dict(loss=loss)
+    want = reference.klq_loss(logp, values=v, mask=mask, **batch, **settings, reduction="none").sum()
+    total, dlogp, dv = chunked.klq_terms(logp.detach(), v.detach(), mask, **batch, **settings)
+    for got, exact in zip((total, dlogp, dv), (want.detach(), *torch.autograd.grad(want, (logp, v))), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+# λ-returns
+
+
+def draw_returns(lengths, steps, dtype=F32, poison=NAN):
+    """Right-padded rows of these lengths with `poison` in the padding."""
+    mask = torch.arange(steps)[None, :] < torch.tensor(lengths)[:, None]
+    names = ("rewards", "values", "logprobs", "ref_logprobs", "trace_weights")
+    batch = {name: torch.randn(mask.shape).masked_fill(~mask, poison).to(dtype) for name in names}
+    batch["trace_weights"] = batch["trace_weights"].sigmoid()
+    return batch | dict(mask=mask)
+
+
+def check_returns(batch, backend, **coefficients):
+    coefficients = dict(tau=0.7, gamma=0.98, lam=0.95, alpha=0.6) | coefficients
+    want = lambda_returns(**exactly(batch), **coefficients, backend="reference")._asdict()
+    naive = lambda_returns(**batch, **coefficients, backend="reference")._asdict()
+    got = lambda_returns(**batch, **coefficients, backend=backend)._asdict()
+    assert_no_worse(got, naive, want)
+    assert all(x.dtype == F32 and (x[~batch["mask"]] == 0).all() for x in got.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 2, 33, 130])
+@pytest.mark.parametrize("retrace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_lambda_returns(steps, retrace, dtype, backend):
+    batch = draw_returns([steps, 0, steps // 2, min(steps, 1)], steps, dtype)
+    check_returns(batch if retrace else batch | dict(trace_weights=None), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("coefficients", [dict(lam=0.0), dict(gamma=0.0), dict(lam=1.0, gamma=1.0, alpha=1.0)])
+def test_lambda_returns_at_the_ends_of_their_ranges(coefficients, backend):
+    check_returns(draw_returns([20, 7], 20) | dict(trace_weights=None), backend, **coefficients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [INF, -INF, 1e30])
+def test_padding_of_lambda_returns_is_ignored(poison, backend):
+    check_returns(draw_returns([5, 0, 9], 9, poison=poison), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (1, 1)])
+def test_smallest_lambda_returns(shape, backend):
+    check_returns(draw_returns([shape[1]] * shape[0], shape[1]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["every second row", "columns of a wider tensor", "time first", "expanded"])
+def test_strided_lambda_returns(layout, backend):
+    change = {
+        "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+        "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        "time first": lambda x: x.t().contiguous().t(),
+        "expanded": lambda x: x[:1].expand(x.shape),
+    }[layout]
+    check_returns({name: change(x) for name, x in draw_returns([9, 4, 0], 9).items()}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hole_in_the_mask_is_an_error(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("on a GPU the mask is asserted on the device, which takes the process down")
+    batch = draw_returns([9, 9], 9)
+    batch["mask"][1, 3] = False
+    with pytest.raises(ValueError, match=r"mask must be right-padded.*row 1"):
+        lambda_returns(**batch, tau=1.0, backend=backend)
+
+
+@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), retrace=st.booleans())
+def test_torch_lambda_returns_of_random_lengths(seed, lengths, retrace):
+    torch.manual_seed(seed)
+    batch = draw_returns(lengths, 40)
+    check_returns(batch if retrace else batch | dict(trace_weights=None), "torch")
+
+
+# Triton's paths for large inputs, reached by small tiles
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16, so that a vocabulary of 100 is walked over, split and cut into slabs."""
+    from klq_kernels import triton_linear, triton_logits
+
+    for name in ("STATS_TILES", "GRAD_TILES", "SCAN_TILES"):
+        monkeypatch.setattr(triton_logits, name, [triton_logits.Tile(16, 1)])
+    tile = triton_linear.MatmulTile(16, 16, 16, 1, 1)
+    monkeypatch.setattr(triton_linear, "TILES", {2: [tile], 4: [tile]})
+    return triton_logits
+
+
+@TRITON
+@pytest.mark.parametrize("backend", ["triton"])
+class TestTritonTiles:
+    """The vocabulary in several blocks, splits and slabs, time in several blocks."""
+
+    def test_a_split_vocabulary(self, small_tiles, backend):
+        assert small_tiles.vocabulary_splits(3, 100, 16)[0] == 7
+        check(token_stats, draw_logits((3,), 100) | dict(temperature=0.7), backend, upstream_for((3,)))
+
+    def test_splits_of_several_blocks(self, small_tiles, backend, monkeypatch):
+        monkeypatch.setattr(small_tiles, "ROWS_PER_SPLIT", 6)
+        assert small_tiles.vocabulary_splits(3, 100, 16) == (2, 64)
+        check(token_stats, draw_logits((3,), 100), backend, upstream_for((3,)))
+
+    @pytest.mark.parametrize("rows_per_split", [1, 264])
+    def test_splits_and_blocks_without_an_allowed_token(self, rows_per_split, small_tiles, backend, monkeypatch):
+        """Row 0: the policy's first blocks; row 1: the reference's, where the policy has p > 0; row 2: both; row 3:
+        all blocks but one."""
+        monkeypatch.setattr(small_tiles, "ROWS_PER_SPLIT", rows_per_split)
+        inputs = draw_logits((4,), 60) | dict(tokens=torch.full((4,), 33))
+        inputs["logits"][0, :20] = inputs["ref_logits"][1, :20] = -INF
+        inputs["logits"][2, :20] = inputs["ref_logits"][2, :20] = -INF
+        inputs["logits"][3, :32] = inputs["logits"][3, 48:] = inputs["ref_logits"][3, 48:] = -INF
+        got = check(token_stats, inputs, backend, upstream_for((4,)))
+        assert (got["kl"] == INF).tolist() == [False, True, False, False]
+
+    def test_far_apart_splits(self, small_tiles, backend):
+        inputs = draw_logits((3,), 60)
+        inputs["logits"][:, 40:] += 200.0
+        inputs["ref_logits"][:, :20] += torch.tensor([[0.0], [60.0], [-200.0]])
+        check(token_stats, inputs, backend, upstream_for((3,)))
+
+    def test_a_tiny_kl_over_several_blocks(self, small_tiles, backend):
+        logits = 3 * torch.randn(3, 100)
+        inputs = dict(logits=logits, ref_logits=logits + 2e-4 * torch.randn(3, 100), tokens=torch.tensor([0, 50, 99]))
+        got, want = (token_stats(**x, backend=b).kl for x, b in ((inputs, backend), (exactly(inputs), "reference")))
+        assert ((got - want).abs() <= 0.01 * want).all()
+
+    @pytest.mark.parametrize(
+        "heads, dtype", [("bias", torch.float16), ("ref ref_bias", torch.bfloat16), ("shared bias", F32)]
+    )
+    def test_hidden_states_over_row_tiles_and_splits(self, heads, dtype, small_tiles, backend):
+        """Two tiles of rows, the first of which is all masked; two of the hidden width; a split of one tile each."""
+        mask = torch.arange(20) >= 17
+        inputs = draw_heads((20,), 40, 20, dtype, heads) | dict(mask=mask)
+        upstream = upstream_for((20,), "logprob entropy" if heads == "bias" else "logprob entropy kl")
+        check(linear_token_stats, poisoned(inputs, mask), backend, upstream)
+
+    def test_splits_of_hidden_states_without_an_allowed_token(self, small_tiles, backend):
+        inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(tokens=torch.full((3,), 20))
+        inputs["bias"][:16] = inputs["bias"][32:48] = inputs["ref_bias"][32:48] = -INF
+        got = check(linear_token_stats, inputs, backend, upstream_for((3,)))
+        assert (got["kl"] < INF).all()
+        inputs["ref_bias"][16:18] = -INF
+        assert (check(linear_token_stats, inputs, backend, upstream_for((3,)))["kl"] == INF).all()
+
+    @pytest.mark.parametrize("workspace_bytes, slabs", [(1, 4), (3 * 32 * 4, 2), (1 << 20, 1)])
+    def test_gradients_by_slabs_of_the_vocabulary(self, workspace_bytes, slabs, small_tiles, backend, monkeypatch):
+        from klq_kernels import triton_linear
+
+        launched, kernel = [], triton_linear.linear_grad_kernel
+        monkeypatch.setattr(triton_linear, "linear_grad_kernel", Counted(kernel, launched))
+        inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(workspace_bytes=workspace_bytes)
+        got = run(linear_token_stats, inputs, backend, upstream := upstream_for((3,)))
+        assert len(launched) == slabs
+        exact = {name: u.double() for name, u in upstream.items()}
+        naive = run(linear_token_stats, inputs, "reference", upstream)
+        assert_no_worse(got, naive, run(linear_token_stats, exactly(inputs), "reference", exact))
+
+    @pytest.mark.parametrize("retrace", [False, True])
+    def test_returns_over_several_blocks_of_time(self, retrace, small_tiles, backend):
+        """Rows that end inside, at and just after the border of a block of 16 steps."""
+        batch = draw_returns([50, 31, 32, 33, 0, 16], 50)
+        check_returns(batch if retrace else batch | dict(trace_weights=None), backend)
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, launch_grid):
+        self.launched.append(launch_grid)
+        return self.kernel[launch_grid]

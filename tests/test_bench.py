@@ -1,0 +1,147 @@
+"""`klq bench` measures every workload, its errors are small, and its bookkeeping is right. No time is asserted."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+
+from klq_edu import figures
+from klq_edu.bench import memory, run
+from klq_edu.bench.contenders import Contender, contenders
+from klq_edu.bench.measure import Repetition, errors, interleave, run_once
+from klq_edu.bench.run import BenchConfig, run_bench
+from klq_edu.bench.sizes import MAIN, QUICK, Size
+from klq_edu.bench.workloads import WORKLOADS, make_inputs
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The CSV and JSON of a quick run of everything but peak memory (that takes a process each)."""
+    config = BenchConfig(
+        quick=True, reference=True, reps=2, memory=False, device="cpu", out=tmp_path_factory.mktemp("b")
+    )
+    path = run_bench(config)
+    return pd.read_csv(path), json.loads(path.with_suffix(".json").read_text()), path
+
+
+def test_every_workload_and_stage_has_its_row(result):
+    rows, provenance, _ = result
+    assert set(rows["workload"]) == set(WORKLOADS) == set(MAIN) == set(QUICK)
+    for name, part in rows.groupby("workload"):
+        assert {"naive", "ours (torch)"} <= set(part["contender"])
+        assert {s for _, s in part[["contender", "stage"]].itertuples(index=False)} == set(WORKLOADS[name].stages)
+    assert (rows["reps"] == 2).all() and (rows["vs_naive"] > 0).all() and (rows["seconds"] > 0).all()
+    assert rows["units"].notna().eq(rows["workload"] != "returns").all()
+    assert (rows["units_low"] <= rows["units"]).eq(rows["units"] <= rows["units_high"])[rows["units"].notna()].all()
+    assert {"command", "settings", "method", "torch", "machine", "threads"} <= set(provenance)
+
+
+def test_everyone_agrees_with_float64(result):
+    rows, *_ = result
+    whole = rows[rows["stage"] == rows["workload"].map(lambda name: WORKLOADS[name].stages[-1])]
+    found = whole.filter(like="error_")
+    assert found.notna().any(axis=1).all() and found.max().max() < 1e-5
+    assert whole["error_gradient"].notna().eq(whole["workload"] != "returns").all()
+
+
+def test_a_peer_says_what_it_computes(result):
+    rows, *_ = result
+    own = rows["contender"].str.startswith(("ours", "naive", "reference"))
+    assert (rows["computes"][own] == "the same").all() and (rows["computes"][~own] != "the same").all()
+
+
+@pytest.mark.parametrize("name", ["linear_stats", "klq_ref", "klq", "logits_stats", "returns"])
+def test_a_wrong_contender_is_found_out(name):
+    """Beyond 64 rows only some are compared: enough to see that values and gradients are off."""
+    size = QUICK[name]._replace(n=160 * (size_t := QUICK[name].t or 1), t=QUICK[name].t and size_t)
+    x = make_inputs(name, size, 0, "cpu")
+    right = contenders(name, "cpu")[1]
+    wrong = right._replace(run=lambda x: {key: 1.1 * value for key, value in right.run(x).items()})
+    good, bad = (errors(c, x, run_once(c, x)[0]) for c in (right, wrong))
+    assert max(good.values()) < 1e-5 and min(bad.values()) > 1e-3 and good.keys() == bad.keys()
+
+
+def test_contenders_take_turns_between_products():
+    log = []
+    one, two = (
+        Contender(name, lambda x, name=name: log.append(name) or {}, truth=lambda x: {}) for name in ("one", "two")
+    )
+    times = interleave([one, two], {}, lambda: log.append("gemm") or 2.0, 2, lambda: None)
+    assert log == ["gemm", "one", "gemm", "two", "gemm", "two", "gemm", "one", "gemm"]
+    assert [r.gemm for r in times["one"] + times["two"]] == [2.0] * 4
+    rows = run.stage_rows(two, {"naive": [Repetition(1, 1, 2)], "two": [Repetition(2, 4, 1)]}, ("both",), True)
+    assert rows[0]["units"] == 6 and rows[0]["vs_naive"] == 6
+
+
+def test_peak_memory_is_that_of_a_fresh_process():
+    """2048 × 4000 float32 logits are 31 MB: several of them for the naive way, far less for ours."""
+    what = {"workload": "klq", "size": Size(2048, 4000, 16), "seed": 0, "device": "cpu"}
+    what |= {"compiled": False, "reference": False}
+    naive = memory.peak_memory(**what, contender="naive")
+    assert 60 < naive < 400
+    assert memory.resident_peak(lambda: torch.ones(50 * 2**18).sum()) == pytest.approx(50, abs=10)
+
+
+def test_inputs_are_the_same_for_the_same_seed():
+    one, two, other = (make_inputs("klq", QUICK["klq"], seed, "cpu") for seed in (1, 1, 2))
+    assert torch.equal(one["hidden"], two["hidden"]) and not torch.equal(one["hidden"], other["hidden"])
+
+
+def test_sizes_are_those_asked_for():
+    config = BenchConfig(workloads=("klq", "update", "returns"), n=(100, 200), v=(50,), dtypes=("float32", "bfloat16"))
+    assert config.points() == [
+        *(("klq", Size(n, 50, 512, None, d)) for d in config.dtypes for n in (100, 200)),
+        *(("update", Size(128, 50, 256, 128, d)) for d in config.dtypes),
+        ("returns", Size(1024, None, None, 1024)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"reps": 0}, "reps must be at least 1, got 0"),
+        ({"n": (64, 0)}, r"n must be at least 1, got \(64, 0\)"),
+        ({"workloads": ()}, "workloads must not be empty"),
+        ({"h": (100,)}, r"h must be a multiple of 8 for the update's model, got \(100,\)"),
+    ],
+)
+def test_bad_values_are_refused_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**wrong)
+
+
+def test_an_interrupt_keeps_what_is_measured(tmp_path, monkeypatch, capsys):
+    def stop(name, *rest):
+        raise KeyboardInterrupt
+
+    config = BenchConfig(workloads=("returns", "klq"), quick=True, memory=False, device="cpu", out=tmp_path, reps=1)
+    real = run.measure_point
+    monkeypatch.setattr(run, "measure_point", lambda name, *rest: (real if name == "returns" else stop)(name, *rest))
+    with pytest.raises(SystemExit, match="130"):
+        run_bench(config)
+    assert set(pd.read_csv(tmp_path / "bench.csv")["workload"]) == {"returns"}
+    assert "kept" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_named_and_skipped(tmp_path, monkeypatch, capsys):
+    def fail(x):
+        raise RuntimeError("no such device")
+
+    from klq_edu.bench import contenders as module
+
+    monkeypatch.setattr(module, "torch_ce", fail)
+    path = run_bench(BenchConfig(workloads=("klq",), quick=True, memory=False, device="cpu", out=tmp_path, reps=1))
+    assert set(pd.read_csv(path)["contender"]) == {"naive", "ours (torch)"}
+    assert re.search(r"F.linear_cross_entropy does not run here.*no such\s+device", capsys.readouterr().out, re.DOTALL)
+
+
+def test_figures_are_drawn_with_their_captions(result):
+    rows, _, path = result
+    assert "cannot lie" in path.with_name("bench-times.svg").read_text().replace("\n", " ")
+    part = rows[(rows["workload"] == "klq_ref") & (rows["stage"] == "both")].assign(memory_mb=1.0)
+    part = pd.concat([part, part.assign(v=2 * part["v"])])
+    for picture in (figures.bench_times(rows[rows["stage"] == "both"]), figures.bench_scaling(part, "v")):
+        assert all(axis.get_xlabel() and axis.get_ylabel() and axis.lines for axis in picture.figure.axes)
+        assert picture.figure.axes[0].get_legend() is not None and len(picture.alt) > 10
