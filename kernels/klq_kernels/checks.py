@@ -17,7 +17,7 @@ def positive(**values: float) -> None:
     ValueError: tau must be a finite number > 0, got 0.0
     """
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (0 < value < math.inf):
             raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 

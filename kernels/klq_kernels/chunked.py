@@ -111,7 +111,8 @@ def linear_klq(
     grads, count, given_policy = Gradients.zeros(policy, needed), mask.sum().clamp(min=1), policy
     policy, ref = policy.workable(), ref and ref.workable()
     stats = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
-    total, dvalues = 0.0, torch.zeros_like(values, dtype=result_dtype(values, stats.logprob))
+    dvalues = torch.zeros_like(values, dtype=result_dtype(values, stats.logprob))
+    total = dvalues.new_zeros(())
     for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
         part = chunk_stats(kernels, z, tokens[rows], ref, rows, temperature, mask[rows], workspace)
         store(stats, rows, part)

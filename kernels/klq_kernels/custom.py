@@ -112,7 +112,8 @@ class InplaceStats(torch.autograd.Function):
         logits, tokens, ref_logits, mask, *stats = ctx.saved_tensors
         step, grad = module(ctx.backend).logits_grad, flat_view(logits.detach())
         upstream = tuple(_contiguous(a, b, c))
-        step(grad, tokens, ref_logits, ctx.temperature, mask, Statistics(*stats), upstream, grad)
+        step(logits.detach(), tokens, ref_logits, ctx.temperature, mask, Statistics(*stats), upstream, grad)
+        torch.autograd.graph.increment_version(grad)
         return grad.view(logits.shape), None, None, None, None, None
 
 
@@ -240,13 +241,14 @@ class InplaceLoss(torch.autograd.Function):
         variant = dict(zip(("tau", "loss", "clip", "log_ratio_clip", "delta"), variant, strict=True))
         grad = flat_view(logits.detach())
         out = _logits_klq(grad, tokens, values.detach(), mask, temperature, fixed, variant, backend, grad)
+        torch.autograd.graph.increment_version(grad)
         ctx.grads = (grad.view(logits.shape), out[1])
         return out[0]
 
     @staticmethod
     def backward(ctx, upstream):
         """What the forward pass has already computed, scaled by the upstream gradient."""
-        grad, dvalues = _hand_over(ctx, upstream)
+        grad, dvalues = _hand_over(ctx, upstream, inplace=True)
         return grad, None, dvalues, *[None] * 12
 
 
@@ -322,15 +324,22 @@ def _contiguous(*grads: Tensor | None) -> list[Tensor | None]:
     return [None if g is None else g.contiguous() for g in grads]
 
 
-def _hand_over(ctx, factor: Tensor) -> list[Tensor]:
-    """The gradients that the forward pass left in ctx, times the upstream gradient.
+def _hand_over(ctx, factor: Tensor | None, inplace: bool = False) -> list[Tensor | None]:
+    """The gradients that the forward pass left in ctx, times the upstream gradient (None: nothing depends on the loss).
 
     Unless the graph is kept they are given away, not copied: autograd then makes them `.grad` as they are. On a CPU the
     usual factor 1 costs nothing; on a GPU asking for it would make the host wait.
     """
     grads = ctx.grads
-    if torch.compiler.is_compiling() or factor.device.type != "cpu" or factor.item() != 1:
+    if grads is None:
+        raise RuntimeError("backward through this loss a second time: give retain_graph=True to the first pass")
+    if factor is None:
+        return [None] * len(grads)
+    tracing = torch.compiler.is_compiling() or type(factor) is not Tensor
+    give_away = not tracing and not torch._C._autograd._get_current_graph_task_keep_graph()
+    ctx.grads = None if give_away else grads
+    if give_away and inplace:
+        return [g.mul_(factor) for g in grads]
+    if tracing or factor.device.type != "cpu" or factor.item() != 1:
         return [(g * factor).to(g.dtype) for g in grads]
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.grads = None
     return grads

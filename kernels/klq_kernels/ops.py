@@ -47,7 +47,7 @@ def token_stats(
     if backend == "reference":
         return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
     ref = None if ref_logits is None else ref_logits.detach()
-    flat = (tokens.reshape(-1), ref, temperature, mask.reshape(-1), backend)
+    flat = (_flat(tokens.long()), ref, temperature, _flat(mask), backend)
     out = custom.InplaceStats.apply(logits, *flat) if inplace_backward else custom.token_stats(logits, *flat)
     return _shaped(out, tokens, ref_logits is not None)
 
@@ -92,8 +92,8 @@ def linear_token_stats(
             mask=mask,
         )  # fmt: skip
     out = custom.linear_token_stats(
-        _rows(hidden), weight, bias, tokens.reshape(-1), *_reference(ref_hidden, ref_weight, ref_bias),
-        temperature, mask.reshape(-1), workspace_bytes, backend,
+        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(ref_hidden, ref_weight, ref_bias),
+        temperature, _flat(mask), workspace_bytes, backend,
     )  # fmt: skip
     return _shaped(out, tokens, ref_hidden is not None)
 
@@ -191,8 +191,8 @@ def logits_klq_loss(
         return reference.logits_klq_loss(
             logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
         )
-    flat = [x if x is None else x.detach().reshape(-1) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
-    args = (tokens.reshape(-1), values.reshape(-1), *flat, temperature, *variant.values(), backend)
+    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    args = (_flat(tokens.long()), values.reshape(-1), *flat, temperature, *variant.values(), backend)
     return custom.InplaceLoss.apply(logits, *args) if inplace else custom.logits_klq_loss(logits, *args)
 
 
@@ -251,9 +251,9 @@ def linear_klq_loss(
         )  # fmt: skip
         return (out, stats) if return_stats else out
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    flat = [x if x is None else x.detach().reshape(-1) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
     out, *stats = custom.linear_klq_loss(
-        _rows(hidden), weight, bias, tokens.reshape(-1), values.reshape(-1), *flat,
+        _rows(hidden), weight, bias, _flat(tokens.long()), values.reshape(-1), *flat,
         *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
     )[:5]  # fmt: skip
     return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
@@ -267,6 +267,11 @@ def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
+def _flat(x: Tensor | None) -> Tensor | None:
+    """x as [N], contiguous (an expanded mask has stride 0) and without its graph."""
+    return None if x is None else x.detach().reshape(-1).contiguous()
+
+
 def _rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -277,9 +282,10 @@ def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 
 
 def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
-    """TokenStats shaped like tokens from flat results."""
+    """TokenStats shaped like tokens from flat results; the reference's log-prob is no function of the policy."""
     count = 4 if with_ref else 2
-    return TokenStats(*(x.reshape(tokens.shape) for x in out[:count]), *[None] * (4 - count))
+    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[:count])
+    return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))
 
 
 def _check_loss_tensors(tokens: Tensor, variant: dict, mask: Tensor, old_logprobs, old_values, **rest) -> None:

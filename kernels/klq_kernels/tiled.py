@@ -34,7 +34,8 @@ class Statistics(NamedTuple):
 
 def empty_statistics(tokens: Tensor, dtype: torch.dtype, with_ref: bool) -> Statistics:
     """Zeros for each of the tokens [N]."""
-    own, ref = (torch.zeros(n, dtype=dtype, device=tokens.device) for n in (len(tokens), len(tokens) * with_ref))
+    counts = (tokens.shape[0], tokens.shape[0] if with_ref else 0)
+    own, ref = (torch.zeros(n, dtype=dtype, device=tokens.device) for n in counts)
     return Statistics(*(x.clone() for x in (own, own, ref, ref, own, own, ref, ref)))
 
 
@@ -150,7 +151,7 @@ def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES)
     index tensors."""
     most = max(1, block_bytes // max(1, bytes_per_row))
     count = int(mask.sum())
-    size = math.ceil(count / max(1, math.ceil(count / most)))
+    size = math.ceil(max(1, count) / math.ceil(max(1, count) / most))
     if count == len(mask):
         yield from (slice(start, min(start + size, len(mask))) for start in range(0, len(mask), size))
     else:

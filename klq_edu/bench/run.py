@@ -22,10 +22,11 @@ METHOD = (
     "backward pass in a fresh process, beyond the inputs. Errors: against float64, on 64 rows spread over the batch."
 )
 NOTE = (
-    "Times are medians [lowest, highest] in units of one N×H×V matrix product; limit: the products that cannot be "
-    "avoided; MB: peak beyond the inputs; error: of the worst output / of the worst gradient, against float64."
+    "fwd, bwd, both: median time [lowest, highest] of forward and backward pass in units of one N×H×V matrix product; "
+    "limit: the products that cannot be avoided; ratio: time over naive's; MB: peak memory beyond the inputs; "
+    "error: of the worst output/of the worst gradient, against float64."
 )
-HEADINGS = ("forward", "backward", "both", "limit", "vs naive", "MB", "error")
+HEADINGS = ("fwd", "bwd", "both", "limit", "ratio", "MB", "error")
 KEYS = ["workload", "n", "v", "h", "t", "dtype"]
 COLUMNS = [
     *KEYS, "contender", "stage", "computes", "reps", "units", "units_low", "units_high", "limit", "vs_naive",
@@ -38,7 +39,7 @@ class BenchConfig:
     """Measure time, peak memory and error of the fused operations, the naive ones and, where installed, peers.
 
     By default each workload at one size, and one of them over V; with --n, --v, --h or --t all combinations of what you
-    give. Takes about five minutes on two cores. (To compare the algorithms rather than the kernels: klq sweep.)
+    give. Takes about five minutes on two idle cores. (To compare the algorithms rather than the kernels: klq sweep.)
     """
 
     workloads: tuple[Literal["logits_stats", "linear_stats", "klq_ref", "klq", "returns", "update"], ...] = tuple(MAIN)
@@ -52,7 +53,8 @@ class BenchConfig:
     t: tuple[int, ...] = ()
     """Tokens per sequence, for returns and update."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    """Precisions of the inputs."""
+    """Precisions of the inputs. (Where a CPU is slow at half-precision products, so is the unit: ours, which multiplies
+    in float32 there, can then be below the limit.)"""
     reps: int = 3
     """Repetitions, after one that warms up and is checked for its errors."""
     compile: bool = False
@@ -211,7 +213,7 @@ def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> Non
 
 
 def print_tables(console, path: Path) -> None:
-    """One table per workload and size, one line per contender, with what it computes beside it."""
+    """One table per workload and size, one line per contender; under it, what those compute that don't do the same."""
     import pandas as pd
     from rich import box
     from rich.table import Table
@@ -222,12 +224,14 @@ def print_tables(console, path: Path) -> None:
         first = part.iloc[0]
         size = " ".join(f"{axis.upper()}={first[axis]:.0f}" for axis in "nvht" if first[axis] > 0)
         title = f"{first['workload']}: {WORKLOADS[first['workload']].title}\n{size} {first['dtype']}"
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("contender", *HEADINGS, "computes"):
-            left = column in ("contender", "computes")
-            table.add_column(column, justify="left" if left else "right", no_wrap=column == "contender")
+        others = part[part["computes"] != "the same"].drop_duplicates("contender")
+        caption = "\n".join(f"{row.contender} computes {row.computes}" for row in others.itertuples())
+        table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("contender", overflow="fold")
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, stages in part.groupby("contender", sort=False):
-            table.add_row(name, *cells(stages.set_index("stage")), stages["computes"].iloc[0])
+            table.add_row(name, *cells(stages.set_index("stage")))
         console.print(table)
     console.print(NOTE, markup=False, highlight=False)
 
@@ -235,13 +239,14 @@ def print_tables(console, path: Path) -> None:
 def cells(stages) -> list[str]:
     """The numbers of one contender as text, from its rows of the CSV (index: stage; the last one is the whole)."""
     whole = stages.iloc[-1]
-    what, unit = ("seconds", " s") if math.isnan(whole["units"]) else ("units", "")
-    parts = [_text(stages[what].get(stage, math.nan), ".2f") if len(stages) > 1 else "" for stage in HEADINGS[:2]]
-    total = f"{whole[what]:.3g} [{whole[f'{what}_low']:.3g}, {whole[f'{what}_high']:.3g}]{unit}"
+    what, scale, unit = ("seconds", 1000, " ms") if math.isnan(whole["units"]) else ("units", 1, "")
+    parts = [f"{stages['units'][stage]:.2f}" if len(stages) > 1 else "" for stage in ("forward", "backward")]
+    middle, low, high = (scale * whole[what + end] for end in ("", "_low", "_high"))
     outputs = whole[[name for name in whole.index if name.startswith("error_") and name != "error_gradient"]].max()
     wrong = [_text(x, ".0e") for x in (outputs, whole.get("error_gradient", math.nan))]
     rest = [(whole["limit"], ".0f"), (whole["vs_naive"], ".2f"), (whole["memory_mb"], ",.0f")]
-    return [*parts, total, *(_text(x, form) for x, form in rest), " / ".join(filter(None, wrong))]
+    both = f"{middle:.3g} [{low:.3g}, {high:.3g}]{unit}"
+    return [*parts, both, *(_text(x, form) for x, form in rest), "/".join(filter(None, wrong))]
 
 
 def _text(x: float, form: str) -> str:

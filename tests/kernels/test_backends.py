@@ -389,7 +389,9 @@ def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend):
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("jumps", [(100.0, 0.0), (0.0, 100.0), (-100.0, 100.0)])
 def test_biases_that_jump_in_the_middle_of_the_vocabulary(jumps, workspace_bytes, backend):
+    """One token is masked: what its row would overflow to must not spread either."""
     inputs = draw_heads(vocab=70, heads="ref bias ref_bias") | dict(workspace_bytes=workspace_bytes)
+    inputs["mask"] = torch.tensor([[True, True, False], [True, True, True]])
     for name, jump in zip(("bias", "ref_bias"), jumps, strict=True):
         inputs[name][35:] += jump
     check(linear_token_stats, inputs, backend, upstream_for((2, 3)), slack=4e-6)  # logits of 100 round to 4e-6
@@ -406,6 +408,29 @@ def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend
     want = token_stats(**exactly(inputs)).kl
     assert (got >= 0).all() and (want < 1e-7).all()
     assert ((got - want).abs() <= 0.01 * want.clamp_min(1e-9)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", [0.1, 0.3])
+def test_a_kl_on_either_side_of_the_switch_between_formulas(step, backend):
+    """KLs of 0.005 and 0.05, where a series, the Bregman sum and Σ p log(p/q) meet."""
+    logits = 2 * torch.randn(4, 130)
+    inputs = dict(logits=logits, ref_logits=logits + step * torch.randn(4, 130), tokens=torch.arange(4))
+    torch.testing.assert_close(
+        token_stats(**inputs, backend=backend).kl.double(), token_stats(**exactly(inputs)).kl, rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gap", [5.0, 16.0])
+def test_a_small_kl_by_one_forbidden_token(gap, backend):
+    """−log(1 − q) for a token of probability q that the policy forbids: all of it sits where p = 0."""
+    ref_logits = torch.randn(4, 33)
+    ref_logits[:, 7] -= gap
+    inputs = dict(logits=ref_logits.clone(), ref_logits=ref_logits, tokens=torch.arange(4))
+    inputs["logits"][:, 7] = -INF
+    want = -torch.log1p(-ref_logits.double().softmax(-1)[:, 7])
+    torch.testing.assert_close(token_stats(**inputs, backend=backend).kl.double(), want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
