@@ -115,11 +115,11 @@ def boolean_mask(mask: torch.Tensor) -> None:
 
 def right_padded(mask: torch.Tensor) -> None:
     """Raise ValueError unless every row of `mask` is True…True False…False; on a GPU, assert it on the device."""
-    holes = (mask[:, 1:] & ~mask[:, :-1]).any(dim=1)
+    holes = mask[:, 1:] > mask[:, :-1]
     if mask.is_cuda:
         torch._assert_async(~holes.any(), "mask must be right-padded (True up to the last real token, then False)")
     elif holes.any():
-        row = int(holes.nonzero()[0])
+        row = int(holes.nonzero()[0, 0])
         raise ValueError(
             f"mask must be right-padded (True up to the last real token, then False); row {row} is "
             f"{mask[row].int().tolist()}: a hole would cut the λ-return in two"

@@ -4,6 +4,7 @@ Every function works on flat rows: tokens, mask and statistics [N], logits [...,
 never read. The arithmetic is float32, or float64 for float64 inputs.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -130,20 +131,51 @@ def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
-    """`reference.lambda_returns` without a loop over time: log₂ T rounds of doubling, each over all of [B, T].
-
-    Δ_t = δ_t + g_t Δ_{t+1} composes: after round k, (decay, sum)_t covers the 2^k steps from t on.
-    """
-    weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
-    r, v, logp, logq, c = reference.clean(mask, rewards, values, logprobs, ref_logprobs, weights)
+    """`reference.lambda_returns` without a loop over time."""
+    given = (rewards, values, logprobs, ref_logprobs, *([] if trace_weights is None else [trace_weights]))
+    r, v, logp, logq, *weights = reference.clean(mask, *given)
     q = reference.q_values(logp, logq, v, tau)
-    td_errors = reference.zero_unless(mask, r + gamma * reference.shift_left(v) - q)
-    decay, advantages, step = gamma * lam * reference.shift_left(c), td_errors.clone(), 1
-    while step < mask.shape[1]:
-        advantages[:, :-step] += decay[:, :-step] * advantages[:, step:].clone()
+    td_errors = r.add_(reference.shift_left(v), alpha=gamma).sub_(q)  # v, q and r are 0 where masked
+    if trace_weights is None:
+        advantages = discounted_sums(td_errors, gamma * lam)
+    else:
+        advantages = decaying_sums(td_errors, gamma * lam * reference.shift_left(weights[0]))
+    return LambdaReturns(torch.add(q, advantages, alpha=alpha), advantages, td_errors)
+
+
+def discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
+    """Σ_k g^k x_{t+k} along the last axis of x [B, T], as two triangular matrix products: in blocks, then over blocks.
+
+    >>> discounted_sums(torch.ones(1, 3), 0.5)
+    tensor([[1.7500, 1.5000, 1.0000]])
+    """
+    steps = x.shape[1]
+    local = torch.nn.functional.pad(x, (0, -steps % block)).unflatten(1, (-1, block)) @ _powers(
+        block, g, x.dtype, x.device
+    )
+    later = local[:, :, 0] @ _powers(
+        local.shape[1], g**block, x.dtype, x.device
+    )  # the sum from each block's start to the row's end
+    to_next = g ** torch.arange(block, 0, -1, dtype=x.dtype, device=x.device)
+    return (local + reference.shift_left(later).unsqueeze(2) * to_next).flatten(1)[:, :steps].contiguous()
+
+
+def decaying_sums(x: Tensor, decay: Tensor) -> Tensor:
+    """S_t = x_t + decay_t S_{t+1} along the last axis by doubling: after round k, (decay, S)_t covers 2^k steps."""
+    total, step = x.clone(), 1
+    while step < x.shape[1]:
+        total[:, :-step] += decay[:, :-step] * total[:, step:].clone()
         decay = decay * reference.shift_left(decay, step)
         step *= 2
-    return LambdaReturns(reference.zero_unless(mask, q + alpha * advantages), advantages, td_errors)
+    return total
+
+
+@functools.lru_cache(maxsize=8)
+def _powers(size: int, g: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size] with g^(j−i) at [j, i], j ≥ i, and 0 elsewhere."""
+    gap = torch.arange(size, dtype=dtype, device=device)
+    gap = gap.unsqueeze(1) - gap
+    return torch.where(gap >= 0, g ** gap.clamp(min=0), 0.0)
 
 
 def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice | Tensor]:
