@@ -174,7 +174,7 @@ def bench_times(rows: pd.DataFrame) -> Picture:
     axis.plot(rows["limit"][least], places[least], "|", color="black", ms=14, mew=2.5, label="limit: products needed")
     axis.set_yticks(places, [f"{r.workload}: {r.contender}" for r in rows.itertuples()])
     axis.set(xlabel="time of forward and backward pass [N×H×V matrix products]", ylabel="workload: contender")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     caption = (
         "Time in units of one matrix product of the same shape, taken just before and after, so that a slow machine "
         "cannot lie. The black mark counts the products that cannot be avoided; the rest of a bar is overhead. Medians "

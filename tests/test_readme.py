@@ -56,3 +56,13 @@ def test_the_stories_table_is_that_of_the_committed_demo():
             cells.append(f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
         assert f"| {label} | {' | '.join(cells)} |" in README
     assert f"| reference | {runs['test_before'][0]:.3f} | {runs['judge_before'][0]:.3f} | 0 |" in README
+
+
+def test_the_benchmark_table_is_that_of_the_committed_csv():
+    runs = pd.read_csv(ROOT / "results" / "bench.csv")
+    runs = runs[runs["stage"] == "both"].groupby(["workload", "contender"], sort=False).first()
+    text = (ROOT / "kernels" / "README.md").read_text()
+    for workload in ("logits_stats", "linear_stats", "klq_ref", "klq", "update"):
+        rows = (runs.loc[workload, who] for who in ("naive", "ours (torch)"))
+        cells = [f"{row['units']:.2f} units, {row['memory_mb']:.0f} MB" for row in rows]
+        assert f"| {workload} | {' | '.join(cells)} |" in text
