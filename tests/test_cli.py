@@ -75,7 +75,10 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(tmp_path):
     args = ("demo", "--world", "grammar", "--algorithms", "klq", "--updates", "60")
     assert klq(*args, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, "-m", "klq_edu.cli", *args, "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
+    )  # fmt: skip
     logs = {name: tmp_path / name / "grammar" / "klq-tau0.2-60x64-seed0" / "metrics.jsonl" for name in ("whole", "cut")}
     while process.poll() is None and not (logs["cut"].exists() and logs["cut"].read_text().count("\n") > 3):
         time.sleep(0.02)

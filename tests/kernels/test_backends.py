@@ -649,12 +649,13 @@ def run_all_without_kl(op, inputs, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_logits_cost_no_gradient(backend, monkeypatch):
-    inputs = draw(logits_klq_loss)
+@pytest.mark.parametrize("op", MODEL_OPS[2:])
+def test_a_frozen_model_costs_no_gradient(op, backend, monkeypatch):
+    inputs = draw(op)
     values = inputs["values"].requires_grad_()
-    want = torch.autograd.grad(logits_klq_loss(**inputs, backend="reference"), values)
+    want = torch.autograd.grad(op(**inputs, backend="reference"), values)
     monkeypatch.setattr(custom.module(backend), "logits_grad", None)
-    torch.testing.assert_close(torch.autograd.grad(logits_klq_loss(**inputs, backend=backend), values), want)
+    torch.testing.assert_close(torch.autograd.grad(op(**inputs, backend=backend), values), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -686,10 +687,26 @@ def test_a_kept_graph_gives_the_gradient_twice(op, factor, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-@pytest.mark.parametrize("op", MODEL_OPS[2:])
+def test_a_kept_graph_gives_the_gradient_twice_in_place_too(factor, backend):
+    inputs = draw(logits_klq_loss)
+    values = inputs["values"].requires_grad_()
+    logits = inputs["logits"].requires_grad_() * 1.0
+    loss = logits_klq_loss(**(inputs | dict(logits=logits)), inplace=True, backend=backend)
+    upstream = torch.tensor(factor)
+    once = [g.clone() for g in torch.autograd.grad(loss, (logits, values), upstream, retain_graph=True)]
+    torch.testing.assert_close(list(torch.autograd.grad(loss, (logits, values), upstream)), once)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
+@pytest.mark.parametrize(
+    "op",
+    [logits_klq_loss, partial(logits_klq_loss, inplace=True), linear_klq_loss],
+    ids=["logits", "inplace", "linear"],
+)
 def test_a_second_backward_pass_without_the_graph(op, factor, backend):
     """It raises what autograd raises, or, where nothing was freed, gives the gradient again."""
-    inputs = draw(op)
+    inputs = draw(getattr(op, "func", op))
     leaf = inputs["values"].requires_grad_()
     loss = op(**inputs, backend=backend)
     loss.backward(torch.tensor(factor))
@@ -856,7 +873,7 @@ def test_lambda_returns(steps, retrace, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("coefficients", [dict(lam=0.0), dict(gamma=0.0), dict(lam=1.0, gamma=1.0, alpha=1.0)])
 def test_lambda_returns_at_the_ends_of_their_ranges(coefficients, backend):
-    check_returns(draw_returns([20, 7], 20) | dict(trace_weights=None), backend, **coefficients)
+    check_returns(draw_returns([150, 70], 150) | dict(trace_weights=None), backend, **coefficients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -893,10 +910,10 @@ def test_a_hole_in_the_mask_is_an_error(backend):
         lambda_returns(**batch, tau=1.0, backend=backend)
 
 
-@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), retrace=st.booleans())
+@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(0, 200), min_size=1, max_size=5), retrace=st.booleans())
 def test_torch_lambda_returns_of_random_lengths(seed, lengths, retrace):
     torch.manual_seed(seed)
-    batch = draw_returns(lengths, 40)
+    batch = draw_returns(lengths, 200)
     check_returns(batch if retrace else batch | dict(trace_weights=None), "torch")
 
 
