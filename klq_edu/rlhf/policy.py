@@ -150,7 +150,8 @@ class ActorCritic(nn.Module):
 
     def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
         """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
-        return self(inputs, keep)[0]
+        with self.precision():
+            return self.head(self.cast(_hidden(self.body, inputs)[:, keep]))
 
     @torch.no_grad()
     def reference_logits(self, inputs: dict, keep: slice) -> Tensor:
