@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_step, penalty_coefficient, ppo_penalty_step
 from klq_edu.core.tree import TokenTree
@@ -20,7 +20,7 @@ STYLES = {
     "ppo_clip_whitened": ("PPO-clip, whitened", "#CC79A7", (0, (5, 1, 1, 1))),
     "ppo_penalty": ("PPO-penalty", "#009E73", ":"),
 }
-GREY = "#666666"
+GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
     "naive": ("#D55E00", "--", "s", "//"),
     "naive, compiled": ("#E69F00", (0, (5, 1, 1, 1)), "D", "\\\\"),
@@ -213,11 +213,17 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
 def _panels(count: int, width: float = 4.6, height: float = 3.4):
     """A figure with `count` plain panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, plain_axes(figure, count)
+
+
+def plain_axes(figure: FigureBase, count: int = 1):
+    """`count` axes side by side on a figure (or part of one), with a light grid and no frame."""
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    return figure, axes
+        axis.set_axisbelow(True)
+    return axes
 
 
 def _by_algorithm(runs: pd.DataFrame):

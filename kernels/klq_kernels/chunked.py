@@ -121,8 +121,7 @@ def linear_klq(
         loss, a, dvalues[rows] = klq_terms(part.logprob, values[rows], mask[rows], **given, **variant)
         total = total + loss
         if any(needed):
-            ups = (a / count, None, None)
-            grads.add(policy, rows, kernels.logits_grad(z, tokens[rows], None, temperature, mask[rows], part, ups, z))
+            grads.add(policy, rows, chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count))
     return total / count, stats, grads.like(given_policy), dvalues / count
 
 
@@ -194,14 +193,21 @@ def chunk_stats(
     kernels: ModuleType, z: Tensor, tokens: Tensor, ref: Head | None, rows: slice | Tensor, temperature: float,
     mask: Tensor, workspace: int,
 ) -> Statistics:  # fmt: skip
-    """Statistics of a chunk whose policy logits are z. The reference's logits are made tile by tile, or all at once for
-    kernels that visit both rows together (then another workspace is needed)."""
-    if ref is not None and kernels is not tiled:
-        return kernels.logits_stats(z, tokens, ref.logits(rows, torch.empty_like(z)), temperature, mask)
-    own = kernels.logits_stats(z, tokens, None, temperature, mask)
-    if ref is None:
-        return own
-    return tiled.add_reference(own, z, tokens, reference_tiles(ref, rows, z, workspace), temperature)
+    """Statistics of a chunk whose policy logits are z. `tiled` exponentiates z and needs the reference's logits tile by
+    tile; other kernels keep z and visit both rows together (then another workspace is needed)."""
+    if kernels is tiled:
+        return tiled.exponentiate(z, tokens, reference_tiles(ref, rows, z, workspace), temperature)
+    r = None if ref is None else ref.logits(rows, torch.empty_like(z))
+    return kernels.logits_stats(z, tokens, r, temperature, mask)
+
+
+def chunk_grad(
+    kernels: ModuleType, z: Tensor, tokens: Tensor, temperature: float, mask: Tensor, stats: Statistics, a: Tensor
+) -> Tensor:
+    """Logit gradients of a chunk for upstream gradients a of its log-probs, in place of what `chunk_stats` left."""
+    if kernels is tiled:
+        return tiled.logprob_grad(z, tokens, temperature, stats, a)
+    return kernels.logits_grad(z, tokens, None, temperature, mask, stats, (a, None, None), z)
 
 
 def store(out: Statistics, rows: slice | Tensor, part: Statistics) -> None:

@@ -63,27 +63,53 @@ def logits_stats(
     return out
 
 
-def add_reference(
-    own: Statistics, z: Tensor, tokens: Tensor, tiles: Iterable[tuple[slice, Tensor]], temperature: float
+def exponentiate(
+    z: Tensor, tokens: Tensor, tiles: Iterable[tuple[slice, Tensor | None]], temperature: float
 ) -> Statistics:
-    """Statistics of logits z [N, V] with those of a reference whose logits come in tiles (columns, r [N, columns]).
+    """Statistics of logits z [N, V], which become e^y, y = (z − max z)/T, and of a reference whose logits r come in
+    tiles (columns, r [N, columns] or None), which are overwritten too.
 
-    KL = Σ p (log p − y) + log Σ e^y, y = (r − shift)/T: one visit to each tile, and an absolute error of about 1e-6.
+    With S = Σ e^y and x = (r − shift)/T: H = log S − Σ e^y y / S, KL = Σ e^y (y − x) / S − log S + log Σ e^x, one visit
+    to each tile, and an absolute error of about 1e-6.
     """
-    shift, token_y = torch.zeros_like(own.norm), torch.zeros_like(own.norm)
-    total, cross = torch.full_like(own.norm, -INF), torch.zeros_like(own.norm)
+    shift, ref_shift = _finite(z.amax(1)), torch.zeros_like(z[:, 0])
+    token_y = (_choose(z, tokens) - shift) / temperature
+    sums, moments, cross, token_x = (torch.zeros_like(shift) for _ in range(4))
+    ref_norm, scratch, ref = torch.full_like(shift, -INF), None, None
     for columns, r in tiles:
-        if columns.start == 0:
-            shift = _finite(r.amax(1))
-        here = (tokens >= columns.start) & (tokens < columns.stop)
-        chosen = torch.where(here, tokens - columns.start, 0).long().unsqueeze(1)
-        token_y = torch.where(here, (r.gather(1, chosen).squeeze(1) - shift) / temperature, token_y)
-        for rows in row_blocks(torch.ones_like(here), r.shape[1] * r.element_size()):
-            logp = _logp(z[rows, columns], temperature, own.shift[rows], own.norm[rows])
-            y = r[rows].sub_(shift[rows].unsqueeze(1)).mul_(1 / temperature)
-            total[rows] = torch.logaddexp(total[rows], _logsumexp(y))
-            cross[rows] += _cross(logp.exp(), logp.sub_(y))
-    return own._replace(ref_logprob=token_y - total, kl=(cross + total).clamp_(min=0), ref_shift=shift, ref_norm=total)
+        if (ref := r) is not None:
+            if columns.start == 0:
+                ref_shift = _finite(r.amax(1))
+            here = (tokens >= columns.start) & (tokens < columns.stop)
+            chosen = _choose(r, torch.where(here, tokens - columns.start, 0))
+            token_x = torch.where(here, (chosen - ref_shift) / temperature, token_x)
+        for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[0, columns].nbytes):
+            e = z[rows, columns]
+            scratch = torch.empty_like(e, memory_format=torch.contiguous_format) if scratch is None else scratch
+            y = scratch.view(-1)[: e.numel()].view(e.shape)
+            _scaled_gap(e, shift[rows], temperature, out=y)
+            torch.exp(y, out=e)
+            mass = e.sum(1)
+            sums[rows] += mass
+            moments[rows] += _cross(e, y)
+            if r is not None:
+                top = _finite(r[rows].amax(1))
+                lift = (top - ref_shift[rows]) / temperature
+                x = _scaled_gap(r[rows], top, temperature, out=r[rows])
+                cross[rows] += _cross(e, y.sub_(x)) - lift * mass
+                ref_norm[rows] = torch.logaddexp(ref_norm[rows], lift + x.exp_().sum(1).log())
+    norm = sums.log()
+    own, none = (token_y - norm, norm - moments / sums), norm[:0]
+    if ref is None:
+        return Statistics(*own, none, none, shift, norm, none, none)
+    kl = (cross / sums - norm + ref_norm).clamp_(min=0)
+    return Statistics(*own, token_x - ref_norm, kl, shift, norm, ref_shift, ref_norm)
+
+
+def logprob_grad(e: Tensor, tokens: Tensor, temperature: float, stats: Statistics, a: Tensor) -> Tensor:
+    """Turn the e^y that `exponentiate` left into dL/dz = (a/T) (1[v = token] − p_v), a = dL/dlogprob."""
+    e.mul_((-a / temperature * (-stats.norm).exp()).unsqueeze(1))
+    return e.scatter_add_(1, tokens.long().unsqueeze(1), (a / temperature).unsqueeze(1))
 
 
 def logits_grad(
@@ -229,10 +255,15 @@ def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
     return torch.where(kl > SMALL_KL, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
 
 
-def _logsumexp(y: Tensor) -> Tensor:
-    """log Σ e^y of each row; by log_softmax, which visits y less often than torch.logsumexp."""
-    top = y.amax(1)
-    return torch.where(top > -INF, top - torch.log_softmax(y, 1).amax(1), -INF)
+def _choose(x: Tensor, tokens: Tensor) -> Tensor:
+    """x[n, tokens[n]]."""
+    return x.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
+
+
+def _scaled_gap(z: Tensor, shift: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """(z − shift)/temperature of each row; subtracting first keeps a common offset from rounding."""
+    torch.sub(z, shift.unsqueeze(1), out=out)
+    return out if temperature == 1 else out.mul_(1 / temperature)
 
 
 def _cross(p: Tensor, d: Tensor) -> Tensor:

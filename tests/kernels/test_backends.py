@@ -153,7 +153,7 @@ def assert_no_worse(got, naive, want, slack=2e-6):
         finite = exact[exact.isfinite()].abs()
         scale = finite.max().item() if finite.numel() else 0.0
         if name.startswith("grad"):
-            sizes = torch.finfo(got[name].dtype).eps * scale + slack * max(0.1, scale)  # sums over tokens may cancel
+            sizes = torch.finfo(got[name].dtype).eps * scale + slack * max(0.2, scale)  # sums over tokens may cancel
             allowed = 1.5 * error(naive[name], exact) + sizes
         else:
             allowed = error(naive[name], exact) + slack * max(1.0, scale)

@@ -1,0 +1,148 @@
+"""`klq course build`: one text source per notebook -> full (executed), student and HTML editions, and the map of all.
+
+Sources are jupytext percent files. Lines between `# BEGIN SOLUTION` and `# END SOLUTION` are a hole in the student
+edition, cells tagged "solution" are left out of it, and `<!-- hints 1.2 -->` becomes that exercise's folded hints.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from klq_edu.course import html
+from klq_edu.course.chapters import Chapter, load_all
+from klq_edu.course.display import FRAMES
+from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
+
+HOLE = f'raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+TAG = re.compile(r"\\tag\{([\d.]+)\}")
+EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
+CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
+
+
+@dataclass(frozen=True)
+class CourseConfig:
+    """Build the notebooks, or see whether they are what their sources say."""
+
+    notebooks: Path = Path("notebooks")
+    """Folder of the course; its sources are in src/."""
+    only: tuple[str, ...] = ()
+    """Numbers of the notebooks to build, like 01 07; all by default."""
+    check: bool = False
+    """Build nothing; say which notebooks differ from their sources (cells, never outputs), and fail if any does."""
+
+
+def run_build(config: CourseConfig) -> None:
+    """Write every edition of the chosen notebooks and the map; with `check`, raise SystemExit where one is stale."""
+    chapters = [c for c in load_all() if not config.only or c.number in config.only]
+    if unknown := set(config.only) - {c.number for c in chapters}:
+        raise SystemExit(f"--only: no notebook {', '.join(sorted(unknown))}; there are {[c.number for c in load_all()]}")
+    if config.check:
+        stale = [path for c in chapters for path in drift(config.notebooks, c)]
+        raise SystemExit("out of date, run `klq course build`:\n" + "\n".join(map(str, stale)) if stale else 0)
+    for chapter in chapters:
+        print(f"{chapter.name} …", flush=True)
+        build(config.notebooks, chapter)
+    (config.notebooks / "README.md").write_text(html.course_map(load_all(), config.notebooks))
+
+
+def build(folder: Path, chapter: Chapter) -> None:
+    """The three editions of one notebook; nothing is written unless every cell ran and every exercise passed."""
+    full, student = editions(folder, chapter)
+    with tempfile.TemporaryDirectory() as frames:
+        execute(full, folder, {FRAMES: frames, "KLQ_PROGRESS": f"{frames}/progress.json"})
+        page = html.page(full, chapter, load_all(), Path(frames))
+    for path, text in (
+        (folder / f"{chapter.name}.ipynb", nbformat.writes(full) + "\n"),
+        (folder / "student" / f"{chapter.name}.ipynb", nbformat.writes(student) + "\n"),
+        (folder / "html" / f"{chapter.name}.html", page),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode]:
+    """The full and the student notebook of a chapter as their source has them, without outputs."""
+    notebook = jupytext.read(folder / "src" / f"{chapter.name}.py", fmt="py:percent")
+    return tuple(_edition(notebook.cells, chapter.exercises, student) for student in (False, True))
+
+
+def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> NotebookNode:
+    """Run every cell in a fresh kernel, in place."""
+    with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
+        client = NotebookClient(
+            notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+            record_timing=False,
+        )  # fmt: skip
+        client.execute()
+    notebook.metadata = nbformat.from_dict(METADATA)
+    return notebook
+
+
+def drift(folder: Path, chapter: Chapter) -> list[Path]:
+    """Generated notebooks whose cells (source, id, kind) are not those of their source."""
+    paths = [folder / f"{chapter.name}.ipynb", folder / "student" / f"{chapter.name}.ipynb"]
+    pairs = zip(paths, editions(folder, chapter), strict=True)
+    return [path for path, fresh in pairs if not path.exists() or _cells(nbformat.read(path, 4)) != _cells(fresh)]
+
+
+def equations(notebook: NotebookNode) -> list[str]:
+    """Numbers of the displayed equations in order; ValueError for one without a number."""
+    found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
+    for equation in found:
+        if not TAG.search(equation):
+            raise ValueError(f"a displayed equation without \\tag: {equation}")
+    return [TAG.search(equation).group(1) for equation in found]
+
+
+def _cells(notebook: NotebookNode) -> list[tuple]:
+    return [(cell.cell_type, cell.id, cell.source) for cell in notebook.cells]
+
+
+def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student: bool) -> NotebookNode:
+    made, seen = [], Counter()
+    for cell in cells:
+        tags = cell.metadata.get("tags", [])
+        if student and "solution" in tags:
+            continue
+        text = with_holes(cell.source) if student else without_markers(cell.source)
+        text = re.sub(r"<!-- hints ([\d.]+) -->", lambda m: hints(exercises[m.group(1)]), text)
+        new = (nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell)(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        new.id = f"{digest}-{seen[digest]}"
+        seen[digest] += 1
+        new.metadata = nbformat.from_dict({"tags": list(tags)} if tags else {})
+        made.append(new)
+    return nbformat.v4.new_notebook(cells=made, metadata=METADATA)
+
+
+def with_holes(text: str) -> str:
+    """A cell of the student edition: each solution replaced by a line that says it is to be written."""
+    return re.sub(r"^( *)# BEGIN SOLUTION\n.*?# END SOLUTION$", rf"\1{HOLE}", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def without_markers(text: str) -> str:
+    """A cell of the full edition."""
+    return re.sub(r"^ *# (BEGIN|END) SOLUTION\n?", "", text, flags=re.MULTILINE).rstrip("\n")
+
+
+def hints(exercise: Exercise) -> str:
+    """Three folded hints, and what to expect of the exercise."""
+    stars = "●" * exercise.level + "○" * (3 - exercise.level)
+    folded = (
+        f"<details><summary>Hint {i}</summary>\n\n{hint}\n\n</details>" for i, hint in enumerate(exercise.hints, 1)
+    )
+    return f"*Difficulty {stars}, about {exercise.minutes} minutes.*\n\n" + "\n\n".join(folded)

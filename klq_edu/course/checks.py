@@ -1,0 +1,98 @@
+"""The checks of a notebook: every displayed equation in float64, every exercise with a named mistake for a wrong answer.
+
+`check = start("01")` opens a notebook; `check.equation`, `check.inequality` and `check.exercise` are then used where
+the equation or the exercise stands, and `check.ledger()` ends it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from klq_edu.course.exercises import Exercise, Verdict, grade
+from klq_edu.course.progress import Progress
+
+
+class Checks:
+    """What has been verified in one notebook.
+
+    >>> check = Checks("01")
+    >>> check.equation("1.1", torch.ones(2, dtype=torch.float64).sum(), 2.0)
+    ✔ (1.1) holds: largest error 0 over 1 number
+    >>> check.ledger()
+    1 equation verified, worst error 0
+    """
+
+    def __init__(self, notebook: str, exercises: dict[str, Exercise] | None = None, progress: Progress | None = None):
+        self.notebook, self.exercises, self.progress = notebook, exercises or {}, progress or Progress()
+        self.errors: dict[str, float] = {}
+
+    def equation(self, number: str, lhs, rhs, tol: float = 1e-10) -> None:
+        """Assert lhs = rhs within tol · max(1, |rhs|), number by number, and enter it in the ledger.
+
+        Both sides are numbers or float64 tensors of one shape, from independent routes. Raises TypeError for another
+        precision, ValueError for shapes that differ or nothing to compare, AssertionError where the equation fails.
+        """
+        left, right = _float64(number, "left", lhs), _float64(number, "right", rhs)
+        _comparable(number, left, right)
+        gap = torch.where(left == right, 0.0, (left - right).abs())  # equal infinities agree
+        self._enter(number, gap, tol * right.abs().clamp(min=1.0), left, right, "=")
+
+    def inequality(self, number: str, smaller, larger, tol: float = 1e-10) -> None:
+        """Assert smaller ≤ larger up to rounding, number by number; errors as for `equation`."""
+        left, right = _float64(number, "left", smaller), _float64(number, "right", larger)
+        _comparable(number, left, right)
+        gap = torch.where(left <= right, 0.0, left - right)  # NaN is not <=, and stays
+        self._enter(number, gap, tol * right.abs().clamp(min=1.0), left, right, "≤")
+
+    def exercise(self, number: str, answer) -> Verdict:
+        """Grade an answer (a function, or a value) on fresh random inputs, say what is wrong, remember what passed."""
+        if number not in self.exercises:
+            raise ValueError(f"notebook {self.notebook} has exercises {sorted(self.exercises)}, not {number!r}")
+        verdict = grade(self.exercises[number], answer)
+        print(verdict.message)
+        if verdict.passed:
+            self.progress.record(number)
+        return verdict
+
+    def ledger(self) -> None:
+        """Print how many equations were verified, and the worst error."""
+        worst, count = max(self.errors.values(), default=0.0), len(self.errors)
+        print(f"{count} equation{'s' * (count != 1)} verified, worst error {worst:.0e}".replace("0e+00", "0"))
+
+    def _enter(self, number: str, gap: Tensor, allowed: Tensor, left: Tensor, right: Tensor, sign: str) -> None:
+        worst = (gap / allowed).nan_to_num(nan=math.inf).argmax()
+        if not gap.view(-1)[worst] <= allowed.view(-1)[worst]:
+            l, r = left.view(-1)[worst].item(), right.view(-1)[worst].item()
+            raise AssertionError(f"✘ ({number}) fails: {l:.12g} {sign} {r:.12g} is wrong by {abs(l - r):.3g}")
+        self.errors[number] = max(self.errors.get(number, 0.0), gap.max().item())
+        size = f"{gap.max().item():.0e}".replace("0e+00", "0")
+        print(f"✔ ({number}) holds: largest error {size} over {gap.numel()} number{'s' * (gap.numel() != 1)}")
+
+
+def start(notebook: str) -> Checks:
+    """Open notebook "NN": float64 everywhere, seed 0; prints what there is to do and what is done already."""
+    from klq_edu.course.chapters import load
+
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    chapter, progress = load(notebook), Progress()
+    done = sum(progress.passed(number) for number in chapter.exercises)
+    print(f"Notebook {notebook}: {chapter.title}. Exercises passed so far: {done} of {len(chapter.exercises)}.")
+    return Checks(notebook, chapter.exercises, progress)
+
+
+def _float64(number: str, side: str, x) -> Tensor:
+    x = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)
+    if x.dtype != torch.float64:
+        raise TypeError(f"({number}): the {side} side is {x.dtype}; equations are checked in float64")
+    return x.detach().contiguous()
+
+
+def _comparable(number: str, left: Tensor, right: Tensor) -> None:
+    if left.shape != right.shape:
+        raise ValueError(f"({number}): the left side has shape {tuple(left.shape)}, the right {tuple(right.shape)}")
+    if left.numel() == 0:
+        raise ValueError(f"({number}): nothing to compare, both sides are empty")
+    if left.data_ptr() == right.data_ptr():
+        raise ValueError(f"({number}): both sides are the same tensor, which proves nothing")
