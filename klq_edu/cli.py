@@ -80,6 +80,14 @@ def bench(config: tyro.conf.OmitArgPrefixes[BenchConfig]) -> None:
     run_bench(config)
 
 
+@app.command(name="course build")
+def course_build(config: tyro.conf.OmitArgPrefixes[CourseConfig]) -> None:
+    """Make the notebooks of the course from their sources: full, student and HTML editions."""
+    from klq_edu.course.build import run_build
+
+    run_build(config)
+
+
 @app.command(name="doctor")
 def doctor() -> None:
     """Say what this machine has, what is missing, and what to do about it."""

@@ -10,7 +10,7 @@ FLOORS = [
     {"klq_kernels"},
     {"klq_edu.core"},
     {"klq_edu.rlhf", "klq_edu.figures", "klq_edu.terminal"},
-    {"klq_edu.worlds"},
+    {"klq_edu.worlds", "klq_edu.course"},
     {"klq_edu.experiment"},
     {"klq_edu.report"},
     {"klq_edu.inspection", "klq_edu.demo", "klq_edu.sweep", "klq_edu.bench", "klq_edu.doctor"},

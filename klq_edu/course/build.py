@@ -49,7 +49,9 @@ def run_build(config: CourseConfig) -> None:
     """Write every edition of the chosen notebooks and the map; with `check`, raise SystemExit where one is stale."""
     chapters = [c for c in load_all() if not config.only or c.number in config.only]
     if unknown := set(config.only) - {c.number for c in chapters}:
-        raise SystemExit(f"--only: no notebook {', '.join(sorted(unknown))}; there are {[c.number for c in load_all()]}")
+        raise SystemExit(
+            f"--only: no notebook {', '.join(sorted(unknown))}; there are {[c.number for c in load_all()]}"
+        )
     if config.check:
         stale = [path for c in chapters for path in drift(config.notebooks, c)]
         raise SystemExit("out of date, run `klq course build`:\n" + "\n".join(map(str, stale)) if stale else 0)

@@ -1,11 +1,14 @@
 """What a notebook shows besides numbers: figures with captions, library source, and widgets with a static twin."""
 
 import ast
+import base64
 import inspect
 import io
+import math
 import os
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -36,34 +39,54 @@ def source(function: Callable) -> None:
     display(Markdown(f"`{where}`\n```python\n" + "\n".join(lines) + "\n```"))
 
 
-def explore(
-    name: str, draw: Callable, twin: list[dict], caption: str, alt: str, size: tuple[float, float] = (4.2, 3.2), **options
-) -> None:
-    """A widget: `draw(figure, **values)` for values chosen by the reader, one list of options per argument.
+@dataclass(frozen=True)
+class Widget:
+    """A picture with sliders, and its static twin.
 
-    A static twin, the settings in `twin` side by side, is always drawn; sliders come below it in a live notebook. In
-    the HTML edition they run over frames that were drawn when it was built. `name` is the widget's own.
+    Attributes:
+        name: its own among all notebooks, like "01-bandit".
+        draw: (figure, **values) draws it for one choice of values.
+        options: argument -> the values to choose from.
+        twin: the settings drawn side by side where nothing can be moved; the sliders start at the first.
+        caption, alt: what to see in the twin, and what it shows in words.
+        size: of one picture, in inches.
     """
-    figure = Figure(figsize=(size[0] * len(twin), size[1]), layout="constrained")
-    for part, values in zip(figure.subfigures(1, len(twin), squeeze=False)[0], twin, strict=True):
-        draw(part, **values)
-    _display_png(_png(figure), alt, name)
-    display(Markdown(f"*{caption}*"))
+
+    name: str
+    draw: Callable
+    options: dict[str, list]
+    twin: list[dict]
+    caption: str
+    alt: str
+    size: tuple[float, float] = (4.2, 3.2)
+
+
+def explore(widget: Widget) -> None:
+    """Display the static twin, always; below it live controls, or where a page is built, the frames for its sliders."""
+    width, height = widget.size
+    rows = math.ceil(len(widget.twin) * width / 15)  # not wider than a page
+    columns = math.ceil(len(widget.twin) / rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    for part, values in zip(figure.subfigures(rows, columns, squeeze=False).flat, widget.twin):
+        widget.draw(part, **values)
+    _display_png(_png(figure), widget.alt, widget.name)
+    display(Markdown(f"*{widget.caption}*"))
     if folder := os.environ.get(FRAMES):
-        Path(folder, f"{name}.html").write_text(slider_page(name, draw, alt, size, twin[0], options))
+        Path(folder, f"{widget.name}.html").write_text(slider_page(widget))
     else:
-        display(live(draw, size, twin[0], options))
+        display(live(widget))
 
 
-def live(draw: Callable, size: tuple[float, float], first: dict, options: dict[str, list]):
+def live(widget: Widget):
     """The ipywidgets: one control per option above the picture they change."""
     import ipywidgets
 
-    picture = ipywidgets.Image(format="png", layout={"width": f"{96 * size[0]:.0f}px"})
-    controls = {k: _control(ipywidgets, k, choices, first[k]) for k, choices in options.items()}
+    picture = ipywidgets.Image(format="png", layout={"width": f"{96 * widget.size[0]:.0f}px"})
+    start = widget.twin[0]
+    controls = {k: _control(ipywidgets, k, choices, start[k]) for k, choices in widget.options.items()}
 
     def update(_=None):
-        picture.value = frame(draw, size, {k: c.value for k, c in controls.items()})
+        picture.value = frame(widget, {k: c.value for k, c in controls.items()})
 
     for control in controls.values():
         control.observe(update, names="value")
@@ -77,24 +100,21 @@ def _control(ipywidgets, name: str, choices: list, value):
     return ipywidgets.SelectionSlider(options=choices, value=value, description=name)
 
 
-def frame(draw: Callable, size: tuple[float, float], values: dict, dpi: int = 80) -> bytes:
+def frame(widget: Widget, values: dict, dpi: int = 80) -> bytes:
     """One picture of a widget, as PNG."""
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure, **values)
+    figure = Figure(figsize=widget.size, layout="constrained")
+    widget.draw(figure, **values)
     return _png(figure, dpi)
 
 
-def slider_page(name: str, draw: Callable, alt: str, size: tuple[float, float], first: dict, options: dict) -> str:
+def slider_page(widget: Widget) -> str:
     """The widget as self-contained HTML: every combination of options drawn in advance, and sliders to choose."""
-    import base64
-
-    frames = [
-        base64.b64encode(frame(draw, size, dict(zip(options, values)))).decode()
-        for values in product(*options.values())
-    ]
-    start = {k: choices.index(first[k]) for k, choices in options.items()}
+    options = widget.options
+    every = (dict(zip(options, values)) for values in product(*options.values()))
+    frames = [base64.b64encode(frame(widget, values)).decode() for values in every]
+    start = {k: choices.index(widget.twin[0][k]) for k, choices in options.items()}
     template = Template(Path(__file__).with_name("slider.html.j2").read_text(), autoescape=True)
-    return template.render(name=name, alt=alt, options=options, start=start, frames=frames)
+    return template.render(name=widget.name, alt=widget.alt, options=options, start=start, frames=frames)
 
 
 def _png(figure: Figure, dpi: int = 100) -> bytes:

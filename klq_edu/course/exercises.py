@@ -93,7 +93,8 @@ def _agree(exercise: Exercise, results: list[list[Tensor]], other: Callable, tri
 
 def _same(got: list[Tensor], want: list[Tensor], tol: float) -> bool:
     return len(got) == len(want) and all(
-        g.shape == w.shape and torch.allclose(g, w, rtol=tol, atol=tol, equal_nan=True) for g, w in zip(got, want, strict=True)
+        g.shape == w.shape and torch.allclose(g, w, rtol=tol, atol=tol, equal_nan=True)
+        for g, w in zip(got, want, strict=True)
     )
 
 
@@ -107,4 +108,6 @@ def _difference(got: list[Tensor], want: list[Tensor]) -> str:
     if g.isnan().any():
         return "your result contains NaN (not a number): look for 0/0, log 0 or ∞ − ∞."
     gap, at = (g - w).abs().view(-1).max(0) if g.numel() else (0, 0)
-    return f"on a random input yours gives {g.view(-1)[at]:.6g} where {w.view(-1)[at]:.6g} is expected (off by {gap:.2g})."
+    return (
+        f"on a random input yours gives {g.view(-1)[at]:.6g} where {w.view(-1)[at]:.6g} is expected (off by {gap:.2g})."
+    )

@@ -13,56 +13,78 @@ from klq_edu.course.chapters import Chapter
 
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\\w])\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+FOLD = re.compile(r"<details>\s*<summary>[^\n]*?</summary>|</details>")
 TAG = re.compile(r"\\tag\{([\d.]+)\}")
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
 
+class Kept:
+    """HTML that must pass the Markdown renderer untouched: a word stands for each piece until the page is made."""
+
+    def __init__(self):
+        self.pieces: list[str] = []
+
+    def away(self, piece: str) -> str:
+        """The word that stands for this piece."""
+        self.pieces.append(piece)
+        return f"KLQ{len(self.pieces) - 1}KEPT"
+
+    def back(self, page: str) -> str:
+        """The page with every piece in its place (a paragraph of its own loses its tags)."""
+        return re.sub(r"<p>KLQ(\d+)KEPT</p>|KLQ(\d+)KEPT", lambda m: self.pieces[int(m[1] or m[2])], page)
+
+
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
     """An executed notebook as a page; `frames` holds its widgets as HTML."""
-    copy = NotebookNode(notebook)
-    copy["cells"] = [_for_page(cell, frames) for cell in notebook.cells]
-    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input_prompt=True)
-    exporter.exclude_output_prompt = True
+    copy, kept = NotebookNode(notebook), Kept()
+    copy["cells"] = [_for_page(cell, frames, kept) for cell in notebook.cells]
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(copy)
     at = [c.number for c in chapters].index(chapter.number)
     neighbours = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
     css = HtmlFormatter(style="default").get_style_defs(".highlight")
-    return PAGES.get_template("page.html.j2").render(chapter=chapter, body=body, css=css, **neighbours)
+    template = PAGES.get_template("page.html.j2")
+    return template.render(chapter=chapter, body=kept.back(body), css=css, **neighbours) + "\n"
 
 
-def with_mathml(text: str) -> str:
-    """Markdown whose TeX formulas have become MathML; code is left alone."""
+def with_mathml(text: str, kept: Kept) -> str:
+    """Markdown whose TeX formulas have become MathML and whose folds stay folds; code is left alone."""
     parts = CODE.split(text)
-    return "".join(part if CODE.fullmatch(part) else MATH.sub(_mathml, part) for part in parts)
+    return "".join(part if CODE.fullmatch(part) else _prose(part, kept) for part in parts)
 
 
-def _mathml(match: re.Match) -> str:
-    if inline := match.group("inline"):
-        return convert(inline)
-    tex = match.group("block").strip()
-    number = TAG.search(tex)
-    formula = convert(TAG.sub("", tex).strip(), display="block").replace("\n", " ")
-    label = f'<span class="number">({number.group(1)})</span>' if number else ""
-    return f'\n<div class="equation" role="group">{formula}{label}</div>\n'
+def _prose(text: str, kept: Kept) -> str:
+    text = MATH.sub(lambda m: _mathml(m, kept), text)
+    return FOLD.sub(lambda m: f"\n\n{kept.away(m[0])}\n\n", text)
 
 
-def _for_page(cell: NotebookNode, frames: Path) -> NotebookNode:
+def _mathml(match: re.Match, kept: Kept) -> str:
+    if inline := match["inline"]:
+        return kept.away(convert(inline))
+    number = TAG.search(match["block"])
+    formula = convert(TAG.sub("", match["block"]).strip(), display="block").replace("\n", " ")
+    label = f'<span class="number">({number[1]})</span>' if number else ""
+    return f'\n\n{kept.away(f"""<div class="equation" role="group">{formula}{label}</div>""")}\n\n'
+
+
+def _for_page(cell: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     cell = NotebookNode(cell)
     if cell.cell_type == "markdown":
-        cell["source"] = with_mathml(cell.source)
+        cell["source"] = with_mathml(cell.source, kept)
     else:
-        cell["outputs"] = [_for_screen(output, frames) for output in cell.outputs]
+        cell["outputs"] = [_for_screen(output, frames, kept) for output in cell.outputs]
     return cell
 
 
-def _for_screen(output: NotebookNode, frames: Path) -> NotebookNode:
-    """A widget's static twin gives way to the widget itself, markdown to markdown with MathML."""
+def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
+    """A widget's static twin gives way to the widget itself; Markdown gets its formulas."""
     data = output.get("data", {})
     name = output.get("metadata", {}).get("image/png", {}).get("klq_widget")
     if name:
-        return NotebookNode(output, data={"text/html": (frames / f"{name}.html").read_text()}, metadata={})
+        text = kept.away((frames / f"{name}.html").read_text())
+        return NotebookNode(output, data={"text/html": text}, metadata={})
     if "text/markdown" in data:
-        return NotebookNode(output, data={"text/markdown": with_mathml(data["text/markdown"])})
+        return NotebookNode(output, data={"text/markdown": with_mathml(data["text/markdown"], kept)})
     return output
 
 

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from klq_edu.core.improvement import boltzmann
 from klq_edu.course.chapters import Chapter
+from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 from klq_kernels.reference import kl_divergence
@@ -76,6 +77,18 @@ def _budget(generator: Generator) -> tuple[Tensor, Tensor, float]:
     q, ref, _ = _bandit(generator)
     return q, ref, trade(q, ref, 1.0)[0] * 0.8
 
+
+BANDIT = Widget(
+    "01-bandit", draw_bandit,
+    {"tau": [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 20.0], "prize": [2.0, 3.0, 4.0, 5.0]},
+    [{"tau": 2.0, "prize": 4.0}, {"tau": 0.5, "prize": 4.0}, {"tau": 0.2, "prize": 4.0}],
+    "From left to right (or as you move the slider) the price τ falls: at 2 the best policy hardly leaves the "
+    "reference; at 0.5 it says superb most often; at 0.2 it has found the blind spot. The orange dot moves to the "
+    "right along the grey curve, the best reward that can be had for each amount of KL.",
+    "Pairs of plots for several τ: bars of reference and best policy over four words, and the curve of reward against "
+    "KL with a dot for this τ. Probability moves from fine over superb to zxqv as τ falls.",
+    size=(7.0, 3.0),
+)  # fmt: skip
 
 EXERCISES = {
     "1.1": Exercise(
