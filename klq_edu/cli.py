@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -80,12 +80,27 @@ def bench(config: tyro.conf.OmitArgPrefixes[BenchConfig]) -> None:
     run_bench(config)
 
 
-@app.command(name="course build")
-def course_build(config: tyro.conf.OmitArgPrefixes[CourseConfig]) -> None:
-    """Make the notebooks of the course from their sources: full, student and HTML editions."""
-    from klq_edu.course.build import run_build
+@dataclass(frozen=True)
+class CourseCommand:
+    """Make the notebooks of the course from their sources in src/."""
 
-    run_build(config)
+    action: tyro.conf.Positional[Literal["build", "check"]]
+    """build: write the full (executed), student and HTML editions and the map; check: say which are out of date."""
+    notebooks: Path = Path("notebooks")
+    """Folder of the course."""
+    only: tuple[str, ...] = ()
+    """Numbers of some notebooks, like 01 07; all by default."""
+
+
+@app.command(name="course")
+def course(command: tyro.conf.OmitArgPrefixes[CourseCommand]) -> None:
+    """Build the notebooks from their sources, or check that they are up to date."""
+    from klq_edu.course.build import build_all, stale
+
+    if command.action == "build":
+        build_all(command.notebooks, command.only)
+    elif paths := stale(command.notebooks, command.only):
+        sys.exit("out of date, run `klq course build`:\n" + "\n".join(map(str, paths)))
 
 
 @app.command(name="doctor")

@@ -9,7 +9,6 @@ import os
 import re
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +18,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from klq_edu.course import html
-from klq_edu.course.chapters import Chapter, load_all
+from klq_edu.course.chapters import Chapter, load, load_all
 from klq_edu.course.display import FRAMES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
 
@@ -33,32 +32,22 @@ EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
 CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 
 
-@dataclass(frozen=True)
-class CourseConfig:
-    """Build the notebooks, or see whether they are what their sources say."""
-
-    notebooks: Path = Path("notebooks")
-    """Folder of the course; its sources are in src/."""
-    only: tuple[str, ...] = ()
-    """Numbers of the notebooks to build, like 01 07; all by default."""
-    check: bool = False
-    """Build nothing; say which notebooks differ from their sources (cells, never outputs), and fail if any does."""
-
-
-def run_build(config: CourseConfig) -> None:
-    """Write every edition of the chosen notebooks and the map; with `check`, raise SystemExit where one is stale."""
-    chapters = [c for c in load_all() if not config.only or c.number in config.only]
-    if unknown := set(config.only) - {c.number for c in chapters}:
-        raise SystemExit(
-            f"--only: no notebook {', '.join(sorted(unknown))}; there are {[c.number for c in load_all()]}"
-        )
-    if config.check:
-        stale = [path for c in chapters for path in drift(config.notebooks, c)]
-        raise SystemExit("out of date, run `klq course build`:\n" + "\n".join(map(str, stale)) if stale else 0)
-    for chapter in chapters:
+def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
+    """Write every edition of the chosen notebooks (all by default), and the map of all."""
+    for chapter in chosen(only):
         print(f"{chapter.name} …", flush=True)
-        build(config.notebooks, chapter)
-    (config.notebooks / "README.md").write_text(html.course_map(load_all(), config.notebooks))
+        build(folder, chapter)
+    (folder / "README.md").write_text(html.course_map(load_all(), folder))
+
+
+def stale(folder: Path, only: tuple[str, ...] = ()) -> list[Path]:
+    """Generated notebooks that are not what their sources say."""
+    return [path for chapter in chosen(only) for path in drift(folder, chapter)]
+
+
+def chosen(only: tuple[str, ...]) -> list[Chapter]:
+    """These chapters, or all; ValueError for a number that is none."""
+    return [load(number) for number in only] or load_all()
 
 
 def build(folder: Path, chapter: Chapter) -> None:

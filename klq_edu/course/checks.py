@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from klq_edu.course.exercises import Exercise, Verdict, grade
+from klq_edu.course.exercises import Exercise, grade
 from klq_edu.course.progress import Progress
 
 
@@ -45,7 +45,7 @@ class Checks:
         gap = torch.where(left <= right, 0.0, left - right)  # NaN is not <=, and stays
         self._enter(number, gap, tol * right.abs().clamp(min=1.0), left, right, "≤")
 
-    def exercise(self, number: str, answer) -> Verdict:
+    def exercise(self, number: str, answer) -> None:
         """Grade an answer (a function, or a value) on fresh random inputs, say what is wrong, remember what passed."""
         if number not in self.exercises:
             raise ValueError(f"notebook {self.notebook} has exercises {sorted(self.exercises)}, not {number!r}")
@@ -53,7 +53,6 @@ class Checks:
         print(verdict.message)
         if verdict.passed:
             self.progress.record(number)
-        return verdict
 
     def ledger(self) -> None:
         """Print how many equations were verified, and the worst error."""

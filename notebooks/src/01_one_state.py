@@ -89,8 +89,12 @@ print(f"π_b against itself: {kl_divergence(ref.log(), ref.log()):.4f} nats")
 
 # %%
 tau = 0.5
-tree = TokenTree.grow(4, 1, ref=lambda prefix: ref, reward=lambda text: q[text[-1]].item())
-check.equation("1.3", tree.objective(policy[None], tau), (policy * q).sum() - tau * typed)
+tree = TokenTree.grow(
+    4, 1, ref=lambda prefix: ref, reward=lambda text: q[text[-1]].item()
+)
+check.equation(
+    "1.3", tree.objective(policy[None], tau), (policy * q).sum() - tau * typed
+)
 
 # %% [markdown]
 # ## The best policy, in three moves
@@ -196,7 +200,9 @@ for t in (0.3, 0.5, 1.0, 3.0):
     kl_low, reward_low = trade(q, ref, t * (1 - 1e-4))
     kl_high, reward_high = trade(q, ref, t * (1 + 1e-4))
     slopes.append((reward_high - reward_low) / (kl_high - kl_low))
-check.equation("1.9", torch.tensor(slopes), torch.tensor([0.3, 0.5, 1.0, 3.0]), tol=1e-6)
+check.equation(
+    "1.9", torch.tensor(slopes), torch.tensor([0.3, 0.5, 1.0, 3.0]), tol=1e-6
+)
 
 # %% [markdown]
 # ## The way back: every policy is optimal for something

@@ -1,0 +1,268 @@
+"""Chapter 07: KLQ is PPO in disguise, and where it is not."""
+
+import functools
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from matplotlib.figure import FigureBase
+from torch import Generator, Tensor
+
+from klq_edu.core.improvement import kl_penalised_argmax
+from klq_edu.core.returns import whiten
+from klq_edu.course.chapters import Chapter
+from klq_edu.course.display import Widget
+from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
+from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.loop import fit, prepare
+from klq_edu.rlhf.rewards import score
+from klq_edu.rlhf.rollout import collect
+
+WITHOUT_CLIP = 1e9
+STEP = 0.02  # length of the step between first and second epoch, in parameter space
+
+
+@contextmanager
+def float32():
+    """The precision that models are trained in, whatever the notebook's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@functools.cache
+def grammar_batch():
+    """(policy, rollout, settings) of the grammar model after three KLQ updates, so that it has left its reference."""
+    from klq_edu.worlds import load
+    from klq_edu.worlds.presets import WORLDS
+
+    with float32():
+        world = load("grammar")
+        config = replace(WORLDS["grammar"], algorithm="klq", batch_size=128)
+        torch.manual_seed(0)
+        policy, generator = world.make_policy(config), torch.Generator().manual_seed(0)
+        prepare(policy, world.prompts, config)
+        optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
+        for update in range(4):
+            batch = world.prompts[[i % len(world.prompts) for i in range(config.batch_size)]]
+            rollout = collect(
+                policy, world.tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
+                constraint=world.constraint, generator=generator,
+            )  # fmt: skip
+            score(world.reward, rollout, **batch)
+            if update < 3:
+                fit(policy, rollout, make_targets(rollout, config), config, optimizer, generator)
+    policy.value_grad_scale = 1.0
+    return policy, rollout, config
+
+
+def gradient(algorithm: str, config: TrainConfig) -> Tensor:
+    """The gradient of an algorithm's loss on the grammar batch in all trainable parameters, as one vector."""
+    policy, rollout, _ = grammar_batch()
+    parameters = list(policy.trainable().values())
+    with float32():
+        loss = ALGORITHMS[algorithm](policy, rollout, make_targets(rollout, config), config).loss
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parts = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+@functools.cache
+def gradients(whitened: bool, clipped: bool, epoch: int, value_coefficient: str) -> tuple[Tensor, Tensor]:
+    """(KLQ's, PPO's) gradient on the grammar batch; PPO with these habits, KLQ as it is."""
+    policy, _, config = grammar_batch()
+    ppo = replace(
+        config, algorithm="ppo_clip", whiten=whitened, ratio_clip=0.2 if clipped else WITHOUT_CLIP,
+        clip=0.2 if clipped else None, vf_coef=1 / config.tau if value_coefficient == "1/τ" else 1.0,
+    )  # fmt: skip
+    with moved(policy, -STEP * _unit(gradient("klq", config)) * (epoch - 1)):
+        return gradient("klq", config), gradient("ppo_clip", ppo)
+
+
+def gap(**habits) -> float:
+    """‖PPO's gradient − KLQ's‖ / ‖KLQ's‖ with these habits of PPO."""
+    klq, ppo = gradients(**habits)
+    return ((ppo - klq).norm() / klq.norm()).item()
+
+
+@contextmanager
+def moved(policy, step: Tensor):
+    """Within this context the policy's parameters are moved by `step`."""
+    parameters, at = list(policy.trainable().values()), 0
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(step[at : at + p.numel()].view_as(p))
+            at += p.numel()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, before, strict=True):
+                p.copy_(old)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm()
+
+
+HABITS = {"whitened": [False, True], "clipped": [False, True], "epoch": [1, 2], "value_coefficient": ["1/τ", "1"]}
+
+
+def draw_gap(figure: FigureBase, **habits) -> None:
+    """Left: every parameter's two gradients against each other. Right: the size of the gap for PPO's habits."""
+    left, right = plain_axes(figure, 2)
+    klq, ppo = gradients(**habits)
+    largest = klq.abs().topk(400).indices
+    left.plot(klq[largest], ppo[largest], "o", ms=3, alpha=0.6, color=BLUE)
+    ends = [klq.min().item(), klq.max().item()]
+    left.plot(ends, ends, color=GREY, lw=1)
+    left.set(xlabel="KLQ's gradient", ylabel="PPO's gradient", title="400 parameters")
+    alone = {
+        "none": {}, "clipping": {"clipped": True}, "value coefficient 1": {"value_coefficient": "1"},
+        "second epoch": {"epoch": 2}, "whitening": {"whitened": True},
+    }  # fmt: skip
+    plain = {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"}
+    sizes = [gap(**plain | change) for change in alone.values()] + [gap(**habits)]
+    names = [*alone, "your choice"]
+    right.barh(names, sizes, color=[GREY] * len(alone) + [ORANGE], left=1e-8)
+    right.set(xscale="log", xlim=(1e-8, 30), xlabel="relative gap of the gradients", title="PPO's habits, one by one")
+    right.axvline(1e-5, color=GREY, ls=":", lw=1.2)
+    right.text(1.3e-5, 5.42, "above: more than rounding", fontsize=7, color=GREY, va="bottom")
+    right.invert_yaxis()
+
+
+GAP = Widget(
+    "07-gap", draw_gap, HABITS,
+    [
+        {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"},
+        {"whitened": True, "clipped": True, "epoch": 2, "value_coefficient": "1"},
+    ],
+    "Left pair: plain PPO with value coefficient 1/τ. Every parameter's gradient lies on the diagonal, and the gap "
+    "(orange) is rounding. Right pair: PPO as it usually comes. Clipping alone changes nothing at the first step, "
+    "because no ratio has moved yet; a second epoch, another value coefficient and whitening each part the two, "
+    "whitening the most.",
+    "For each setting a scatter plot of PPO's gradients against KLQ's and bars of the relative gap: about 1e-7 without "
+    "PPO's habits and with clipping alone, between 0.01 and 10 with the others.",
+    size=(7.6, 3.2),
+)  # fmt: skip
+
+
+def beta(tau: float, alpha: float) -> float:
+    """Exercise 7.1."""
+    return tau * (1 - alpha) / alpha
+
+
+def penalty_step(old: Tensor, ref: Tensor, q: Tensor, tau: float, beta: float) -> Tensor:
+    """Exercise 7.2."""
+    return torch.softmax((q + tau * ref.log() + beta * old.log()) / (tau + beta), -1)
+
+
+def matching_ppo(logprobs, old_logprobs, values, old_values, advantages, tau):
+    """Exercise 7.3."""
+    ratio = (logprobs - old_logprobs).exp()
+    critic = 0.5 * ((values - old_values - advantages) ** 2).mean()
+    return -(ratio * advantages).mean() + critic / tau
+
+
+def _wrong_ppo(sign=1.0, half=0.5, coefficient=None, change=lambda a: a):
+    def loss(logprobs, old_logprobs, values, old_values, advantages, tau):
+        ratio = (logprobs - old_logprobs).exp()
+        critic = half * ((values - old_values - advantages) ** 2).mean()
+        weight = 1 / tau if coefficient is None else coefficient(tau)
+        return -sign * (ratio * change(advantages)).mean() + weight * critic
+
+    return loss
+
+
+def _gradients_at_old(answer, old_logprobs, old_values, advantages, tau) -> tuple[Tensor, ...]:
+    """Gradients of an answer's loss in log-probs and values, at the old ones."""
+    logprobs, values = old_logprobs.clone().requires_grad_(), old_values.clone().requires_grad_()
+    loss = answer(logprobs, old_logprobs, values, old_values, advantages, tau)
+    grads = torch.autograd.grad(loss, (logprobs, values), allow_unused=True)
+    return tuple(torch.zeros_like(old_values) if g is None else g for g in grads)
+
+
+def _tau_alpha(generator: Generator) -> tuple[float, float]:
+    tau, alpha = (0.1 + 0.7 * torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
+    return tau, alpha
+
+
+def _two_anchors(generator: Generator) -> tuple:
+    q, a, b = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    return a.softmax(0), b.softmax(0), q, *_tau_alpha(generator)
+
+
+def _old_batch(generator: Generator) -> tuple:
+    a, b, c = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    return -a.abs() - 0.1, b, c + 0.5, _tau_alpha(generator)[0]
+
+
+EXERCISES = {
+    "7.1": Exercise(
+        "7.1", "From step size to penalty", 1, 4, beta, _tau_alpha,
+        (
+            Mistake("total weight", lambda tau, alpha: tau / alpha,
+                    "that is τ/α, the total weight on D(π‖π_old) beside the bare advantage. Beside Q_old + Δ and "
+                    "τ D(π‖π_b) only β = τ/α − τ of it is left."),
+            Mistake("no division", lambda tau, alpha: tau * (1 - alpha),
+                    "you forgot to divide by α: the shorter the step, the stronger the penalty must be, without bound."),
+            Mistake("inverted", lambda tau, alpha: tau * alpha / (1 - alpha),
+                    "α and 1 − α are swapped: yours grows with the step size, and at α = 1 it is infinite instead of 0."),
+            Mistake("no τ", lambda tau, alpha: (1 - alpha) / alpha,
+                    "you forgot τ: β must be in units of reward per nat."),
+        ),
+        ("What must the two penalties add up to?", "τ + β = τ/α.", "Solve for β and put it over one denominator."),
+    ),
+    "7.2": Exercise(
+        "7.2", "One step, two anchors", 2, 10, penalty_step, _two_anchors,
+        (
+            Mistake("only the reference", lambda old, ref, q, tau, beta: torch.softmax(ref.log() + q / tau, -1),
+                    "you forgot π_old: this is the Boltzmann policy, the step for β = 0."),
+            Mistake("only the old policy", lambda old, ref, q, tau, beta: torch.softmax(old.log() + q / beta, -1),
+                    "you forgot π_b: without τ D(π‖π_b) the policy walks away step by step."),
+            Mistake("swapped", lambda old, ref, q, tau, beta: penalty_step(ref, old, q, tau, beta),
+                    "the weights are swapped: τ belongs to π_b, β to π_old."),
+            Mistake("not divided", lambda old, ref, q, tau, beta: torch.softmax(q + tau * ref.log() + beta * old.log(), -1),
+                    "the exponent is not divided by τ + β, so the anchors' exponents do not sum to 1."),
+            Mistake("mixture", lambda old, ref, q, tau, beta: torch.softmax(
+                        ((tau * ref + beta * old) / (tau + beta)).log() + q / (tau + beta), -1),
+                    "you mixed the anchors by their arithmetic mean; KL penalties merge them by their geometric mean."),
+        ),
+        ("Write all three terms under one sum over a, as in notebook 01.",
+         "E_π[Q] − τ D(π‖π_b) − β D(π‖π_old) = −(τ+β) Σ π log(π / …). What stands in the denominator?",
+         "π ∝ (π_b^τ π_old^β e^Q)^{1/(τ+β)}: a softmax of (Q + τ log π_b + β log π_old)/(τ + β)."),
+    ),
+    "7.3": Exercise(
+        "7.3", "The PPO that takes KLQ's first step", 2, 10, matching_ppo, _old_batch,
+        (
+            Mistake("usual coefficient", _wrong_ppo(coefficient=lambda tau: 1.0),
+                    "the value coefficient is 1: KLQ's is 1/τ, so your critic learns τ times as fast."),
+            Mistake("τ instead of 1/τ", _wrong_ppo(coefficient=lambda tau: tau),
+                    "the value coefficient is τ; it must be 1/τ. Compare the two parts of (7.4): the policy's carries τ."),
+            Mistake("no half", _wrong_ppo(half=1.0),
+                    "there is no ½ in your value loss, so its gradient is twice KLQ's."),
+            Mistake("sign", _wrong_ppo(sign=-1.0),
+                    "the sign of the surrogate is wrong: a loss is minimised, so it needs a minus."),
+            Mistake("whitened", _wrong_ppo(change=lambda a: whiten(a, torch.ones_like(a, dtype=torch.bool))),
+                    "you whitened the advantages: shifted and rescaled, they are not KLQ's Δ any more."),
+        ),
+        ("PPO's loss has two terms: the surrogate −E[ρÂ] and a value loss. Which number weighs the second?",
+         "Take the gradient at π = π_old of both and compare with (7.4), divided by ατ.",
+         "−mean(ρÂ) + (1/τ) · ½ mean((V − V_old − Â)²)."),
+        probe=_gradients_at_old,
+    ),
+}  # fmt: skip
+
+CHAPTER = Chapter(
+    "07", "ppo_in_disguise", "KLQ is PPO in disguise (and where it is not)",
+    "In what sense is KLQ the same algorithm as PPO, and where does that stop?",
+    60, "§4, the equivalence, (14) and (18)",
+    ("klq_edu.core.improvement.klq_step", "klq_edu.core.improvement.ppo_penalty_step", "klq_edu.rlhf.algorithms"),
+    EXERCISES,
+)  # fmt: skip
