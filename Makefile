@@ -1,14 +1,15 @@
 # Every target sets up what it needs; `make demo` and `make test` work from a bare clone.
 PYTHON ?= python3
 ARGS ?=
+LAB ?= 00_map_and_doctor.ipynb
 BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: help setup demo test lab bench lint clean
 help:
 	@echo "make demo    train SmolLM2-135M by KLQ and PPO, write a report (ARGS='--world grammar', '--quick', '--help' …)"
-	@echo "make test    ruff, doctests and all tests"
-	@echo "make lab     open the notebooks in Jupyter Lab"
+	@echo "make test    ruff, doctests, all tests and all notebooks"
+	@echo "make lab     open the student edition of the course in Jupyter Lab"
 	@echo "make bench   time, memory and error of the fused operations against naive ones and peers (algorithms: klq sweep)"
 	@echo "make setup | lint | clean"
 
@@ -28,9 +29,11 @@ demo: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 KLQ_PROGRESS=runs/.progress.json $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--nbval-lax --nbval-cell-timeout 300 $(wildcard notebooks/*.ipynb)
 
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/student/$(LAB)
 
 bench: setup
 	$(BIN)/klq bench $(ARGS)

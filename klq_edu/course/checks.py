@@ -1,4 +1,4 @@
-"""The checks of a notebook: every displayed equation in float64, every exercise with a named mistake for a wrong answer.
+"""The checks of a notebook: every displayed equation in float64, every exercise with its usual mistakes by name.
 
 `check = start("01")` opens a notebook; `check.equation`, `check.inequality` and `check.exercise` are then used where
 the equation or the exercise stands, and `check.ledger()` ends it.
@@ -36,14 +36,14 @@ class Checks:
         left, right = _float64(number, "left", lhs), _float64(number, "right", rhs)
         _comparable(number, left, right)
         gap = torch.where(left == right, 0.0, (left - right).abs())  # equal infinities agree
-        self._enter(number, gap, tol * right.abs().clamp(min=1.0), left, right, "=")
+        self._enter(number, gap, tol, left, right, "=")
 
     def inequality(self, number: str, smaller, larger, tol: float = 1e-10) -> None:
         """Assert smaller ≤ larger up to rounding, number by number; errors as for `equation`."""
         left, right = _float64(number, "left", smaller), _float64(number, "right", larger)
         _comparable(number, left, right)
         gap = torch.where(left <= right, 0.0, left - right)  # NaN is not <=, and stays
-        self._enter(number, gap, tol * right.abs().clamp(min=1.0), left, right, "≤")
+        self._enter(number, gap, tol, left, right, "≤")
 
     def exercise(self, number: str, answer) -> None:
         """Grade an answer (a function, or a value) on fresh random inputs, say what is wrong, remember what passed."""
@@ -59,11 +59,12 @@ class Checks:
         worst, count = max(self.errors.values(), default=0.0), len(self.errors)
         print(f"{count} equation{'s' * (count != 1)} verified, worst error {worst:.0e}".replace("0e+00", "0"))
 
-    def _enter(self, number: str, gap: Tensor, allowed: Tensor, left: Tensor, right: Tensor, sign: str) -> None:
+    def _enter(self, number: str, gap: Tensor, tol: float, left: Tensor, right: Tensor, sign: str) -> None:
+        allowed = tol * torch.where(right.isfinite(), right, 1.0).abs().clamp(min=1.0)
         worst = (gap / allowed).nan_to_num(nan=math.inf).argmax()
         if not gap.view(-1)[worst] <= allowed.view(-1)[worst]:
-            l, r = left.view(-1)[worst].item(), right.view(-1)[worst].item()
-            raise AssertionError(f"✘ ({number}) fails: {l:.12g} {sign} {r:.12g} is wrong by {abs(l - r):.3g}")
+            one, other = left.view(-1)[worst].item(), right.view(-1)[worst].item()
+            raise AssertionError(f"✘ ({number}) fails: {one:.12g} {sign} {other:.12g} is off by {abs(one - other):.3g}")
         self.errors[number] = max(self.errors.get(number, 0.0), gap.max().item())
         size = f"{gap.max().item():.0e}".replace("0e+00", "0")
         print(f"✔ ({number}) holds: largest error {size} over {gap.numel()} number{'s' * (gap.numel() != 1)}")

@@ -1,4 +1,4 @@
-"""Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, each with its name."""
+"""Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +58,8 @@ class Exercise:
         """What this answer gives for these arguments (copies, so that it may overwrite them), as float64 tensors."""
         copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
         result = answer(*copies) if self.probe is None else self.probe(answer, *copies)
+        if result is None:
+            raise TypeError("it returned None; is a `return` missing?")
         parts = result if isinstance(result, tuple | list) else (result,)
         return [torch.as_tensor(x).detach().to(torch.float64) for x in parts]
 

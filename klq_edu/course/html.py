@@ -60,11 +60,18 @@ def _prose(text: str, kept: Kept) -> str:
 
 def _mathml(match: re.Match, kept: Kept) -> str:
     if inline := match["inline"]:
-        return kept.away(convert(inline))
+        return kept.away(_convert(inline, "inline"))
     number = TAG.search(match["block"])
-    formula = convert(TAG.sub("", match["block"]).strip(), display="block").replace("\n", " ")
+    formula = _convert(TAG.sub("", match["block"]), "block")
     label = f'<span class="number">({number[1]})</span>' if number else ""
     return f'\n\n{kept.away(f"""<div class="equation" role="group">{formula}{label}</div>""")}\n\n'
+
+
+def _convert(tex: str, display: str) -> str:
+    formula = convert(tex.strip(), display=display).replace("\n", " ")
+    if "\\" in formula:
+        raise ValueError(f"latex2mathml does not know a command in ${tex}$: write it otherwise")
+    return formula
 
 
 def _for_page(cell: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:

@@ -27,7 +27,13 @@ from klq_edu.core.objectives import klq_loss, ppo_clip_loss, value_loss
 from klq_edu.core.returns import gae, kl_shaped_rewards, lambda_returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course import explore, show, source, start
-from klq_edu.course.chapters.c07_ppo_in_disguise import GAP, gap, grammar_batch
+from klq_edu.course.chapters.c07_ppo_in_disguise import (
+    ALONE,
+    GAP,
+    PLAIN,
+    gap,
+    grammar_batch,
+)
 from klq_edu.figures import exact_steps
 from klq_kernels.reference import kl_divergence
 
@@ -240,7 +246,7 @@ check.equation("7.9", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha
 # alone. And beware of a trap that has caught many readers: with the *bare advantage*, without $Q_{old}$ and the reference,
 # the coefficient is
 #
-# $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \arg\max_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.10}$$
+# $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \text{argmax}_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.10}$$
 
 # %%
 bare, _ = kl_penalised_argmax(Delta, (old, tau / alpha))
@@ -301,15 +307,9 @@ explore(GAP)
 # a table, since it never used the table. Each habit then does what the derivation says.
 
 # %%
-plain = {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"}
-for name, change in {
-    "no habit": {},
-    "clipping": {"clipped": True},
-    "value coefficient 1": {"value_coefficient": "1"},
-    "second epoch": {"epoch": 2},
-    "whitening": {"whitened": True},
-}.items():
-    print(f"{name:>20}: relative gap {gap(**plain | change):.1e}")
+for name, change in ALONE.items():
+    sizes = gap(**PLAIN | change)
+    print(f"{name:>20}: policy {sizes['policy']:.1e}, critic {sizes['critic']:.1e}")
 
 # %% [markdown]
 # - *Clipping* is a rule about ratios that have moved. At the first step none has, so it changes nothing; later it stops
@@ -349,7 +349,7 @@ check.exercise("7.1", my_beta)
 # %% [markdown]
 # ### Exercise 7.2 · One step, two anchors
 #
-# Return $\arg\max_\pi \mathbb{E}_\pi[q] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$ for one state: `old`, `ref` and `q` have
+# Return $\text{argmax}_\pi\, \mathbb{E}_\pi[q] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$ for one state: `old`, `ref` and `q` have
 # shape [V].
 #
 # <!-- hints 7.2 -->

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
@@ -23,7 +24,7 @@ def draw_bandit(figure: FigureBase, tau: float, prize: float = REWARDS[-1]) -> N
     ref, q = torch.tensor(REF), torch.tensor((*REWARDS[:-1], prize))
     left, right = plain_axes(figure, 2)
     policy = boltzmann(q, ref, tau)[0]
-    places = torch.arange(len(WORDS))
+    places = np.arange(len(WORDS))
     left.bar(places - 0.2, ref, 0.4, color=GREY, label="reference $\\pi_b$")
     left.bar(places + 0.2, policy, 0.4, color=BLUE, hatch="//", edgecolor="white", label="best policy $\\pi_Q$")
     left.set_xticks(places, WORDS)
@@ -144,8 +145,8 @@ EXERCISES = {
         ("The KL of π_Q falls when τ grows. What finds the zero of a falling function?",
          "Bisection: keep two values of τ, one that pays too much KL and one that pays too little, and halve the gap. "
          "On a logarithmic scale it converges faster.",
-         "Start from log τ between log 0.001 and log 1000 and repeat 60 times: take the middle, compute π_Q and its KL; "
-         "if it is above the budget, raise the lower end, else lower the upper end."),
+         "Start from log τ between log 0.001 and log 1000 and repeat 60 times: take the middle, compute π_Q and its "
+         "KL; if it is above the budget, raise the lower end, else lower the upper end."),
         tol=1e-6,
     ),
 }  # fmt: skip

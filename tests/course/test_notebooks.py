@@ -1,0 +1,134 @@
+"""The notebooks as files: every displayed equation checked, editions up to date, no solution in the student's, pages
+that ask no host for anything. That the full editions run is nbval's part of `make test`."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from klq_edu.course.build import CHECKED, EQUATION, TAG, drift, editions, equations, execute
+from klq_edu.course.chapters import load_all
+from klq_edu.course.exercises import NOT_ATTEMPTED
+from klq_edu.course.html import course_map
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+CHAPTERS = load_all()
+chapters = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+
+
+def read(chapter, edition=""):
+    return nbformat.read(FOLDER / edition / f"{chapter.name}.ipynb", 4)
+
+
+def output(notebook):
+    return "\n".join(o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "text" in o)
+
+
+@chapters
+def test_every_displayed_equation_is_checked_where_it_stands(chapter):
+    """In order: an equation's check comes after it and before the next cell with an equation."""
+    full, _ = editions(FOLDER, chapter)
+    assert equations(full) == [f"{int(chapter.number)}.{i + 1}" for i in range(len(equations(full)))]
+    waiting: set[str] = set()
+    for cell in full.cells:
+        if cell.cell_type == "code":
+            waiting -= set(CHECKED.findall(cell.source))
+        elif here := [TAG.search(e).group(1) for e in EQUATION.findall(cell.source)]:
+            assert not waiting, f"not checked before the next equation: {waiting}"
+            waiting |= set(here)
+    assert not waiting, f"never checked: {waiting}"
+
+
+@chapters
+def test_committed_notebook_ran_and_its_ledger_has_every_equation(chapter):
+    notebook = read(chapter)
+    text, count = output(notebook), len(equations(notebook))
+    assert re.search(rf"^{count} equations verified, worst error \d", text, re.MULTILINE)
+    for number in chapter.exercises:
+        assert f"✔ Exercise {number} passed" in text
+    assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+
+
+@chapters
+def test_editions_are_what_the_source_says(chapter):
+    assert drift(FOLDER, chapter) == [], "run `klq course build`"
+
+
+def test_the_map_is_up_to_date():
+    assert (FOLDER / "README.md").read_text() == course_map(CHAPTERS, FOLDER)
+
+
+def test_drift_is_noticed(tmp_path):
+    chapter = CHAPTERS[1]
+    for edition in ("", "student", "src"):
+        (tmp_path / edition).mkdir(exist_ok=True)
+        suffix = "py" if edition == "src" else "ipynb"
+        shutil.copy(FOLDER / edition / f"{chapter.name}.{suffix}", tmp_path / edition)
+    assert drift(tmp_path, chapter) == []
+    source = tmp_path / "src" / f"{chapter.name}.py"
+    source.write_text(source.read_text().replace("# %%\n", "# %%\n1 + 1\n", 1))
+    assert len(drift(tmp_path, chapter)) == 2
+
+
+@chapters
+def test_student_edition_has_holes_and_no_solution(chapter):
+    student, source = read(chapter, "student"), jupytext.read(FOLDER / "src" / f"{chapter.name}.py")
+    text = "\n".join(c.source for c in student.cells)
+    assert "SOLUTION" not in text and "sample answer" not in text.lower()
+    solutions = re.findall(
+        r"# BEGIN SOLUTION\n(.*?)# END SOLUTION", "\n".join(c.source for c in source.cells), re.DOTALL
+    )
+    assert len(solutions) == len(chapter.exercises) == text.count(NOT_ATTEMPTED)
+    assert not [s for s in solutions if s.strip() in text]
+    assert all(not c.get("outputs") for c in student.cells)
+
+
+@chapters
+def test_student_edition_runs_and_every_check_says_not_attempted(chapter, tmp_path):
+    _, student = editions(FOLDER, chapter)
+    student.cells = [c for c in student.cells if "heavy" not in c.metadata.get("tags", [])]
+    execute(student, FOLDER, {"KLQ_PROGRESS": str(tmp_path / "progress.json")})
+    assert Counter(re.findall(r"Exercise ([\d.]+): not attempted yet", output(student))) == Counter(chapter.exercises)
+
+
+@chapters
+def test_cell_ids_are_unique(chapter):
+    ids = [c.id for c in read(chapter).cells]
+    assert len(set(ids)) == len(ids)
+
+
+@chapters
+def test_every_figure_has_a_text_alternative(chapter):
+    outputs = [
+        o for c in read(chapter).cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
+    ]
+    assert outputs and all(len(o.metadata["image/png"]["alt"]) > 20 for o in outputs)
+
+
+@chapters
+def test_page_asks_no_host_for_anything(chapter):
+    page = (FOLDER / "html" / f"{chapter.name}.html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#|\d\d_\w+\.html)[^"']*""", page)
+    assert "@import" not in page and "url(http" not in page and "fetch(" not in page
+    assert "klq-widget" in page and "<math" in page and "$$" not in page
+    assert page.count('class="equation"') == len(equations(read(chapter)))
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+@chapters
+def test_page_works_in_a_browser_without_network(chapter, tmp_path):
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--v=0",
+        "--dump-dom", (FOLDER / "html" / f"{chapter.name}.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    widgets = re.findall(r'<figure class="klq-widget"[^>]*>', done.stdout)
+    assert widgets and all("data-frame=" in w for w in widgets), "a slider has not drawn its picture"
