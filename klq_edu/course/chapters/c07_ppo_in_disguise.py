@@ -161,8 +161,8 @@ GAP = Widget(
         {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"},
         {"whitened": True, "clipped": True, "epoch": 2, "value_coefficient": "1"},
     ],
-    "Upper pair: plain PPO with value coefficient 1/τ. Every parameter's gradient lies on the diagonal, and the gap is "
-    "rounding (left of the dotted line), for the policy (blue) and the critic (orange). Lower pair: PPO as it usually "
+    "First pair: plain PPO with value coefficient 1/τ. Every parameter's gradient lies on the diagonal, and the gap is "
+    "rounding (left of the dotted line), for the policy (blue) and the critic (orange). Second pair: PPO as it usually "
     "comes. Clipping alone changes nothing at the first step, because no ratio has moved yet; another value "
     "coefficient parts the critics, whitening the policies, and a second epoch both.",
     "For each setting a scatter plot of PPO's gradients against KLQ's and bars of the relative gap for policy and "
