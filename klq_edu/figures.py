@@ -50,7 +50,7 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, sm
     `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts". Lines are medians over seeds of
     a running mean over `smooth` updates, bands reach from the lowest to the highest seed.
     """
-    figure, axes = _panels(len(columns))
+    figure, axes = panels(len(columns))
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for name, part in _by_algorithm(runs):
             table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
@@ -75,7 +75,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     `frontier` has columns "kl" and "reward": the optimum for many τ. With it the runs' exact values are drawn
     ("exact_kl", "exact_reward"), without it the batches' means.
     """
-    figure, (axis,) = _panels(1, width=6.2)
+    figure, (axis,) = panels(1, width=6.2)
     x, y = ("kl", "reward") if frontier is None else ("exact_kl", "exact_reward")
     if frontier is not None:
         axis.plot(frontier["kl"], frontier["reward"], color=GREY, lw=1, label="best possible (exact, all τ)")
@@ -98,7 +98,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
 
 def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
-    figure, (axis,) = _panels(1, width=6.2)
+    figure, (axis,) = panels(1, width=6.2)
     for name, part in _by_algorithm(runs):
         table = part.pivot(index="rollouts", columns="seed", values="regret").dropna()
         axis.plot(table.index, table.median(axis=1), marker="o", ms=3, **_line(name))
@@ -122,7 +122,7 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
     old = TokenTree.random(4, 3, seed=seed + 1).ref
     q, values = tree.evaluate(old, tau)
     advantages = q - action_values(old, values, tree.ref, tau)
-    figure, axes = _panels(2, height=3.6)
+    figure, axes = panels(2, height=3.6)
     for alpha, colour, marker in zip(alphas, ("#0072B2", "#E69F00", "#009E73"), "os^", strict=False):
         beta = penalty_coefficient(tau, alpha)
         new, _ = klq_step(old, values, advantages, tree.ref, tau, alpha)
@@ -164,7 +164,7 @@ def bench_times(rows: pd.DataFrame) -> Picture:
     first = rows.groupby("workload", sort=False)[["n", "v", "h", "dtype"]].transform("first")
     rows = rows[(rows[first.columns] == first).all(axis=1)].iloc[::-1].reset_index()
     places = rows.index + 0.6 * (rows["workload"] != rows["workload"].shift()).cumsum()
-    figure, (axis,) = _panels(1, width=7.4, height=1.2 + 0.3 * len(rows))
+    figure, (axis,) = panels(1, width=7.4, height=1.2 + 0.3 * len(rows))
     axis.set_axisbelow(True)
     for place, row in zip(places, rows.itertuples(), strict=True):
         colour, _, _, hatch = CONTENDERS[row.contender]
@@ -187,7 +187,7 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     """Time, peak memory and gradient error of one workload against V (`along` = "v") or N ("n"), by contender."""
     panels = {"units": "time [N×H×V products]", "memory_mb": "peak memory beyond inputs [MB]"}
     panels |= {"error_gradient": "relative error of the gradient"}
-    figure, axes = _panels(3, width=3.9, height=3.6)
+    figure, axes = panels(3, width=3.9, height=3.6)
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
         for name in (n for n in CONTENDERS if (rows["contender"] == n).any()):
             colour, line, marker, _ = CONTENDERS[name]
@@ -210,7 +210,7 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     return Picture(figure, caption, f"Time, memory and error of {first['workload']} against {axis}, by contender.")
 
 
-def _panels(count: int, width: float = 4.6, height: float = 3.4):
+def panels(count: int, width: float = 4.6, height: float = 3.4):
     """A figure with `count` plain panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, plain_axes(figure, count)
