@@ -42,7 +42,7 @@ def draw_step(figure: FigureBase, tau: float, alpha: float) -> None:
 STEP = Widget(
     "06-step", draw_step, {"tau": [0.1, 0.2, 0.5, 1.0, 2.0], "alpha": [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]},
     [{"tau": 0.5, "alpha": 0.2}, {"tau": 0.5, "alpha": 1.0}, {"tau": 2.0, "alpha": 1.0}],
-    "One exact step from the same old policy with the same Δ. A larger α goes further, a larger τ less far: what counts "
+    "One exact step from the same old policy with the same Δ. A larger α goes further, a larger τ less: what counts "
     "is α/τ, so τ = 2, α = 1 takes nearly the step of τ = 0.5, α = 0.2. The orange curve shows how far each α goes.",
     "For three settings of τ and α, bars of a policy over four tokens before and after the step, and the curve of the "
     "KL moved against α with a dot for this α.",
