@@ -43,7 +43,8 @@ ESTIMATORS = Widget(
     "04-estimators", draw_estimators, {"distance": [0.1, 0.3, 0.6, 1.0, 1.5], "batch": [1, 4, 16, 64]},
     [{"distance": 0.3, "batch": 16}, {"distance": 1.5, "batch": 16}],
     "Batch means of the three estimators (2,000 batches). k1 is right on average (dashed on black) and often negative; "
-    "k3 is right on average and never negative; k2 is never negative, and its mean leaves the exact KL when the policies are far apart.",
+    "k3 is right on average and never negative; k2 is never negative, and its mean leaves "
+    "the exact KL when the policies are far apart.",
     "Histograms of k1, k2 and k3 for two distances between policies, with the exact KL and the mean of each.",
     size=(8.6, 2.6),
 )  # fmt: skip
@@ -117,8 +118,8 @@ EXERCISES = {
                     "k3 as a loss: its gradient is that of KL(π_b‖π), the forward KL (4.8)."),
             Mistake("sign", _weighted(lambda p, q: -(p - q).detach() * p),
                     "the sign is wrong: this loss would drive π away from π_b."),
-            Mistake("no gradient", _weighted(lambda p, q: (p - q).detach()),
-                    "this is the KL's value, but nothing in it carries a gradient: the sampling weights are held fixed."),
+            Mistake("unweighted", lambda z, r: 0.5 * ((z.log_softmax(-1) - r.log()) ** 2).mean(),
+                    "all actions count alike in yours; under π they come with probability π(a)."),
             Mistake("doubled", _weighted(lambda p, q: (p - q) ** 2),
                     "ℓ² without the ½ has twice the gradient."),
         ),

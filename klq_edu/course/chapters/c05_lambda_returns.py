@@ -67,7 +67,7 @@ LAMBDA = Widget(
     "Left of each pair: how much each n-step target counts; the last bar holds all that would come later. Right: exact "
     "error of the target at the first token. λ = 0 trusts V and has its bias; λ = 1 trusts one sampled completion and "
     "has its variance. The worse V is, the further right the best λ lies.",
-    "Pairs of plots: bars of the weights of n-step targets, and curves of squared bias (falling), variance (rising) and "
+    "Pairs of plots: bars of the weights of n-step targets, and curves of squared bias (falls), variance (rises) and "
     "their sum against λ.",
     size=(7.2, 3.0),
 )  # fmt: skip
