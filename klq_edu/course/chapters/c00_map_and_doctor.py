@@ -1,0 +1,179 @@
+"""Chapter 00: the map, notation, glossary, and how the checks work."""
+
+import pandas as pd
+import torch
+from matplotlib.figure import FigureBase
+from torch import Generator, Tensor
+
+from klq_edu.course.chapters import Chapter, load_all
+from klq_edu.course.display import Widget
+from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.course.progress import Progress
+from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
+
+NEEDS = {
+    "00": (), "01": ("00",), "02": ("01",), "03": ("02",), "04": ("01",), "05": ("02", "03"), "06": ("01", "05"),
+    "07": ("01", "05", "06"),
+}  # fmt: skip
+PLACES = {
+    "00": (0, 0), "01": (1, 0), "02": (2, 0.6), "03": (3, 0.6), "04": (2, -0.8), "05": (4, 0.6), "06": (5, 0),
+    "07": (6, 0),
+}  # fmt: skip
+NAMES = {
+    "00": "map", "01": "one state", "02": "soft Bellman", "03": "text as MDP", "04": "measuring KL",
+    "05": "λ-returns", "06": "the KLQ loss", "07": "PPO in disguise",
+}  # fmt: skip
+
+NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
+    ("x, y", "prompt, completion", "–", "prompt, completion"),
+    ("s_t = (x, y_1..y_t), a_t = y_{t+1}", "state: prefix; action: next token", "s, a", "input_ids, labels"),
+    ("π_θ, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy"),
+    ("π_old", "the policy that sampled the batch", "π_old", "old_logprobs"),
+    ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta"),
+    ("γ, λ", "discount, λ-return truncation", "γ, λ", "gamma, lam"),
+    ("α", "step size of the target", "–", "–"),
+    ("R(x, y), r_{t+1}", "score of a text, reward of a token", "reward", "score"),
+    ("D(π‖π_b)(s)", "exact KL in a state", "KL", "–"),
+    ("V, Q", "value of a prefix; of a token after it", "V", "values"),
+    ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages"),
+    ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–"),
+    ("ρ = π/π_old", "ratio", "r(θ)", "ratio"),
+    ("ε", "PPO's clip", "ε", "cliprange"),
+    ("β", "weight of KL(π‖π_old) in PPO-penalty", "β", "adaptive kl"),
+    ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef"),
+]
+GLOSSARY = {
+    "CPU": "central processing unit: what every computer has",
+    "EOS": "end of sequence: the token that ends a text",
+    "GAE": "generalised advantage estimation: PPO's λ-sum of TD errors",
+    "GPU": "graphics processing unit: fast at many equal computations",
+    "HTML": "hypertext markup language: pages for a browser",
+    "KL": "Kullback–Leibler divergence: how far one distribution is from another, in nats",
+    "KLQ": "KL-regularised Q-learning: the algorithm of this course",
+    "MDP": "Markov decision process: states, actions, rewards, transitions",
+    "PAD": "padding: what fills short rows of a batch; never read",
+    "PPO": "proximal policy optimisation: the usual algorithm for RLHF",
+    "RLHF": "reinforcement learning from human feedback",
+    "SFT": "supervised fine-tuning: the training before RLHF; its result is the reference",
+    "TD": "temporal difference: what we know one step later, minus what we guessed before",
+    "TRL": "a widely used library for RLHF",
+}
+
+
+def notation() -> pd.DataFrame:
+    """The notation table."""
+    return pd.DataFrame(NOTATION, columns=["here", "meaning", "in PPO papers", "in libraries"])
+
+
+def glossary() -> pd.DataFrame:
+    """Every abbreviation of the course."""
+    return pd.DataFrame(GLOSSARY.items(), columns=["short", "what it is"])
+
+
+def progress() -> pd.DataFrame:
+    """Which exercises have passed on this machine, by notebook."""
+    done = Progress().read()
+    rows = [(c.number, c.title, sum(n in done for n in c.exercises), len(c.exercises)) for c in load_all()]
+    return pd.DataFrame(rows, columns=["notebook", "title", "passed", "exercises"])
+
+
+def draw_map(figure: FigureBase, notebook: str) -> None:
+    """The notebooks and what each needs; the chosen one, all it needs, and all that needs it."""
+    (axis,) = plain_axes(figure)
+    before, after = _needed(notebook), {n for n in NEEDS if notebook in _needed(n)}
+    for name, needs in NEEDS.items():
+        for need in needs:
+            axis.annotate(
+                "",
+                PLACES[name],
+                PLACES[need],
+                arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 17, "shrinkB": 17},
+            )
+    for name, place in PLACES.items():
+        colour = BLUE if name == notebook else "#cfe3f3" if name in before else "#fbe3c8" if name in after else "white"
+        edge = ORANGE if name in after else BLUE if name in before or name == notebook else GREY
+        axis.text(*place, name, ha="center", va="center", color="white" if name == notebook else "black",
+                  bbox={"boxstyle": "circle,pad=0.35", "fc": colour, "ec": edge,
+                        "ls": "--" if name in after else "-"})  # fmt: skip
+        axis.text(place[0], place[1] - 0.42, NAMES[name], ha="center", va="top", fontsize=8)
+    axis.set(xlim=(-0.6, 6.6), ylim=(-1.6, 1.2), title=f"notebook {notebook}: {NAMES[notebook]}")
+    axis.axis("off")
+
+
+def _needed(notebook: str) -> set[str]:
+    return set(NEEDS[notebook]).union(*(_needed(n) for n in NEEDS[notebook]))
+
+
+MAP = Widget(
+    "00-map", draw_map, {"notebook": list(NEEDS)}, [{"notebook": "05"}, {"notebook": "07"}],
+    "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has a "
+    "dashed orange rim. Notebook 04 can wait; everything else leads to 07.",
+    "Graph of the notebooks 00 to 07 with arrows from each to those that need it: 00-01-02-03-05-06-07 in a row, 04 "
+    "beside, after 01.",
+    size=(7.0, 2.6),
+)  # fmt: skip
+
+
+def token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Exercise 0.1."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def next_values(values: Tensor, mask: Tensor) -> Tensor:
+    """Exercise 0.2."""
+    real = torch.where(mask, values, 0.0)
+    return torch.where(mask, torch.nn.functional.pad(real, (0, 1))[:, 1:], 0.0)
+
+
+def _padded(generator: Generator) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([5, 2, 3])[torch.randperm(3, generator=generator)]
+    mask = torch.arange(5) < lengths[:, None]
+    return torch.where(mask, torch.randn(3, 5, generator=generator, dtype=torch.float64) + 1, torch.nan), mask
+
+
+def _rubbish(generator: Generator) -> tuple[Tensor, Tensor]:
+    x, mask = _padded(generator)
+    return torch.where(mask, x, 7.0 + torch.rand(3, 5, generator=generator, dtype=torch.float64)), mask
+
+
+EXERCISES = {
+    "0.1": Exercise(
+        "0.1", "A mean without padding", 1, 4, token_mean, _padded,
+        (
+            Mistake("plain mean", lambda x, m: x.mean(),
+                    "you averaged the padding too, and it holds NaN (not a number)."
+                    " A plain mean has no idea what is padding."),
+            Mistake("all positions", lambda x, m: torch.where(m, x, 0.0).mean(),
+                    "padding is left out of the sum but counted in the denominator."),
+            Mistake("mean of rows", lambda x, m: (torch.where(m, x, 0.0).sum(1) / m.sum(1)).mean(),
+                    "that is the mean of the rows' means: tokens of short rows count more."),
+            Mistake("sum", lambda x, m: torch.where(m, x, 0.0).sum(),
+                    "that is the sum; divide by the number of real tokens."),
+        ),
+        ("`x * mask` does not help: NaN times 0 is NaN.", "`torch.where(mask, x, 0.0)` picks without multiplying.",
+         "Its sum, divided by `mask.sum()`."),
+    ),
+    "0.2": Exercise(
+        "0.2", "The value of the next state", 1, 6, next_values, _rubbish,
+        (
+            Mistake("roll", lambda v, m: torch.where(m, torch.where(m, v, 0.0).roll(-1, 1), 0.0),
+                    "torch.roll wraps around: the last column got the first one's value."),
+            Mistake("wrong way", lambda v, m: torch.where(m, torch.nn.functional.pad(v, (1, 0))[:, :-1], 0.0),
+                    "you shifted the wrong way: that is the value of the state before."),
+            Mistake("padding leaks", lambda v, m: torch.where(m, torch.nn.functional.pad(v, (0, 1))[:, 1:], 0.0),
+                    "after the last real token you read a padded value; after the end the value is 0."),
+            Mistake("no shift", lambda v, m: torch.where(m, v, 0.0),
+                    "these are the values of the states themselves, not of the next ones."),
+        ),
+        ("Set padding to 0 first; then what comes after the last token is right by itself.",
+         "Drop the first column and append a column of zeros.",
+         "`torch.nn.functional.pad(x, (0, 1))[:, 1:]` does both."),
+    ),
+}  # fmt: skip
+
+CHAPTER = Chapter(
+    "00", "map_and_doctor", "Map, notation and doctor",
+    "What is in this course, how do its checks work, and is my machine ready?",
+    20, "all of it, from above",
+    ("klq_edu.doctor.examine", "klq_edu.course"), EXERCISES,
+)  # fmt: skip
