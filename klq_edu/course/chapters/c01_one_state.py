@@ -25,8 +25,8 @@ def draw_bandit(figure: FigureBase, tau: float, prize: float = REWARDS[-1]) -> N
     left, right = plain_axes(figure, 2)
     policy = boltzmann(q, ref, tau)[0]
     places = np.arange(len(WORDS))
-    left.bar(places - 0.2, ref, 0.4, color=GREY, label="reference $\\pi_b$")
-    left.bar(places + 0.2, policy, 0.4, color=BLUE, hatch="//", edgecolor="white", label="best policy $\\pi_Q$")
+    left.bar(places - 0.2, ref.numpy(), 0.4, color=GREY, label="reference $\\pi_b$")
+    left.bar(places + 0.2, policy.numpy(), 0.4, color=BLUE, hatch="//", edgecolor="white", label="best policy $\\pi_Q$")
     left.set_xticks(places, WORDS)
     left.set(ylabel="probability", ylim=(0, 1.05), title=f"τ = {tau:g}, reward of zxqv = {prize:g}")
     left.legend(frameon=False, fontsize=8)

@@ -27,13 +27,13 @@ def draw_step(figure: FigureBase, tau: float, alpha: float) -> None:
     new, _ = klq_step(old, value, gains, ref, tau, alpha)
     left, right = plain_axes(figure, 2)
     places = np.arange(4)
-    left.bar(places - 0.2, old, 0.4, color=GREY, label="before")
-    left.bar(places + 0.2, new, 0.4, color=BLUE, hatch="//", edgecolor="white", label="after")
+    left.bar(places - 0.2, old.numpy(), 0.4, color=GREY, label="before")
+    left.bar(places + 0.2, new.numpy(), 0.4, color=BLUE, hatch="//", edgecolor="white", label="after")
     left.set_xticks(places, [f"Δ = {g:+g}" for g in GAINS])
     left.set(ylabel="probability of the token", ylim=(0, 1), title=f"τ = {tau:g}, α = {alpha:g}")
     left.legend(frameon=False, fontsize=8)
     alphas = np.linspace(0.01, 1, 40)
-    moved = [kl_divergence(klq_step(old, value, gains, ref, tau, a)[0].log(), old.log()) for a in alphas]
+    moved = [kl_divergence(klq_step(old, value, gains, ref, tau, a)[0].log(), old.log()).item() for a in alphas]
     right.plot(alphas, moved, color=ORANGE)
     right.plot(alpha, kl_divergence(new.log(), old.log()), "o", color=ORANGE, ms=8)
     right.set(xlabel="step size α", ylabel="KL(new‖old) [nats]", title="how far one step goes", ylim=(0, None))
