@@ -4,7 +4,6 @@ that ask no host for anything. That the full editions run is nbval's part of `ma
 import re
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import jupytext
@@ -93,7 +92,8 @@ def test_student_edition_runs_and_every_check_says_not_attempted(chapter, tmp_pa
     _, student = editions(FOLDER, chapter)
     student.cells = [c for c in student.cells if "heavy" not in c.metadata.get("tags", [])]
     execute(student, FOLDER, {"KLQ_PROGRESS": str(tmp_path / "progress.json")})
-    assert Counter(re.findall(r"Exercise ([\d.]+): not attempted yet", output(student))) == Counter(list(chapter.exercises))
+    said = re.findall(r"Exercise ([\d.]+): not attempted yet", output(student))
+    assert sorted(said) == sorted(chapter.exercises)
 
 
 @chapters
