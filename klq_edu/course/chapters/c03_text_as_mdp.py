@@ -73,7 +73,7 @@ PATH = Widget(
         {"first": "bad", "second": "<eos>", "third": "good"},
     ],
     "Left: every text of up to three words is a path from the left; the blue one is chosen. Right: each token adds its "
-    "log-probability (always down) and its log-ratio to the reference (up or down). After <eos> nothing is added: the "
+    "log-probability (down) and its log-ratio to the reference (up or down). After the end nothing is added: the "
     "second path ends after two tokens, whatever is chosen as the third.",
     "For two texts, the tree of all texts with the path in blue, and running sums of the log-probability and of the "
     "log-ratio against the number of tokens.",
