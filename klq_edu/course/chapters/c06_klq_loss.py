@@ -146,6 +146,8 @@ EXERCISES = {
                     "you forgot τ: the log-ratio is in nats, V and the target are in units of reward."),
             Mistake("sign", _wrong_loss(sign=-1.0),
                     "the log-ratio has the wrong sign: Q = τ (log π − log π_b) + V."),
+            Mistake("no reference", lambda p, r, v, t, m, tau: masked_klq_loss(p, torch.zeros_like(r), v, t, m, tau),
+                    "the reference is missing: Q is τ times the log-*ratio* plus V."),
             Mistake("no half", _wrong_loss(half=1.0),
                     "there is no ½: every gradient is twice as large."),
             Mistake("sum", _wrong_loss(mean=lambda s, m: s.sum()),
