@@ -185,10 +185,10 @@ def bench_times(rows: pd.DataFrame) -> Picture:
 
 def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     """Time, peak memory and gradient error of one workload against V (`along` = "v") or N ("n"), by contender."""
-    panels = {"units": "time [N×H×V products]", "memory_mb": "peak memory beyond inputs [MB]"}
-    panels |= {"error_gradient": "relative error of the gradient"}
+    shown = {"units": "time [N×H×V products]", "memory_mb": "peak memory beyond inputs [MB]"}
+    shown |= {"error_gradient": "relative error of the gradient"}
     figure, axes = panels(3, width=3.9, height=3.6)
-    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+    for axis, (column, label) in zip(axes, shown.items(), strict=True):
         for name in (n for n in CONTENDERS if (rows["contender"] == n).any()):
             colour, line, marker, _ = CONTENDERS[name]
             part = rows[rows["contender"] == name].sort_values(along)
