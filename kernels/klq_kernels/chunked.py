@@ -18,6 +18,7 @@ from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
 
 WORKSPACE_BYTES = 1 << 26  # 64 MiB: 458 rows of 32,000 tokens, and an eighth of it for the reference's tiles
 REF_SHARE = 8
+TALLEST = 2048  # rows of a tile; beyond that a product gains nothing
 
 
 class Head(NamedTuple):
@@ -34,9 +35,15 @@ class Head(NamedTuple):
         dtype = result_dtype(self.weight)
         return Head(*(x if x is None else x.to(dtype) for x in self))
 
-    def logits(self, rows: slice | Tensor, out: Tensor) -> Tensor:
-        """Logits of these rows in the working dtype, written to `out`."""
-        z = product(self.hidden[rows], self.weight.t(), out)
+    def take(self, rows: slice | Tensor, columns: slice = slice(None)) -> "Head":
+        """The head of these rows for these columns of the vocabulary."""
+        return Head(self.hidden[rows], self.weight[columns], None if self.bias is None else self.bias[columns])
+
+    def logits(self, out: Tensor) -> Tensor:
+        """All logits in the working dtype, written to `out`."""
+        if self.bias is not None and native(self.weight.dtype) and not self.weight.is_cuda:
+            return out.copy_(torch.addmm(self.bias, self.hidden, self.weight.t()))
+        z = product(self.hidden, self.weight.t(), out)
         return z if self.bias is None else z.add_(self.bias)
 
 
@@ -54,15 +61,24 @@ class Gradients(NamedTuple):
         made = (torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip(head, needed, strict=True))
         return cls(*made)
 
-    def add(self, head: Head, rows: slice | Tensor, dz: Tensor) -> None:
-        """Add what logit gradients dz [n, V] of these rows contribute."""
-        dz = dz.to(head.hidden.dtype)
+    def add(self, head: Head, rows: slice | Tensor, columns: slice, dz: Tensor, scale: Tensor | None = None) -> None:
+        """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n].
+
+        In float32 the scale costs no visit to dz: it is put on the hidden states and on their gradients.
+        """
+        part = head.take(rows, columns)
+        if scale is not None and dz.dtype != part.hidden.dtype:
+            dz, scale = dz.mul_(scale.unsqueeze(1)), None
+        dz, hidden = dz.to(part.hidden.dtype), part.hidden
+        if scale is not None:
+            hidden = hidden * scale.unsqueeze(1)
         if self.hidden is not None:
-            self.hidden[rows] = product(dz, head.weight)
+            dh = product(dz, part.weight)
+            self.hidden[rows] += dh if scale is None else dh.mul_(scale.unsqueeze(1))
         if self.weight is not None:
-            add_product(self.weight, dz.t(), head.hidden[rows])
+            add_product(self.weight[columns], dz.t(), hidden)
         if self.bias is not None:
-            self.bias.add_(dz.sum(0, dtype=self.bias.dtype))
+            self.bias[columns] += dz.sum(0, dtype=self.bias.dtype) if scale is None else scale @ dz
 
     def like(self, head: Head) -> "Gradients":
         """In the dtypes of what they are gradients of."""
@@ -72,11 +88,16 @@ class Gradients(NamedTuple):
 def linear_stats(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Statistics:
-    """`reference.linear_token_stats`, chunk by chunk."""
+    """`reference.linear_token_stats`, tile by tile."""
     policy, ref = policy.workable(), ref and ref.workable()
     out = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
-    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
-        store(out, rows, chunk_stats(tiled, z, tokens[rows], ref, rows, temperature, mask[rows], workspace))
+    for rows in tall_blocks(mask, policy, ref, workspace):
+        whole = None
+        for columns, (z, r) in logit_tiles((policy, ref), rows, workspace):
+            inside = tokens[rows] - columns.start
+            tile = tiled.softmax_stats(z, inside, r, temperature)
+            whole = tiled.join(whole, tile, inside >= 0, temperature)
+        store(out, rows, tiled.finished(whole, out.norm.dtype))
     return out
 
 
@@ -88,13 +109,12 @@ def linear_grad(
     has an upstream gradient."""
     grads, given = Gradients.zeros(policy, needed), policy
     policy, ref = policy.workable(), None if upstream[2] is None else ref.workable()
-    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
+    for rows in tall_blocks(mask, policy, ref, workspace):
         some = Statistics(*(x[rows] if len(x) else x for x in stats))
         ups = tuple(None if x is None else x[rows] for x in upstream)
-        for columns, r in reference_tiles(ref, rows, z, workspace):
-            part, inside = z[:, columns], tokens[rows] - columns.start
-            tiled.logits_grad(part, inside, r, temperature, mask[rows], some, ups, part)
-        grads.add(policy, rows, z)
+        for columns, (z, r) in logit_tiles((policy, ref), rows, workspace):
+            tiled.logits_grad(z, tokens[rows] - columns.start, r, temperature, mask[rows], some, ups, z)
+            grads.add(policy, rows, columns, z)
     return grads.like(given)
 
 
@@ -121,7 +141,8 @@ def linear_klq(
         loss, a, dvalues[rows] = klq_terms(part.logprob, values[rows], mask[rows], **given, **variant)
         total = total + loss
         if any(needed):
-            grads.add(policy, rows, chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count))
+            dz, scale = chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count)
+            grads.add(policy, rows, slice(None), dz, scale)
     return total / count, stats, grads.like(given_policy), dvalues / count
 
 
@@ -159,55 +180,68 @@ def klq_terms(
 
 def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows, logits) of unmasked rows in chunks that fit the workspace (at least one row), which is allocated once and
-    overwritten by each. If it is shared, what `reference_tiles` needs is left free."""
+    overwritten by each. If it is shared, what the reference's tiles need is left free."""
     size, dtype = workspace * (REF_SHARE - 1) // REF_SHARE if shared else workspace, result_dtype(policy.weight)
     buffer = None
     for rows in row_blocks(mask, len(policy.weight) * dtype.itemsize, size):
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         if buffer is None:  # the first chunk is the largest
             buffer = policy.weight.new_empty((count, len(policy.weight)), dtype=dtype)
-        yield rows, policy.logits(rows, buffer[:count])
+        yield rows, policy.take(rows).logits(buffer[:count])
 
 
-def reference_tiles(
-    ref: Head | None, rows: slice | Tensor, z: Tensor, workspace: int
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """(columns, the reference's logits there) for these rows, over the whole vocabulary; without a reference, one tile
-    with no logits. Tiles, not rows: a product of few rows is slow."""
-    vocab = z.shape[1]
-    if ref is None:
-        yield slice(0, vocab), None
-        return
-    dtype = result_dtype(ref.weight)
-    width = max(1, workspace // REF_SHARE // (dtype.itemsize * len(z)))
+def tall_blocks(mask: Tensor, policy: Head, ref: Head | None, workspace: int) -> Iterator[slice | Tensor]:
+    """Unmasked rows in blocks so tall that square tiles of the models' logits fill the workspace, within reason."""
+    itemsize = result_dtype(policy.weight).itemsize * (1 if ref is None else 2)
+    yield from row_blocks(mask, 1, min(TALLEST, math.isqrt(workspace // itemsize)))
+
+
+def logit_tiles(
+    heads: tuple[Head | None, ...], rows: slice | Tensor, workspace: int
+) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """(columns, each head's logits there or None) for these rows, over the whole vocabulary, in tiles that fit the
+    workspace together; each tile overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
+    present = [head.take(rows) for head in heads if head is not None]
+    count, vocab, dtype = len(present[0].hidden), len(present[0].weight), result_dtype(present[0].weight)
+    width = max(1, workspace // (len(present) * dtype.itemsize * count))
     width = math.ceil(vocab / math.ceil(vocab / width))
-    hidden, buffer = ref.hidden[rows], ref.weight.new_empty(len(z) * width, dtype=dtype)
+    buffers = [None if head is None else head.weight.new_empty(count * width, dtype=dtype) for head in heads]
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
-        tile = Head(hidden, ref.weight[columns], None if ref.bias is None else ref.bias[columns])
-        out = buffer[: len(z) * (columns.stop - start)].view(len(z), -1)
-        yield columns, tile.logits(slice(None), out)
+        out = (None if x is None else x[: count * (columns.stop - start)].view(count, -1) for x in buffers)
+        yield columns, [h and h.take(rows, columns).logits(x) for h, x in zip(heads, out, strict=True)]
 
 
 def chunk_stats(
     kernels: ModuleType, z: Tensor, tokens: Tensor, ref: Head | None, rows: slice | Tensor, temperature: float,
     mask: Tensor, workspace: int,
 ) -> Statistics:  # fmt: skip
-    """Statistics of a chunk whose policy logits are z. `tiled` exponentiates z and needs the reference's logits tile by
-    tile; other kernels keep z and visit both rows together (then another workspace is needed)."""
-    if kernels is tiled:
-        return tiled.exponentiate(z, tokens, reference_tiles(ref, rows, z, workspace), temperature)
-    r = None if ref is None else ref.logits(rows, torch.empty_like(z))
-    return kernels.logits_stats(z, tokens, r, temperature, mask)
+    """Statistics of a chunk whose policy logits are z. `tiled` leaves their softmax in z and takes the reference's
+    logits tile by tile; other kernels keep z and visit both rows together (then another workspace is needed)."""
+    if kernels is not tiled:
+        r = None if ref is None else ref.take(rows).logits(torch.empty_like(z))
+        return kernels.logits_stats(z, tokens, r, temperature, mask)
+    whole, parts = None, []
+    alone = [(slice(0, z.shape[1]), [None])]
+    for columns, (r,) in alone if ref is None else logit_tiles((ref,), rows, workspace // REF_SHARE):
+        inside = tokens - columns.start
+        tile = tiled.softmax_stats(z[:, columns], inside, r, temperature)
+        whole = tiled.join(whole, tile, inside >= 0, temperature)
+        parts.append((columns, tile))
+    for columns, tile in parts[: len(parts) if len(parts) > 1 else 0]:
+        z[:, columns].mul_(tiled.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
+    return tiled.finished(whole, z.dtype)
 
 
 def chunk_grad(
     kernels: ModuleType, z: Tensor, tokens: Tensor, temperature: float, mask: Tensor, stats: Statistics, a: Tensor
-) -> Tensor:
-    """Logit gradients of a chunk for upstream gradients a of its log-probs, in place of what `chunk_stats` left."""
+) -> tuple[Tensor, Tensor | None]:
+    """Logit gradients for upstream gradients a of the log-probs, in place of what `chunk_stats` left, and a factor per
+    row that is still to be applied: dL/dz = −(a/T) (p_v − 1[v = token])."""
     if kernels is tiled:
-        return tiled.logprob_grad(z, tokens, temperature, stats, a)
-    return kernels.logits_grad(z, tokens, None, temperature, mask, stats, (a, None, None), z)
+        index = tokens.long().unsqueeze(1)
+        return z.scatter_add_(1, index, z.new_full((1, 1), -1.0).expand_as(index)), -a / temperature
+    return kernels.logits_grad(z, tokens, None, temperature, mask, stats, (a, None, None), z), None
 
 
 def store(out: Statistics, rows: slice | Tensor, part: Statistics) -> None:
@@ -238,4 +272,4 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(product(a, b))
+        total.add_(torch.mm(a, b) if native(a.dtype) and a.dtype == b.dtype else product(a, b))

@@ -6,7 +6,7 @@ never read. The arithmetic is float32, or float64 for float64 inputs.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from klq_kernels.reference import INF, LambdaReturns
 BLOCK_BYTES = 1 << 20
 SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so the Bregman sum is taken
 FAR = -60.0  # log(p/q) below which e^(−d) is near overflow
+LOWEST = -1e30  # stands for −inf where it is multiplied by 0
 
 
 class Statistics(NamedTuple):
@@ -51,65 +52,59 @@ def logits_stats(
     dtype = reference.result_dtype(logits, ref_logits)
     out = empty_statistics(tokens, dtype, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
-        chosen = tokens[rows].long().unsqueeze(1)
-        logp, out.shift[rows], out.norm[rows] = _normalise(take_rows(logits, rows, dtype), temperature)
-        p = logp.exp()
-        out.logprob[rows] = logp.gather(1, chosen).squeeze(1)
-        out.entropy[rows] = _entropy(p, logp)
-        if ref_logits is not None:
-            logq, out.ref_shift[rows], out.ref_norm[rows] = _normalise(take_rows(ref_logits, rows, dtype), temperature)
-            out.ref_logprob[rows] = logq.gather(1, chosen).squeeze(1)
-            out.kl[rows] = _kl(p, logp, logq)
+        z, r = (None if x is None else take_rows(x, rows, dtype) for x in (logits, ref_logits))
+        _fill(out, rows, z, tokens[rows].long(), r, temperature, _kl)
     return out
 
 
-def exponentiate(
-    z: Tensor, tokens: Tensor, tiles: Iterable[tuple[slice, Tensor | None]], temperature: float
-) -> Statistics:
-    """Statistics of logits z [N, V], which become e^y, y = (z − max z)/T, and of a reference whose logits r come in
-    tiles (columns, r [N, columns] or None), which are overwritten too.
-
-    With S = Σ e^y and x = (r − shift)/T: H = log S − Σ e^y y / S, KL = Σ e^y (y − x) / S − log S + log Σ e^x, one visit
-    to each tile, and an absolute error of about 1e-6.
+def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Statistics:
+    """`logits_stats` of a tile of the vocabulary as if there were no more, where a token that is elsewhere has log-prob
+    0. The logits z [N, V] become the tile's softmax, the reference's r are used up; the KL has an error of about 1e-7.
     """
-    shift, ref_shift = _finite(z.amax(1)), torch.zeros_like(z[:, 0])
-    token_y = (_choose(z, tokens) - shift) / temperature
-    sums, moments, cross, token_x = (torch.zeros_like(shift) for _ in range(4))
-    ref_norm, scratch, ref = torch.full_like(shift, -INF), None, None
-    for columns, r in tiles:
-        if (ref := r) is not None:
-            if columns.start == 0:
-                ref_shift = _finite(r.amax(1))
-            here = (tokens >= columns.start) & (tokens < columns.stop)
-            chosen = _choose(r, torch.where(here, tokens - columns.start, 0))
-            token_x = torch.where(here, (chosen - ref_shift) / temperature, token_x)
-        for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[0, columns].nbytes):
-            e = z[rows, columns]
-            scratch = torch.empty_like(e, memory_format=torch.contiguous_format) if scratch is None else scratch
-            y = scratch.view(-1)[: e.numel()].view(e.shape)
-            _scaled_gap(e, shift[rows], temperature, out=y)
-            torch.exp(y, out=e)
-            mass = e.sum(1)
-            sums[rows] += mass
-            moments[rows] += _cross(e, y)
-            if r is not None:
-                top = _finite(r[rows].amax(1))
-                lift = (top - ref_shift[rows]) / temperature
-                x = _scaled_gap(r[rows], top, temperature, out=r[rows])
-                cross[rows] += _cross(e, y.sub_(x)) - lift * mass
-                ref_norm[rows] = torch.logaddexp(ref_norm[rows], lift + x.exp_().sum(1).log())
-    norm = sums.log()
-    own, none = (token_y - norm, norm - moments / sums), norm[:0]
-    if ref is None:
-        return Statistics(*own, none, none, shift, norm, none, none)
-    kl = (cross / sums - norm + ref_norm).clamp_(min=0)
-    return Statistics(*own, token_x - ref_norm, kl, shift, norm, ref_shift, ref_norm)
+    out, scratch = empty_statistics(tokens, z.dtype, r is not None), None
+    here = (tokens >= 0) & (tokens < z.shape[1])
+    inside = torch.where(here, tokens, 0)
+    for rows in row_blocks(torch.ones_like(here), z[:1].nbytes):
+        part = z[rows]
+        scratch = torch.empty(part.shape, dtype=z.dtype, device=z.device) if scratch is None else scratch
+        _fill(out, rows, part, inside[rows], None if r is None else r[rows], temperature, _cross_kl, scratch)
+    for x in (out.logprob, out.ref_logprob) if r is not None else (out.logprob,):
+        x.masked_fill_(~here, 0.0)
+    return out
 
 
-def logprob_grad(e: Tensor, tokens: Tensor, temperature: float, stats: Statistics, a: Tensor) -> Tensor:
-    """Turn the e^y that `exponentiate` left into dL/dz = (a/T) (1[v = token] − p_v), a = dL/dlogprob."""
-    e.mul_((-a / temperature * (-stats.norm).exp()).unsqueeze(1))
-    return e.scatter_add_(1, tokens.long().unsqueeze(1), (a / temperature).unsqueeze(1))
+def join(left: Statistics | None, right: Statistics, here: Tensor, temperature: float) -> Statistics:
+    """Statistics over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
+
+        H = Σ_i w_i (H_i − log w_i)        KL = Σ_i w_i (KL_i + log(w_i/u_i))
+
+    `here` says which tokens are in the right tile. In float64, so that many tiles round no more than one.
+    """
+    right = Statistics(*(x.double() for x in right))
+    if left is None:
+        return right
+    shift, norm, *log_w = _shares(left.shift, left.norm, right.shift, right.norm, temperature)
+    sides, w = (left, right), [x.exp() for x in log_w]
+    logprob = torch.where(here, right.logprob + log_w[1], left.logprob + log_w[0])
+    entropy = sum(_weighted(wi, s.entropy - lw) for wi, lw, s in zip(w, log_w, sides, strict=True))
+    if not len(left.kl):
+        return Statistics(logprob, entropy, left.kl, left.kl, shift, norm, left.kl, left.kl)
+    ref_shift, ref_norm, *log_u = _shares(left.ref_shift, left.ref_norm, right.ref_shift, right.ref_norm, temperature)
+    ref_logprob = torch.where(here, right.ref_logprob + log_u[1], left.ref_logprob + log_u[0])
+    kl = sum(_weighted(wi, s.kl + lw - lu) for wi, lw, lu, s in zip(w, log_w, log_u, sides, strict=True))
+    return Statistics(logprob, entropy, ref_logprob, kl.clamp_(min=0), shift, norm, ref_shift, ref_norm)
+
+
+def finished(stats: Statistics, dtype: torch.dtype) -> Statistics:
+    """Joined statistics in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
+    return Statistics(
+        *(x.masked_fill(stats.shift <= LOWEST, torch.nan).to(dtype) if len(x) else x.to(dtype) for x in stats)
+    )
+
+
+def shares(tile: Statistics, whole: Statistics, temperature: float) -> Tensor:
+    """A tile's share of each row's probability."""
+    return ((tile.shift - whole.shift) / temperature + tile.norm - whole.norm).exp_()
 
 
 def logits_grad(
@@ -130,26 +125,28 @@ def logits_grad(
     """
     if not mask.all():
         out[~mask] = 0
+    buffers = {}
     for rows in row_blocks(mask, logits.shape[-1] * stats.norm.element_size()):
-        a, b, c = (torch.zeros_like(stats.norm[rows]) if x is None else x[rows] for x in upstream)
-        logp = _logp(take_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.norm[rows])
-        grad = logp.exp()
+        a, b, c = (torch.zeros_like(stats.norm[rows]) if x is None else x[rows] / temperature for x in upstream)
+        logp = _logp(take_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.norm[rows], buffers, "p")
+        grad = torch.exp(logp, out=_scratch(buffers, "grad", logp))
         if upstream[1] is None and upstream[2] is None:
             grad.mul_(-a.unsqueeze(1))
         else:
             kl, constant = stats.kl[rows] if upstream[2] is not None else c, -a - b * stats.entropy[rows]
             c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
-            weights = _finite(logp).mul_((c - b).unsqueeze(1)).add_((constant - c * kl.clamp(max=1e30)).unsqueeze(1))
+            weights = logp.clamp_min_(LOWEST).mul_((c - b).unsqueeze(1))
+            weights.add_((constant - c * kl.clamp(max=-LOWEST)).unsqueeze(1))
             if upstream[2] is not None:
-                z = take_rows(ref_logits, rows, a.dtype)
-                logq = _finite(_logp(z, temperature, stats.ref_shift[rows], stats.ref_norm[rows]))
-                weights.addcmul_(logq, c.unsqueeze(1), value=-1)
+                r = take_rows(ref_logits, rows, a.dtype)
+                logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_norm[rows], buffers, "q")
+                weights.sub_(logq.clamp_min_(LOWEST).mul_(c.unsqueeze(1)))
             grad.mul_(weights)
         if upstream[0] is not None:
             chosen = tokens[rows].long()
             here = (chosen >= 0) & (chosen < grad.shape[1])  # in a tile of the vocabulary it may be elsewhere
             grad.scatter_add_(1, torch.where(here, chosen, 0).unsqueeze(1), torch.where(here, a, 0.0).unsqueeze(1))
-        out[rows] = (grad if temperature == 1 else grad.div_(temperature)).to(out.dtype)
+        out[rows] = grad.to(out.dtype)
     return out
 
 
@@ -225,22 +222,75 @@ def take_rows(x: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
     return x[index // x.shape[1], index % x.shape[1]].to(dtype)
 
 
-def _normalise(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log softmax(z/temperature), shift, norm) of each row of z."""
+def _fill(
+    out: Statistics, rows: slice | Tensor, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float,
+    kl: Callable[[Tensor, Tensor, Tensor], Tensor], scratch: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Statistics of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z and
+    log q overwrites r."""
+    logp, p, logq = (None, None, None) if scratch is None else (scratch[: len(z)], z, r)
+    logp, out.shift[rows], out.norm[rows] = _normalise(z, temperature, logp)
+    p = torch.softmax(logp, 1, out=p)
+    out.logprob[rows] = _choose(logp, tokens)
+    out.entropy[rows] = -_cross(p, logp)
+    if r is not None:
+        logq, out.ref_shift[rows], out.ref_norm[rows] = _normalise(r, temperature, logq)
+        out.ref_logprob[rows] = _choose(logq, tokens)
+        out.kl[rows] = kl(p, logp, logq)
+
+
+def _normalise(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log softmax(z/temperature), shift, norm) of each row of z; a row of −inf has shift −inf and is uniform."""
     shift = z.amax(1)
-    logp = torch.log_softmax(z if temperature == 1 else (z - shift.unsqueeze(1)).mul_(1 / temperature), 1)
+    if (shift == -INF).any():
+        z = z.masked_fill((shift == -INF).unsqueeze(1), 0.0)
+    if temperature != 1:
+        z = torch.sub(z, shift.clamp(min=LOWEST).unsqueeze(1), out=out).mul_(1 / temperature)
+    logp = torch.log_softmax(z, 1, out=out)
     return logp, shift, -logp.amax(1)
 
 
-def _logp(z: Tensor, temperature: float, shift: Tensor, norm: Tensor) -> Tensor:
-    """(z − shift)/temperature − norm; subtracting first keeps a common offset from rounding."""
-    x = z - shift.unsqueeze(1)
+def _shares(*parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(shift, norm) of two tiles together, and the logarithms of their shares."""
+    shift, norm, other_shift, other_norm, temperature = parts
+    top = torch.maximum(shift, other_shift).clamp_(min=LOWEST)
+    norms = (shift - top) / temperature + norm, (other_shift - top) / temperature + other_norm
+    both = torch.logaddexp(*norms).clamp_(min=LOWEST)
+    return top, both, norms[0] - both, norms[1] - both
+
+
+def _weighted(w: Tensor, x: Tensor) -> Tensor:
+    """w x, and 0 where w = 0 whatever x is."""
+    return (w * x).masked_fill_(w == 0, 0.0)
+
+
+def _logp(z: Tensor, temperature: float, shift: Tensor, norm: Tensor, buffers: dict, name: str) -> Tensor:
+    """(z − shift)/temperature − norm in a buffer; subtracting first keeps a common offset from rounding."""
+    x = torch.sub(z, shift.unsqueeze(1), out=_scratch(buffers, name, z))
     return (x if temperature == 1 else x.mul_(1 / temperature)).sub_(norm.unsqueeze(1))
 
 
-def _entropy(p: Tensor, logp: Tensor) -> Tensor:
-    """−Σ p log p of each row, with 0 log 0 = 0."""
-    return -_cross(p, logp)
+def _scratch(buffers: dict, name: str, like: Tensor) -> Tensor:
+    """A buffer of this name for as many rows as `like` has; the first asked for is the largest."""
+    if name not in buffers:
+        buffers[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return buffers[name][: len(like)]
+
+
+def _choose(x: Tensor, tokens: Tensor) -> Tensor:
+    """x[n, tokens[n]]."""
+    return x.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _cross(p: Tensor, d: Tensor) -> Tensor:
+    """Σ p d of each row, where p = 0 contributes 0 whatever d is."""
+    sums = torch.linalg.vecdot(p, d)
+    return torch.linalg.vecdot(p, d.masked_fill(p == 0, 0.0)) if sums.isnan().any() else sums
+
+
+def _cross_kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """D(p ‖ q) of each row as Σ p log(p/q), which overwrites log p."""
+    return _cross(p, logp.sub_(logq)).clamp_(min=0)
 
 
 def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
@@ -253,25 +303,3 @@ def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
     if not (low > FAR and high < INF):  # also where −inf − −inf made NaN
         return reference.kl_divergence(logp, logq)
     return torch.where(kl > SMALL_KL, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
-
-
-def _choose(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[n, tokens[n]]."""
-    return x.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
-
-
-def _scaled_gap(z: Tensor, shift: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """(z − shift)/temperature of each row; subtracting first keeps a common offset from rounding."""
-    torch.sub(z, shift.unsqueeze(1), out=out)
-    return out if temperature == 1 else out.mul_(1 / temperature)
-
-
-def _cross(p: Tensor, d: Tensor) -> Tensor:
-    """Σ p d of each row, where p = 0 contributes 0 whatever d is."""
-    sums = torch.linalg.vecdot(p, d)
-    return torch.linalg.vecdot(p, d.masked_fill(p == 0, 0.0)) if sums.isnan().any() else sums
-
-
-def _finite(logp: Tensor) -> Tensor:
-    """logp with −inf replaced by 0: wherever it is multiplied by p = 0 anyway."""
-    return logp.masked_fill(logp == -INF, 0.0) if logp.amin() == -INF else logp
