@@ -2,15 +2,16 @@
 
 import json
 import re
+import time
 
 import pandas as pd
 import pytest
 import torch
 
 from klq_edu import figures
-from klq_edu.bench import memory, run
+from klq_edu.bench import measure, memory, run
 from klq_edu.bench.contenders import Contender, contenders
-from klq_edu.bench.measure import Repetition, errors, interleave, run_once
+from klq_edu.bench.measure import Repetition, errors, interleave, repeat, run_once
 from klq_edu.bench.run import BenchConfig, run_bench
 from klq_edu.bench.sizes import MAIN, QUICK, Size
 from klq_edu.bench.workloads import WORKLOADS, make_inputs
@@ -63,7 +64,17 @@ def test_a_wrong_contender_is_found_out(name):
     assert max(good.values()) < 1e-5 and min(bad.values()) > 1e-3 and good.keys() == bad.keys()
 
 
-def test_contenders_take_turns_between_products():
+def test_short_work_is_repeated_until_it_can_be_timed():
+    """One run of a tenth of a millisecond would be timed with cold caches and a coarse clock."""
+    slow, fast = [], []
+    both = Contender("slow", lambda x: slow.append(time.sleep(0.03)) or {}, truth=dict)
+    repeat(both, {})
+    forward, _ = repeat(both._replace(run=lambda x: fast.append(time.sleep(0.002)) or {}), {})
+    assert len(slow) == 1 and 2 <= len(fast) <= 10 and 0.002 <= forward < 0.02
+
+
+def test_contenders_take_turns_between_products(monkeypatch):
+    monkeypatch.setattr(measure, "SHORTEST", 1e-12)
     log = []
     one, two = (
         Contender(name, lambda x, name=name: log.append(name) or {}, truth=lambda x: {}) for name in ("one", "two")

@@ -16,8 +16,9 @@ from klq_kernels import reference, tiled
 from klq_kernels.reference import clean, result_dtype
 from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
 
-WORKSPACE_BYTES = 1 << 26  # 64 MiB: 458 rows of 32,000 tokens, and an eighth of it for the reference's tiles
-REF_SHARE = 8
+WORKSPACE_BYTES = 70 << 20  # 70 MiB: 512 rows of 32,000 tokens, and a tenth of it for the reference's tiles
+REF_SHARE = 10
+ALIGNED = 64  # columns: rows of a tile start at whole cache lines
 TALLEST = 2048  # rows of a tile; beyond that a product gains nothing
 
 
@@ -55,14 +56,18 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, head: Head, needed: tuple[bool, bool, bool]) -> "Gradients":
-        """Zero accumulators: the weight's in the working dtype, since many chunks add to it."""
+    def start(cls, head: Head, needed: tuple[bool, bool, bool], mask: Tensor) -> "Gradients":
+        """Accumulators in the working dtype, zero but for the weight's, which the first rows overwrite if any come."""
         dtype = result_dtype(head.weight)
-        made = (torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip(head, needed, strict=True))
-        return cls(*made)
+        made = [torch.zeros_like] * 3
+        made[1] = torch.empty_like if mask.any() else torch.zeros_like
+        return cls(*(f(x, dtype=dtype) if need else None for f, x, need in zip(made, head, needed, strict=True)))
 
-    def add(self, head: Head, rows: slice | Tensor, columns: slice, dz: Tensor, scale: Tensor | None = None) -> None:
-        """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n].
+    def add(
+        self, head: Head, rows: slice | Tensor, columns: slice, dz: Tensor, scale: Tensor | None, first: bool
+    ) -> None:
+        """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n]; `first`
+        says that these are the first rows.
 
         In float32 the scale costs no visit to dz: it is put on the hidden states and on their gradients.
         """
@@ -76,7 +81,7 @@ class Gradients(NamedTuple):
             dh = product(dz, part.weight)
             self.hidden[rows] += dh if scale is None else dh.mul_(scale.unsqueeze(1))
         if self.weight is not None:
-            add_product(self.weight[columns], dz.t(), hidden)
+            add_product(self.weight[columns], dz.t(), hidden, first)
         if self.bias is not None:
             self.bias[columns] += dz.sum(0, dtype=self.bias.dtype) if scale is None else scale @ dz
 
@@ -107,14 +112,14 @@ def linear_grad(
 ) -> Gradients:  # fmt: skip
     """Gradients of what `linear_stats` returned: the logits are computed once more, the reference's only if the KL
     has an upstream gradient."""
-    grads, given = Gradients.zeros(policy, needed), policy
+    grads, given = Gradients.start(policy, needed, mask), policy
     policy, ref = policy.workable(), None if upstream[2] is None else ref.workable()
-    for rows in tall_blocks(mask, policy, ref, workspace):
+    for index, rows in enumerate(tall_blocks(mask, policy, ref, workspace)):
         some = Statistics(*(x[rows] if len(x) else x for x in stats))
         ups = tuple(None if x is None else x[rows] for x in upstream)
         for columns, (z, r) in logit_tiles((policy, ref), rows, workspace):
             tiled.logits_grad(z, tokens[rows] - columns.start, r, temperature, mask[rows], some, ups, z)
-            grads.add(policy, rows, columns, z)
+            grads.add(policy, rows, columns, z, None, first=index == 0)
     return grads.like(given)
 
 
@@ -128,12 +133,12 @@ def linear_klq(
     computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `fixed` holds
     klq_loss's tensors without gradient, `variant` its settings; `kernels` works on logits.
     """
-    grads, count, given_policy = Gradients.zeros(policy, needed), mask.sum().clamp(min=1), policy
+    grads, count, given_policy = Gradients.start(policy, needed, mask), mask.sum().clamp(min=1), policy
     policy, ref = policy.workable(), ref and ref.workable()
     stats = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
     dvalues = torch.zeros_like(values, dtype=result_dtype(values, stats.logprob))
     total = dvalues.new_zeros(())
-    for rows, z in logit_chunks(policy, mask, workspace, shared=ref is not None):
+    for index, (rows, z) in enumerate(logit_chunks(policy, mask, workspace, shared=ref is not None)):
         part = chunk_stats(kernels, z, tokens[rows], ref, rows, temperature, mask[rows], workspace)
         store(stats, rows, part)
         given = {name: None if x is None else x[rows] for name, x in fixed.items()}
@@ -142,7 +147,7 @@ def linear_klq(
         total = total + loss
         if any(needed):
             dz, scale = chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count)
-            grads.add(policy, rows, slice(None), dz, scale)
+            grads.add(policy, rows, slice(None), dz, scale, first=index == 0)
     return total / count, stats, grads.like(given_policy), dvalues / count
 
 
@@ -204,7 +209,8 @@ def logit_tiles(
     present = [head.take(rows) for head in heads if head is not None]
     count, vocab, dtype = len(present[0].hidden), len(present[0].weight), result_dtype(present[0].weight)
     width = max(1, workspace // (len(present) * dtype.itemsize * count))
-    width = math.ceil(vocab / math.ceil(vocab / width))
+    even = math.ceil(vocab / math.ceil(vocab / width))
+    width = min(width, ALIGNED * math.ceil(even / ALIGNED))
     buffers = [None if head is None else head.weight.new_empty(count * width, dtype=dtype) for head in heads]
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
@@ -267,9 +273,10 @@ def native(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or total = a @ b the first time."""
     if a.dtype == b.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
     else:
-        total.add_(torch.mm(a, b) if native(a.dtype) and a.dtype == b.dtype else product(a, b))
+        ab = torch.mm(a, b) if native(a.dtype) and a.dtype == b.dtype and not a.is_cuda else product(a, b)
+        total.copy_(ab) if first else total.add_(ab)

@@ -15,7 +15,7 @@ from torch import Tensor
 from klq_kernels import reference
 from klq_kernels.reference import INF, LambdaReturns
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so the Bregman sum is taken
 FAR = -60.0  # log(p/q) below which e^(−d) is near overflow
 LOWEST = -1e30  # stands for −inf where it is multiplied by 0
@@ -130,8 +130,9 @@ def logits_grad(
         a, b, c = (torch.zeros_like(stats.norm[rows]) if x is None else x[rows] / temperature for x in upstream)
         logp = _logp(take_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.norm[rows], buffers, "p")
         grad = torch.exp(logp, out=_scratch(buffers, "grad", logp))
+        direct = isinstance(rows, slice) and out.dtype == grad.dtype
         if upstream[1] is None and upstream[2] is None:
-            grad.mul_(-a.unsqueeze(1))
+            grad = torch.mul(grad, -a.unsqueeze(1), out=out[rows] if direct else grad)
         else:
             kl, constant = stats.kl[rows] if upstream[2] is not None else c, -a - b * stats.entropy[rows]
             c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
@@ -141,12 +142,13 @@ def logits_grad(
                 r = take_rows(ref_logits, rows, a.dtype)
                 logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_norm[rows], buffers, "q")
                 weights.sub_(logq.clamp_min_(LOWEST).mul_(c.unsqueeze(1)))
-            grad.mul_(weights)
+            grad = torch.mul(grad, weights, out=out[rows] if direct else grad)
         if upstream[0] is not None:
             chosen = tokens[rows].long()
             here = (chosen >= 0) & (chosen < grad.shape[1])  # in a tile of the vocabulary it may be elsewhere
             grad.scatter_add_(1, torch.where(here, chosen, 0).unsqueeze(1), torch.where(here, a, 0.0).unsqueeze(1))
-        out[rows] = grad.to(out.dtype)
+        if not direct:
+            out[rows] = grad.to(out.dtype)
     return out
 
 
@@ -155,14 +157,17 @@ def lambda_returns(
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
     """`reference.lambda_returns` without a loop over time."""
-    given = (rewards, values, logprobs, ref_logprobs, *([] if trace_weights is None else [trace_weights]))
-    r, v, logp, logq, *weights = reference.clean(mask, *given)
-    q = reference.q_values(logp, logq, v, tau)
-    td_errors = r.add_(reference.shift_left(v), alpha=gamma).sub_(q)  # v, q and r are 0 where masked
+    given = (values, rewards, logprobs, ref_logprobs, *([] if trace_weights is None else [trace_weights]))
+    dtype = reference.result_dtype(*given)
+    v, r, logp, logq, *weights = (x.to(dtype) for x in given)
+    q = reference.zero_unless(mask, reference.q_values(logp, logq, v, tau))
+    later = reference.shift_left(reference.zero_unless(mask, v))
+    td_errors = reference.zero_unless(mask, torch.add(r, later, alpha=gamma).sub_(q))
     if trace_weights is None:
         advantages = discounted_sums(td_errors, gamma * lam)
     else:
-        advantages = decaying_sums(td_errors, gamma * lam * reference.shift_left(weights[0]))
+        c = reference.zero_unless(mask, weights[0])
+        advantages = decaying_sums(td_errors, gamma * lam * reference.shift_left(c))
     return LambdaReturns(torch.add(q, advantages, alpha=alpha), advantages, td_errors)
 
 

@@ -13,6 +13,8 @@ from klq_edu.bench.sizes import Size
 from klq_edu.bench.workloads import SHARED, Outputs
 
 CHECKED_ROWS = 64
+SHORTEST = 0.02
+"""Seconds: work that is done sooner is repeated until it has taken that long."""
 UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}
 """Output -> the column of inputs["upstream"] that is its upstream gradient."""
 
@@ -49,12 +51,21 @@ def interleave(everyone: list[Contender], x: dict, gemm: Callable[[], float], re
     for rep in range(reps):
         turn = rep % len(everyone)
         for contender in everyone[turn:] + everyone[:turn]:
-            _, forward, backward = run_once(contender, x)
+            forward, backward = repeat(contender, x)
             after = gemm()
             times[contender.name].append(Repetition(forward, backward, (before + after) / 2))
             before = after
             tick()
     return times
+
+
+def repeat(contender: Contender, x: dict) -> tuple[float, float]:
+    """Mean seconds of forward and backward pass over as many runs as last `SHORTEST` together."""
+    runs = []
+    while sum(map(sum, runs)) < SHORTEST:
+        runs.append(run_once(contender, x)[1:])
+    forward, backward = (sum(part) / len(runs) for part in zip(*runs, strict=True))
+    return forward, backward
 
 
 def reference_gemm(size: Size, device: str) -> Callable[[], float]:
