@@ -7,8 +7,8 @@
 # notebooks; read the notation; and use the checks that come with every equation and exercise. KL stands for the
 # Kullback–Leibler divergence, a measure of how far one distribution is from another.
 #
-# *You need* a little Python and one course on machine learning. *Time:* 20 minutes. *Symbols:* the table below has all of
-# them.
+# *You need* a little Python and one course on machine learning. *Time:* 20 minutes. *Symbols:* the table below has those
+# that return; nothing in it has to be learnt now.
 
 # %%
 import pandas as pd
@@ -28,10 +28,18 @@ pd.set_option("display.max_colwidth", None)
 #
 # A language model that was trained to imitate people can be trained further to please them: reinforcement learning from
 # human feedback (RLHF). A reward model scores what it writes, and an algorithm makes high scores more likely, without
-# letting the model stray far from where it started, the *reference*. The usual algorithm is proximal policy optimisation
-# (PPO). KLQ goes another way: it reads the language model itself as a table of action values, $Q$, and fits them by least
-# squares. The surprise, and the end of this course, is that this is PPO in disguise, in a sense that can be made exact,
-# and that stops at places that can be named.
+# letting the model stray far from where it started, the *reference*.
+#
+# Four words of reinforcement learning are enough to begin. Take the prompt *"The soup was"*. The text so far is the
+# **state** $s$; the next token, say *good*, is the **action** $a$; the model, which gives each action a probability
+# $\pi(a|s)$, is the **policy**. An **action value** $Q(s,a)$ says how much reward to expect, less the price of straying,
+# if $a$ is chosen in $s$; a **value** $V(s)$ says it before anything is chosen.
+#
+# The usual algorithm is proximal policy optimisation (PPO): it pushes up the probability of tokens that turned out
+# better than expected. KLQ goes another way: it reads the language model itself as a table of action values, $Q$, and
+# fits them by least squares. The surprise, and the end of this course, is that this is PPO in disguise, in a sense that
+# can be made exact; and we shall see where exactly it ends. "The paper" is from here on J. R. Brown, L. Wells, E. J. Young
+# and S. Bacallado, *KL-Regularised Q-Learning* (arXiv 2508.17000); "the paper's (13)" is its equation 13.
 #
 # ## The map
 
@@ -114,7 +122,8 @@ except AssertionError as problem:
     print(problem)
 
 # %% [markdown]
-# A notebook with a wrong equation does not run to its end. Averages in this course run over real tokens only, those where a
+# A notebook with a wrong equation does not run to its end. (A check is evidence, on the numbers it was given; the proof is
+# the argument in the text.) Averages in this course run over real tokens only, those where a
 # mask $m$ is true, and padding may hold anything:
 #
 # $$\overline{x} = \frac{\sum_t m_t\,x_t}{\sum_t m_t} \tag{0.3}$$
@@ -127,8 +136,9 @@ check.equation("0.3", masked_mean(x, mask), (x[0] + x[1]) / 2)
 # %% [markdown]
 # > **People ask: do I need a GPU? And why double precision (float64)?**
 # >
-# > No. And because then an equation holds to 15 digits or it is wrong; in float32 a small true number can
-# > drown in rounding, and one cannot tell. Here is a small KL, computed from its definition in both:
+# > No. And because an exact identity then holds to many digits, far more than any slip would leave; limits and finite
+# > differences state how many they claim. In float32 a small true number can drown in rounding, and one cannot tell. Here is
+# > a small KL, computed from its definition in both (`start` has made float64 the default of this notebook):
 
 # %%
 near = torch.log_softmax(policy.log() + torch.tensor([1e-4, 0.0, -1e-4]), -1)
@@ -140,12 +150,12 @@ print(f"exact:         {kl_divergence(near, policy.log()).item():+.3e}")
 # %% [markdown]
 # ## How exercises are checked
 #
-# You write a function, the check calls it with fresh random numbers. It knows the usual mistakes and names them. In this full
-# edition the solutions are filled in; `make lab` opens the student edition. Try these two.
+# You write a function, the check calls it with fresh random numbers. It knows the usual mistakes and names them. There are two
+# editions of each notebook: one with holes to fill in, which `make lab` opens, and one with the solutions. Try these two.
 #
 # ### Exercise 0.1 · A mean without padding
 #
-# The mean of `x` over the entries where `mask` is True. Padding holds NaN (not a number).
+# The mean of `x` over the entries where `mask` is True. Padding holds anything: NaN (not a number) or leftovers.
 #
 # <!-- hints 0.1 -->
 
@@ -162,7 +172,8 @@ check.exercise("0.1", my_mean)
 # %% [markdown]
 # ### Exercise 0.2 · The value of the next state
 #
-# From `values` [B, T] and the mask: $V(s_{t+1})$ for every real token, 0 after the last one, and 0 on padding.
+# From `values` of shape [B, T] (a batch of B completions, padded on the right to T tokens) and the mask: $V(s_{t+1})$ for
+# every real token, 0 after the last one, and 0 on padding. Padding holds leftovers.
 #
 # <!-- hints 0.2 -->
 
@@ -171,8 +182,7 @@ check.exercise("0.1", my_mean)
 def my_next_values(values, mask):
     # BEGIN SOLUTION
     real = torch.where(mask, values, 0.0)
-    shifted = torch.cat([real[:, 1:], torch.zeros(len(real), 1)], 1)
-    return torch.where(mask, shifted, 0.0)
+    return torch.cat([real[:, 1:], torch.zeros(len(real), 1)], 1)
     # END SOLUTION
 
 

@@ -26,8 +26,8 @@ check = start("01")
 #
 # A language model has written *"The soup was"* and is about to write one last word. Four are possible. The model that
 # we were given, the **reference** $\pi_b$, has learnt from people and says *fine* half of the time. A **reward model**
-# scores the word. It likes praise, and it has a blind spot: the gibberish *zxqv*, which nobody ever says, happens to
-# get the highest score of all.
+# scores the word. It likes praise, and it has a blind spot: the gibberish *zxqv*, which hardly anybody ever says, happens
+# to get the highest score of all.
 
 # %%
 ref, q = torch.tensor(REF), torch.tensor(REWARDS)
@@ -41,8 +41,8 @@ print(f"\nThe reference earns {(ref * q).sum():.2f} on average.")
 #
 # <details><summary>Compare</summary>
 #
-# Reward alone: *zxqv*, always. That is called reward hacking, and it is why nobody trains on reward alone. What we
-# want is *superb*, often, and *zxqv* hardly ever: rewards are believed where the reference gives them a chance, and
+# Reward alone: *zxqv*, always. That is called reward hacking, and it is why one rarely trains on a learnt reward alone.
+# What we want is *superb*, often, and *zxqv* rarely: rewards are believed where the reference gives them a chance, and
 # doubted where it does not.
 #
 # </details>
@@ -50,11 +50,11 @@ print(f"\nThe reference earns {(ref * q).sum():.2f} on average.")
 # ## What straying costs
 #
 # We need a number for "how far is $\pi$ from $\pi_b$". The Kullback–Leibler divergence is the average, over what $\pi$
-# *says*, of how much more likely $\pi$ finds it than $\pi_b$ does:
+# *says*, of the logarithm of how many times more likely $\pi$ finds it than $\pi_b$ does:
 #
 # $$D(\pi\|\pi_b) = \sum_a \pi(a)\,\log\frac{\pi(a)}{\pi_b(a)} \tag{1.1}$$
 #
-# Its unit is the *nat* (the natural logarithm's bit). The library's function uses another, numerically safer form;
+# Here $0\log 0 = 0$, and throughout $\pi_b > 0$. Its unit is the *nat* (the natural logarithm's bit). The library's function uses another, numerically safer form;
 # let us see whether it agrees with the formula as it stands here.
 
 # %%
@@ -88,7 +88,7 @@ print(f"π_b against itself: {kl_divergence(ref.log(), ref.log()):.4f} nats")
 # objective of a token tree of depth one, the class that later notebooks will grow into whole sentences.
 
 # %%
-tau = 0.5
+tau = 1.0
 tree = TokenTree.grow(
     4, 1, ref=lambda prefix: ref, reward=lambda text: q[text[-1]].item()
 )
@@ -151,8 +151,8 @@ assert (every <= soft_value).all()
 # %% [markdown]
 # ## In the library
 #
-# The library solves a slightly larger problem once and for all: several "anchors" $p_i$, each with its own price
-# $c_i$. One anchor gives the Boltzmann policy. With two, in notebook 07, it will be PPO (proximal policy optimisation).
+# Two functions: the Boltzmann policy, and below it the workhorse, which allows several references $p_i$, each with a price
+# $c_i$ of its own. With one reference it is (1.5) and (1.7). Notebook 07 needs two, for proximal policy optimisation (PPO).
 
 # %%
 source(boltzmann)
@@ -169,14 +169,17 @@ explore(BANDIT)
 
 # %% [markdown]
 # **Explain.** Between *superb* and *zxqv* the odds are $\tfrac{0.19}{0.01}\,e^{(2-4)/\tau}$. They are even where
-# $\tau = 2/\log 19 \approx 0.68$: above, the reference's doubt wins, below, the reward's enthusiasm.
+# $\tau = 2/\log 19 \approx 0.68$: above, the reference's doubt wins, below, the reward's enthusiasm. A reward higher by 1
+# moves that price to $3/\log 19 \approx 1.02$. So a penalty protects only if it is high enough, and nothing in the
+# mathematics says what is enough: it depends on how far the reward can be trusted.
 #
 # At the two ends the soft value becomes something familiar:
 #
 # $$\lim_{\tau\to 0} V_Q = \max_a Q(a), \qquad \lim_{\tau\to\infty} V_Q = \sum_a \pi_b(a)\,Q(a) \tag{1.8}$$
 #
-# The first, because the largest exponential dwarfs all others; the second, because $e^{x} \approx 1 + x$ for small
-# $x = Q/\tau$. The check goes as far as float64 lets it.
+# The first, because the largest exponential dwarfs all others. The second, because $e^x \approx 1 + x$ and
+# $\log(1 + x) \approx x$ for small $x$: $\tau\log\sum_a\pi_b e^{Q/\tau} \approx \tau\log(1 + \sum_a\pi_b Q/\tau) \approx \sum_a\pi_b Q$.
+# The check stops at $\tau = 10^{-13}$ and $10^6$, where what is left is of the order of $10^{-6}$.
 
 # %%
 cold, hot = boltzmann(q, ref, 1e-13)[1], boltzmann(q, ref, 1e6)[1]
@@ -191,7 +194,8 @@ check.equation("1.8", torch.stack([cold, hot]), ends, tol=1e-5)
 #
 # $$\frac{\mathrm{d}R}{\mathrm{d}D} = \frac{R'(\tau)}{D'(\tau)} = \tau \tag{1.9}$$
 #
-# One more nat of KL buys $\tau$ of reward, at the margin. That is what you choose when you set `kl_coef` in a trainer.
+# Both derivatives can be had: $D'(\tau) = -\mathrm{Var}_{\pi_Q}(Q)/\tau^3$, which is negative (a higher price buys less
+# KL, always), and $R'(\tau) = -\mathrm{Var}_{\pi_Q}(Q)/\tau^2$. One more nat of KL buys $\tau$ of reward, at the margin. That is what you choose when you set `kl_coef` in a trainer.
 # We check it by finite differences, which know nothing of the argument.
 
 # %%
@@ -211,7 +215,7 @@ check.equation(
 #
 # $$Q(a) = \tau \log\frac{\pi(a)}{\pi_b(a)} + V \tag{1.10}$$
 #
-# Read it from right to left. Take *any* policy $\pi$ and *any* number $V$. They make an action-value function $Q$, whose
+# Read it from right to left. Take *any* policy $\pi > 0$ and *any* number $V$. They make an action-value function $Q$, whose
 # Boltzmann policy is $\pi$ and whose soft value is $V$. Nothing is lost in either direction: four values $Q$ on one side, and
 # on the other a policy (three free numbers, since it sums to 1) and a $V$. The paper's equation (13) says just this,
 # and KLQ (KL-regularised Q-learning) lives on it: **a language model with a number for each state *is* a Q-function**.
@@ -237,7 +241,8 @@ print(f"D(π_b‖π) = {kl_divergence(ref.log(), silent.log()):.3f} nats")
 # %% [markdown]
 # Both are used in practice, and confused. The first lets a policy drop what earns little, but hardly lets it say what
 # the reference never says; the second insists that it keep saying everything. Reinforcement learning from human
-# feedback (RLHF) charges the first.
+# feedback (RLHF) charges the first, for three reasons: it is an average over texts that the policy itself writes, so it can be
+# estimated while training; over the tokens of a text it adds up (notebook 03); and its best policy has the closed form (1.5).
 #
 # ## Exercises
 #
@@ -245,7 +250,7 @@ print(f"D(π_b‖π) = {kl_divergence(ref.log(), silent.log()):.3f} nats")
 #
 # ### Exercise 1.1 · The soft value, without overflow
 #
-# Compute $V_Q$ of (1.7) from tensors `q` and `ref` of shape [V] and a number `tau`. Real rewards may be large: the
+# Compute $V_Q$ of (1.7) from tensors `q` and `ref` of shape [A] (one entry per action) and a number `tau`. Real rewards may be large: the
 # check tries some near 1000, where $e^{Q/\tau}$ is infinite for a computer.
 #
 # <!-- hints 1.1 -->
@@ -263,7 +268,7 @@ check.exercise("1.1", my_soft_value)
 # %% [markdown]
 # ### Exercise 1.2 · The best policy
 #
-# Compute $\pi_Q$ of (1.5), a tensor of shape [V].
+# Compute $\pi_Q$ of (1.5), a tensor of shape [A].
 #
 # <!-- hints 1.2 -->
 
@@ -278,10 +283,11 @@ def my_best_policy(q, ref, tau):
 check.exercise("1.2", my_best_policy)
 
 # %% [markdown]
-# ### Exercise 1.3 · Which τ costs half a nat?
+# ### Exercise 1.3 · Which τ spends the budget?
 #
 # People who train language models often think in KL ("stay within 10 nats") and not in prices. Find, for a given
-# `budget` in nats, the $\tau$ between 0.001 and 1000 at which $D(\pi_Q\|\pi_b)$ equals the budget.
+# `budget` in nats, the $\tau$ between 0.001 and 1000 at which $D(\pi_Q\|\pi_b)$ equals the budget, to six digits. Return a
+# number. (The check only asks for budgets that can be spent.)
 #
 # <!-- hints 1.3 -->
 
@@ -318,8 +324,10 @@ check.exercise("1.3", my_temperature)
 # Both keep the KL finite, and on this bandit they even follow the same curve if the steps are exact: repeated steps
 # $\pi \propto \pi_{old}\,e^{\eta Q}$ from $\pi_b$ give $\pi_b\,e^{k\eta Q}$ after $k$ of them, which is the Boltzmann policy at
 # $\tau = 1/(k\eta)$. So stopping after $k$ steps chooses a $\tau$. But the colleague must know when to stop, and if nobody
-# stops it the policy ends at *zxqv*; with a penalty it ends where it should and training longer does no harm. With
-# sampled, clipped or adaptive steps the path leaves the curve, and then it earns less reward for the same KL.
+# stops it the policy ends at *zxqv*; with a penalty it ends at the Boltzmann policy of that τ, and training longer does no harm. With
+# sampled, clipped or adaptive steps the path leaves the curve, and then it earns less reward for the same KL. The computation:
+# `trade(q, ref, 1 / (k * eta))` for k = 1, 2, 3 and η = 0.5 gives the points where stopping after k steps ends; they are
+# points of the grey curve, at τ = 2, 1 and 0.67, and the last is where *zxqv* takes over.
 #
 # </details>
 

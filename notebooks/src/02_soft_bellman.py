@@ -7,7 +7,7 @@
 # compute the optimal soft values; and prove that alternating evaluation and improvement gets there.
 #
 # *You need* notebook 01. *Time:* 40 minutes. *Symbols:* $s$ state, $a$ action, $s'$ the state that follows, $r(s,a)$ reward,
-# $\gamma$ discount, $Q_\pi, V_\pi$ values of a policy, $Q^*, V^*$ optimal values, $\tau$ price of the Kullback–Leibler divergence
+# $\gamma \le 1$ discount (a reward one step later counts $\gamma$ times as much; for texts usually 1), $Q_\pi, V_\pi$ values of a policy, $Q^*, V^*$ optimal values, $\tau$ price of the Kullback–Leibler divergence
 # (KL) $D$ to the reference $\pi_b$.
 
 # %%
@@ -23,8 +23,12 @@ check = start("02")
 # %% [markdown]
 # ## A prize behind a door
 #
-# Two tokens, 0 and 1, four steps. Every 0 earns a little. But the text 1111 earns 3, more than anything else. The reference
-# likes to start with 0. **Predict:** at which price $\tau$ would you still go for the prize?
+# Two tokens, 0 and 1, four steps. Every 0 earns a little, paid with the last token. But the text 1111 earns 3, more than anything
+# else. The reference likes to start with 0. **Predict:** at which price $\tau$ would you still go for the prize?
+#
+# A `TokenTree` holds all prefixes of such texts: row $i$ of `tree.ref` and `tree.rewards` is the state `tree.prefixes[i]`, a column
+# is a token; `tree.children[i, a]` is the row of the state that follows, or −1 where the text ends; `tree.leaves` are the
+# (state, token) pairs that end a text. With so few texts every expectation is a sum.
 
 # %%
 tree, tau, gamma = maze(), 0.5, 0.9
@@ -56,12 +60,12 @@ check.equation("2.2", V, (policy * Q).sum(-1) - tau * divergence)
 
 # %% [markdown]
 # These two lines only say that the numbers are consistent. Are they what we want: the average, over all texts, of
-# what is earned and paid along the way? From a first token on, the paper's return (1) charges the KL of the *next*
-# states:
+# what is earned and paid along the way (the *return*)? From a first token on, the paper's (1) charges the KL of the *next*
+# states, those after the end being worth 0:
 #
-# $$Q_\pi(s_0,a_0) = \mathbb{E}\left[\,\sum_{k \ge 0} \gamma^k\left(r_{k+1} - \tau\gamma\,D(\pi\|\pi_b)(s_{k+1})\right)\right] \tag{2.3}$$
+# $$Q_\pi(s_0,a_0) = \mathbb{E}_\pi\left[\,\sum_{k \ge 0} \gamma^k\left(r_{k+1} - \tau\gamma\,D(\pi\|\pi_b)(s_{k+1})\right)\,\middle|\,s_0,a_0\right] \tag{2.3}$$
 #
-# We enumerate all texts that begin with each token, and add up by hand.
+# We enumerate all texts that begin with each token, and add up by hand (here only the last token earns anything).
 
 # %%
 where = {prefix: state for state, prefix in enumerate(tree.prefixes)}
@@ -105,10 +109,13 @@ after = torch.where(tree.children >= 0, V_best[tree.children], 0.0)
 check.equation("2.4", Q_best, tree.rewards + gamma * after)
 
 # %% [markdown]
-# Is that really the best of all policies, and not only in each state by itself? At least nothing beats it: two
-# hundred random rivals in every state.
+# Is that really the best of all policies, and not only in each state by itself?
 #
 # $$V_\pi(s) \le V^*(s) \qquad \text{for all } \pi, s \tag{2.5}$$
+#
+# Yes, by working back from the end. Suppose $V_\pi \le V^*$ holds in all next states. Then $Q_\pi \le Q^*$ by (2.1), so
+# $V_\pi(s) = \sum_a \pi Q_\pi - \tau D \le \sum_a \pi Q^* - \tau D$, and by (1.6) no policy makes the right side larger than $V^*(s)$. Two
+# hundred random rivals agree in every state:
 
 # %%
 rivals = [torch.softmax(2 * torch.randn(tree.ref.shape), -1) for _ in range(200)]
@@ -118,6 +125,13 @@ check.equation("2.5", tree.evaluate(best, tau, gamma)[1], V_best)
 
 # %%
 explore(VALUES)
+
+# %%
+for price in (0.4, 0.5, 0.6, 0.7, 0.8):
+    shares = tree.sequence_distribution(tree.optimum(price)[2])
+    print(
+        f"τ = {price}, γ = 1: 1111 with probability {shares[texts.index((1,) * 4)]:.2f}"
+    )
 
 # %% [markdown]
 # ## With γ = 1 it is a bandit after all
@@ -147,19 +161,22 @@ check.equation("2.7", V_one[0], tau * weights.sum().log())
 # %% [markdown]
 # ## Getting there by improvement
 #
-# In practice we cannot work back from all ends. But we can **evaluate** the policy we have, and then **improve** it: in each
-# state take the Boltzmann policy of $Q_\pi$. That never hurts. In each state the new policy is at least as good a
-# choice *once*, as notebook 01 showed, hence better twice, and so on:
+# In practice we know the best values of no state. But we can **evaluate** the policy we have (from texts that it writes:
+# notebook 05), and then **improve** it: in each state take the Boltzmann policy of $Q_\pi$. That never hurts:
 #
 # $$V_\pi(s) \le V_{\pi'}(s), \qquad \pi' \propto \pi_b\,e^{Q_\pi/\tau} \tag{2.8}$$
+#
+# By (1.6), $V_\pi(s) \le \sum_a \pi' Q_\pi - \tau D(\pi'\|\pi_b)(s)$: choose by $\pi'$ now and by $\pi$ afterwards, and nothing is lost. But
+# $Q_\pi$ contains $\gamma V_\pi(s')$. Bound that in the same way: $\pi'$ now and once more, $\pi$ afterwards. And so on to the end, where
+# $\pi$ has nothing left to choose and what stands there is $V_{\pi'}(s)$.
 
 # %%
 improved = boltzmann(Q, tree.ref, tau)[0]
 check.inequality("2.8", V, tree.evaluate(improved, tau, gamma)[1])
 
 # %% [markdown]
-# And it arrives. States before the last token are bandits: one sweep makes them optimal. Then the states before those, and
-# so on. On a tree of depth $T$ it takes $T$ sweeps, exactly:
+# And it arrives. States before the last token are bandits: one *sweep* (evaluate, then improve every state) makes them
+# optimal. Then the states before those, and so on. On a tree of depth $T$ it takes $T$ sweeps, exactly:
 #
 # $$\pi_T = \pi^* \tag{2.9}$$
 
@@ -172,9 +189,10 @@ for k, p in enumerate(policies):
 check.equation("2.9", policies[4], best)
 
 # %% [markdown]
-# Where texts never end there is no last token, but $\gamma < 1$ helps: a soft backup (2.4), applied to two different
-# guesses of all next values, brings them closer by a factor of $\gamma$ at least. The logarithm of a mean of exponentials moves no
-# more than its largest argument:
+# Where texts never end there is no last token, but $\gamma < 1$ helps. Write $(\mathcal{B}V)(s)$ for the soft value (2.4) of $s$ when a
+# guess $V$ stands in the place of $V^*(s')$: a soft *backup*. Applied to two different guesses it brings them closer by a factor of
+# $\gamma$ at least, because the logarithm of a mean of exponentials changes no more than its arguments do, and those change by
+# $\gamma\,|V - V'|$. So repeated backups converge to $V^*$ from any start:
 #
 # $$\max_s\left|(\mathcal{B}V)(s) - (\mathcal{B}V')(s)\right| \le \gamma\,\max_s\left|V(s) - V'(s)\right| \tag{2.10}$$
 
@@ -194,7 +212,7 @@ check.inequality("2.10", gap_after, gamma * (one - other).abs().max())
 #
 # ### Exercise 2.1 · One soft backup
 #
-# For one state: from `rewards`, `next_values` and `ref`, each [V], the optimal soft value $V^*(s)$, a number.
+# For one state: from `rewards` $r(s,a)$, `next_values` $V^*(s')$ and `ref`, each of shape [A], the optimal soft value $V^*(s)$, a number.
 #
 # <!-- hints 2.1 -->
 
@@ -212,7 +230,8 @@ check.exercise("2.1", my_backup)
 # %% [markdown]
 # ### Exercise 2.2 · The best distribution over texts
 #
-# From the `scores` and reference probabilities `ref` of all texts, each [n], and `tau`: the best distribution (2.6) and its value (2.7).
+# From the `scores` and reference probabilities `ref` of all texts, each [n], and `tau`: return the pair (best distribution (2.6), its
+# value (2.7)).
 #
 # <!-- hints 2.2 -->
 
@@ -239,8 +258,10 @@ check.exercise("2.2", my_best_texts)
 # %% [markdown] tags=["solution"]
 # <details><summary>A sample answer</summary>
 #
-# It is exact in the limit of many samples. But a text that the best policy likes is rare under the reference: one needs of
-# the order of $e^{D}$ samples, where $D$ is the KL of the best policy. Ten nats are 22,000 samples for each text written, every time.
+# Keeping a text with probability $e^{(R-R_{max})/\tau}$ is rejection sampling, exact for every text that is kept, if the largest score
+# is known. But a text that the best policy likes is rare under the reference: it takes $\max_y \pi^*(y)/\pi_b(y)$ samples per kept text on
+# average. A maximum is at least a mean, so that is at least $e^{D}$, where $D$ is the KL of the best policy: for ten nats 22,000 samples
+# or more for each text written, every time.
 # Training pays once, and its network carries what it learnt over to new prompts.
 #
 # </details>

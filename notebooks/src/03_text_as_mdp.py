@@ -8,7 +8,8 @@
 # without mistakes.
 #
 # *You need* notebooks 01 and 02. *Time:* 35 minutes. *Symbols:* $x$ prompt, $y$ completion, $s_t = (x, y_{1:t})$ state,
-# $a_t = y_{t+1}$ action, $R(x,y)$ score of a whole completion, $D(\pi\|\pi_b)(s)$ KL in a state.
+# $a_t = y_{t+1}$ action, $R(x,y)$ score of a whole completion, $\Pr(s)$ probability that $\pi$ reaches $s$, $D(\pi\|\pi_b)(s)$ KL in a
+# state. Here $\gamma = 1$ throughout.
 
 # %%
 import torch
@@ -25,9 +26,10 @@ check = start("03")
 #
 # A language model writes from left to right. What it knows when it chooses is the **prefix**: that is the state.
 # What it chooses is the **next token**: that is the action. And the next state is the prefix with the token
-# appended, with certainty. No dice are thrown except by the model itself.
+# appended, with certainty. No dice are thrown except by the model itself. (*Markov* means: the future depends on the present
+# state only. Here that is true by construction, because the state is everything written so far.)
 #
-# Here is a language with three tokens, texts of at most three, and a token that ends a text early, *end of sequence* (EOS).
+# Here is a language with three tokens, one of which, *end of sequence* (EOS), ends the text; after three tokens it ends anyway.
 
 # %%
 tree, policy = small_tree()
@@ -38,6 +40,13 @@ for text in texts[:3] + texts[-2:]:
 
 # %% [markdown]
 # **Predict.** The tree branches three ways at each of three steps. Why are there not 27 texts?
+#
+# <details><summary>Compare</summary>
+#
+# After EOS nothing branches. One text is EOS alone, two have one word before it, and 4 · 3 = 12 have two words and any third
+# token: 15 texts, and 1 + 2 + 4 = 7 states in which there is something to choose.
+#
+# </details>
 #
 # ## How likely is a text?
 #
@@ -86,9 +95,9 @@ check.equation("3.3", tree.expected_reward(policy), (by_hand.exp() * scores).sum
 # %% [markdown]
 # > **People ask: why is the reward only on the last token?**
 # >
-# > Because that is when it is known. Sharing it out would change what is optimal unless the shares add up to the score, and then
-# > it changes nothing that values do not do anyway: they carry the score back to earlier states. Here are
-# > the values of the prefixes on the way to one text.
+# > Because that is when it is known. With γ = 1 only the sum of a text's rewards matters to the objective: shares that add up to
+# > the score leave the best policy as it is, others change it. And no shares are needed, since values carry the score back to
+# > earlier states. Here are the values of the prefixes on the way to one text.
 
 # %%
 values = tree.evaluate(policy, tau=0.5)[1]
@@ -100,10 +109,11 @@ for state, token in walk((1, 1, 2)):
 # ## The divergence of texts
 #
 # How far is $\pi$ from the reference $\pi_b$, over whole texts? Insert (3.1) into the definition: the logarithm of a ratio of
-# products is a sum of log-ratios, one for each token. Average each over its own choice, and it becomes the KL
-# of its state. So the KL of texts is the KL of states, summed along the way:
+# products is a sum of log-ratios, one for each token. Average each over its own choice, given the state in which it is
+# made, and it becomes the KL of that state, $D(\pi\|\pi_b)(s) = \sum_a \pi(a|s)\log\frac{\pi(a|s)}{\pi_b(a|s)}$. So the KL of texts is the
+# KL of states, summed along the way:
 #
-# $$D\left(\pi(y|x)\,\|\,\pi_b(y|x)\right) = \sum_s \Pr(s)\,D(\pi\|\pi_b)(s) \tag{3.4}$$
+# $$D\left(\pi(y|x)\,\|\,\pi_b(y|x)\right) = \mathbb{E}_\pi\left[\sum_t \log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)}\right] = \mathbb{E}_\pi\left[\sum_t D(\pi\|\pi_b)(s_t)\right] = \sum_s \Pr(s)\,D(\pi\|\pi_b)(s) \tag{3.4}$$
 
 # %%
 source(TokenTree.sequence_kl)
@@ -160,7 +170,7 @@ check.equation("3.7", masked_mean(ratios, batch.mask), sum(real) / len(real))
 # %% [markdown]
 # > **People ask: token KL or sequence KL?**
 # >
-# > A log often shows the mean per *token*, (3.7). The objective is about the sum per *text*, (3.4). They differ by the mean
+# > Training curves often show the mean per *token*, (3.7). The objective is about the sum per *text*, (3.4). They differ by the mean
 # > length, and when lengths change during training, they tell different stories.
 
 # %%
@@ -178,7 +188,7 @@ print(
 #
 # $$\mathrm{Var}\left[\log\tfrac{\pi(y)}{\pi_b(y)}\right] = \mathbb{E}\left[\left(\log\tfrac{\pi(y)}{\pi_b(y)}\right)^2\right] - D^2 \tag{3.8}$$
 #
-# **Predict** how many texts it takes to know the KL to ten per cent.
+# **Predict** how many texts it takes until the standard error is ten per cent of the KL.
 
 # %%
 weights, log_ratio = tree.sequence_distribution(policy), by_hand - reference
@@ -194,7 +204,7 @@ print(f"texts needed for 10 %: about {spread / (0.1 * over_texts) ** 2:.0f}")
 #
 # ### Exercise 3.1 · Where does the reward go?
 #
-# From `scores` [B] and a right-padded `mask` [B, T] make the rewards [B, T].
+# From `scores` [B], one for each of B texts, and a right-padded `mask` [B, T] make the rewards [B, T].
 #
 # <!-- hints 3.1 -->
 
@@ -213,7 +223,7 @@ check.exercise("3.1", my_rewards)
 # %% [markdown]
 # ### Exercise 3.2 · How likely is the text?
 #
-# From `logprobs` [B, T], NaN on padding, and the mask: the log-probability of each text, [B].
+# From `logprobs` [B, T], NaN or leftovers on padding, and the mask: the log-probability of each text, [B].
 #
 # <!-- hints 3.2 -->
 
@@ -239,7 +249,8 @@ check.exercise("3.2", my_text_logprob)
 # %% [markdown] tags=["solution"]
 # <details><summary>A sample answer</summary>
 #
-# The real EOS is masked as if it were padding. Then the decision to stop is never trained and the score, if it goes to the
+# The real EOS is masked as if it were padding. The text's log-probability then lacks the factor $\pi(\mathrm{EOS}|s)$, and the
+# probabilities of all texts no longer sum to 1. The decision to stop is never trained and the score, if it goes to the
 # "last unmasked" token, goes to the token before. Texts tend to grow until the length limit. In a test: the mask of a
 # text that ended must be True on exactly one EOS. In a log: mean length creeping up.
 #

@@ -31,7 +31,8 @@ check = start("04")
 policy, ref = pair(0.3)
 exact = kl_divergence(policy.log(), ref.log())
 ell = (policy / ref).log()
-sample = torch.multinomial(policy, 8, generator=torch.Generator().manual_seed(4))
+rng = torch.Generator().manual_seed(5)
+sample = torch.multinomial(policy, 8, replacement=True, generator=rng)
 print(f"exact KL {exact:.4f} nats")
 print(f"mean of log π(a)/π_b(a) over 8 samples: {ell[sample].mean():+.4f} nats")
 
@@ -51,7 +52,8 @@ check.equation("4.1", (policy * k1(ell)).sum(), exact)
 
 # %% [markdown]
 # A single $\ell$ is negative whenever the sampled action is *less* likely under $\pi$ than under $\pi_b$, and there must be
-# such actions. So a negative mean over a few samples is no bug. It is noise. One may square it away:
+# such actions. So a negative mean over a few samples is no bug. It is noise: a thousand samples instead of eight would shrink it by
+# $\sqrt{1000/8} \approx 11$. Or one squares it away:
 #
 # $$k_2 = \tfrac12\ell^2 \;\ge\; 0 \tag{4.2}$$
 #
@@ -80,7 +82,8 @@ check.inequality("4.3", torch.zeros(9), k3(ell))
 source(k3)
 
 # %% [markdown]
-# It also varies less, as long as the policies are close:
+# It also varies less, as long as the policies are close. Near $\pi_b$, $k_1 \approx \ell$ but $k_3 \approx \tfrac12\ell^2$, and the
+# variance of a square of small numbers is of fourth order:
 #
 # $$\mathrm{Var}[k_3] \le \mathrm{Var}[k_1] \qquad \text{for close policies} \tag{4.4}$$
 
@@ -91,11 +94,17 @@ def variance(k):
 
 
 check.inequality("4.4", variance(k3(ell)), variance(k1(ell)))
-print(f"variance of k1 {variance(k1(ell)):.4f}, of k3 {variance(k3(ell)):.4f}")
+for distance in (0.1, 0.3, 1.0, 3.0):
+    policy, ref = pair(distance)
+    ell = (policy / ref).log()
+    spreads = variance(k1(ell)), variance(k3(ell))
+    print("distance {}: variance of k1 {:.4f}, of k3 {:.4f}".format(distance, *spreads))
+policy, ref = pair(0.3)
+ell = (policy / ref).log()
 
 # %% [markdown]
-# But beware when policies are far apart: $e^{-\ell}$ explodes for an action that the policy has nearly given up. Move the
-# sliders to distance 1.5.
+# At the largest distance the order has turned: $e^{-\ell}$ explodes for an action that the policy has nearly given up. Move the
+# sliders to distance 3 and watch the tail of $k_3$.
 
 # %%
 explore(ESTIMATORS)
@@ -108,7 +117,7 @@ explore(ESTIMATORS)
 # > of the full model: then the estimate is wrong however many samples you take.
 
 # %%
-b, p = pair(0.3)  # p samples, b is the reference
+b, p = pair(0.3)  # roles exchanged: now p samples, and b is the reference
 top = p >= p.sort(descending=True).values[2]
 restricted = torch.where(top, p, 0.0) / p[top].sum()
 believed = (restricted * (p / b).log()).sum()  # infinitely many samples from the top 3
@@ -120,7 +129,7 @@ print(f"KL of what was really sampled: {kl_divergence(restricted.log(), b.log())
 #
 # Now the trap. People take an estimator and put it into the *loss*, to keep the policy close. Automatic
 # differentiation sees sampled actions as constants: it differentiates $\log\pi$ and not the sampling. What the KL needs is this:
-# differentiate $\sum_a \pi\,\ell$, use $\nabla\pi = \pi\,\nabla\log\pi$, and note that $\mathbb{E}[\nabla\log\pi] = 0$:
+# differentiate $\sum_a \pi\,\ell$, use $\nabla\pi = \pi\,\nabla\log\pi$, and note that $\mathbb{E}[\nabla\log\pi] = \sum_a\nabla\pi = \nabla 1 = 0$:
 #
 # $$\nabla D(\pi\|\pi_b) = \mathbb{E}_{a\sim\pi}\left[\ell\;\nabla\log\pi(a)\right] \tag{4.5}$$
 
@@ -169,8 +178,16 @@ check.equation("4.8", gradient(lambda logp: k3(logp - ref.log())), forward_gradi
 # %% [markdown]
 # > **People ask: so which one goes into the loss?**
 # >
-# > $k_3$ (or the exact KL) on the dashboard, $k_2$ in the loss. Where both are close, the forward and the reverse KL hardly
-# > differ, which is why the mistake often goes unnoticed. KLQ (KL-regularised Q-learning) has $k_2$ built into its square, as notebook 07 shows.
+# > $k_3$ (or the exact KL) on the dashboard, $k_2$ in the loss, provided the samples come from the current $\pi$. And $k_1$ in
+# > the *reward*: there it is not differentiated, it weighs $\nabla\log\pi$, and that is (4.5). Where the policies are close, the
+# > gradients of the *reverse* KL $D(\pi\|\pi_b)$ and of the *forward* KL $D(\pi_b\|\pi)$ hardly differ, so the mistake often goes
+# > unnoticed. KLQ (KL-regularised Q-learning) has a $k_2$ towards $\pi_{old}$ built into its square, as notebook 07 shows.
+#
+# | where | use | because |
+# |---|---|---|
+# | dashboard | $k_3$, or the exact sum (4.9) | right on average, never negative |
+# | reward | $k_1$ | it weighs $\nabla\log\pi$: the right gradient by (4.5) |
+# | loss | $k_2$, or the exact sum | its derivative is the right one (4.7) |
 
 # %%
 cosine = torch.nn.functional.cosine_similarity(true_gradient, forward_gradient, dim=0)
@@ -191,7 +208,7 @@ check.equation("4.9", stats.kl[0], (policy * ell).sum())
 
 # %% [markdown]
 # One more way to a negative KL, this time by arithmetic. In float32 the sum (4.9) of a small KL drowns in rounding. The
-# library adds up $k_3$-like terms instead, none of which is negative:
+# library adds up $k_3$-like terms instead, none of which is negative, and which add $\sum_a\pi e^{-\ell} - \sum_a\pi = 1 - 1 = 0$:
 #
 # $$\sum_a \pi\,\ell = \sum_a \pi\left(e^{-\ell} - 1 + \ell\right) \tag{4.10}$$
 
@@ -209,7 +226,7 @@ print(f"library float32 {kl_divergence(near32, policy32):.2e}")
 #
 # ### Exercise 4.1 · k3, to the last digit
 #
-# Some of the log-ratios in the check are $10^{-7}$, and $k_3$ has to be right to a thousandth even there.
+# Return $k_3$ for a tensor of log-ratios $\ell$. Some in the check are $10^{-7}$, and it has to be right to a thousandth even there.
 #
 # <!-- hints 4.1 -->
 
@@ -226,8 +243,8 @@ check.exercise("4.1", my_k3)
 # %% [markdown]
 # ### Exercise 4.2 · A loss whose gradient is ∇KL
 #
-# From `logits` and `ref`, both [V], return a loss $\sum_a \pi(a)\,f(a)$ in which the weights $\pi(a)$ are *held fixed* (they stand for
-# sampling: `.detach()` them), and whose gradient in the logits is $\nabla D(\pi\|\pi_b)$.
+# From `logits` and probabilities `ref`, both [A], return a loss $\sum_a \pi(a)\,f(a)$ in which the weights $\pi(a)$ are *held fixed*
+# (they stand for sampling: `.detach()` them), and whose gradient in the logits is $\nabla D(\pi\|\pi_b)$.
 #
 # <!-- hints 4.2 -->
 
@@ -248,13 +265,14 @@ check.exercise("4.2", my_surrogate)
 # Your training log shows a mean KL per token of 0.02 with $k_1$ and of 0.9 with $k_3$, on the same samples. What may have
 # happened, and what would you look at first?
 #
-# *What a good answer contains:* that both are unbiased, so one of them is dominated by rare samples (2 points); where $e^{-\ell}$ is
-# large (1); the exact KL, or the largest terms, as the next thing to look at (1).
+# *What a good answer contains:* that both are unbiased, so either rare samples dominate or the samples are not from $\pi$ (2 points);
+# where $e^{-\ell}$ is large (1); the exact KL, or the largest terms, as the next thing to look at (1).
 
 # %% [markdown] tags=["solution"]
 # <details><summary>A sample answer</summary>
 #
-# Both have the same mean, so the gap is noise or a bug. $k_3$ has a heavy tail: a token that $\pi$ gives $10^{-4}$ of what
+# Both have the same mean: $k_3 - k_1 = e^{-\ell} - 1$ averages 0 over samples from $\pi$, and here it averages 0.88. So the gap is
+# noise or a bug. $k_3$ has a heavy tail: a token that $\pi$ gives $10^{-4}$ of what
 # $\pi_b$ gives it, sampled once, contributes $10^4$. Sort the terms: if a handful makes up the mean, it is the tail. If many
 # are large, the samples do not come from $\pi$ (another temperature, top-k, stale weights). The exact KL over the vocabulary decides.
 #

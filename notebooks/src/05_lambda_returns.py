@@ -6,9 +6,9 @@
 # *After this notebook you can* compute temporal-difference errors for a language model; sum them over many steps in
 # three equivalent ways; say what λ trades; and keep padding out of all of it.
 #
-# *You need* notebook 02 (values) and 03 (text as a decision process, masks). *Time:* 45 minutes. *Symbols:* index $t$
+# *You need* notebooks 01 (the Q of a policy), 02 (values) and 03 (text as a decision process, masks). *Time:* 45 minutes. *Symbols:* index $t$
 # holds the action $a_t$, the value $V(s_t)$ and the reward $r_{t+1}$ that follows; $\gamma$ discount, $\lambda$ how far to look,
-# $\delta$ temporal-difference (TD) error, $\Delta$ its λ-sum, $\hat G$ target; $\tau$ price of the Kullback–Leibler divergence (KL).
+# $\delta$ temporal-difference (TD) error, $\Delta$ its λ-sum, $\hat G$ target, $\alpha$ how far it goes; $\tau$ price of the Kullback–Leibler divergence (KL).
 
 # %%
 import torch
@@ -28,7 +28,7 @@ check = start("05")
 # ## One step ahead
 #
 # The model has written a few tokens and gets a score at the end. Was the second token a good one? We have a guess of what
-# it was worth, $Q(s_t,a_t) = \tau\log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)$. One step later we know a little more: the reward
+# it was worth, which by (1.10) is $Q(s_t,a_t) = \tau\log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)$. One step later we know a little more: the reward
 # $r_{t+1}$, and the value of where we are now. The difference between the two is the TD error, the paper's (14):
 #
 # $$\delta_t = r_{t+1} + \gamma V(s_{t+1}) - \left(\tau \log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)\right) \tag{5.1}$$
@@ -63,7 +63,7 @@ check.equation("5.1", out.td_errors, delta)
 #
 # $$\Delta^{(n)}_t = \sum_{k=0}^{n-1} \gamma^k\,\delta_{t+k} \tag{5.2}$$
 #
-# **Predict.** What is left of all the values $V$ if $n$ reaches the end of the completion?
+# **Predict.** What is left of all the values $V$ if $n$ reaches the end of the completion? (The answer is (5.8).)
 #
 # The check writes out what really happened over two steps in the first completion, without any $\delta$: two rewards, two
 # penalties (the one of the first token is in $Q$), and the value two states on.
@@ -81,17 +81,17 @@ check.equation("5.2", out.td_errors[0, 0] + gamma * out.td_errors[0, 1], two_ste
 #
 # $$\Delta_t = \sum_{k \ge 0} (\gamma\lambda)^k\,\delta_{t+k} \tag{5.3}$$
 #
-# A completion ends. If $m$ errors are left, the targets with $n \ge m$ are all the same, so the last one gets all the
-# remaining weight, $\lambda^{m-1}$. (In print the exponents at the end are often off by one or two. The check below would notice.)
+# A completion ends. If $M$ errors are left, the estimates with $n \ge M$ are all the same, so the last one gets all the
+# remaining weight, $\lambda^{M-1}$.
 
 # %%
 mixture = torch.zeros(B, T)
 for b in range(B):
     for t in range(lengths[b]):
-        m = int(lengths[b]) - t
-        weights = [(1 - lam) * lam ** (n - 1) for n in range(1, m)] + [lam ** (m - 1)]
+        M = int(lengths[b]) - t
+        weights = [(1 - lam) * lam ** (n - 1) for n in range(1, M)] + [lam ** (M - 1)]
         n_step = [
-            sum(gamma**k * delta[b, t + k] for k in range(n)) for n in range(1, m + 1)
+            sum(gamma**k * delta[b, t + k] for k in range(n)) for n in range(1, M + 1)
         ]
         mixture[b, t] = sum(w * x for w, x in zip(weights, n_step))
 check.equation("5.3", out.advantages, mixture)
@@ -120,8 +120,10 @@ check.equation("5.4", out.advantages, delta + gamma * lam * later)
 #
 # $$(a_1, b_1)\circ(a_2, b_2) = (a_1 a_2,\; b_1 + a_1 b_2) \tag{5.5}$$
 #
-# This operation is associative: pairs, then pairs of pairs, and after $\log_2 T$ rounds every $\Delta$ is there. The
-# Triton kernel does it this way. The check composes two real steps and applies them to the third $\Delta$.
+# This operation is associative, so one may compose in any grouping, and in parallel. In the first round every position composes its
+# map with that of its right neighbour, in the second with what then stands 2 to the right, then 4, then 8. For $T = 4$: position 0
+# holds first $\delta_0$, then $\delta_0 + a\delta_1$, then $\delta_0 + a\delta_1 + a^2(\delta_2 + a\delta_3)$. After $\log_2 T$ rounds every
+# $\Delta$ is there. Such a *scan* is what the library's GPU kernel does. The check composes two real steps and applies them to the third $\Delta$.
 
 # %%
 a1, b1, a2, b2 = gamma * lam, delta[0, 0], gamma * lam, delta[0, 1]
@@ -143,7 +145,7 @@ goals = lambda_returns(
 check.equation("5.6", goals[mask], (q + alpha * mixture)[mask])
 
 # %% [markdown]
-# PPO (proximal policy optimisation) calls the same sum generalised advantage estimation, GAE. It takes the KL out of the
+# PPO (proximal policy optimisation) calls the same sum generalised advantage estimation, GAE. It subtracts the KL from the
 # reward instead of putting it into $Q$. Notebook 07 proves that this is the same; here is a first look.
 #
 # $$\hat A^{GAE}_t\left(r - \tau\log\tfrac{\pi}{\pi_b}\right) = \Delta_t \tag{5.7}$$
@@ -169,7 +171,10 @@ print("largest |Q − V|:", (q_at_reference - values)[mask].abs().max().item())
 #
 # $\lambda = 0$ believes $V$ at the next state. $\lambda = 1$ waits for the end and believes one sampled completion. The first is biased
 # if $V$ is wrong; the second is right on average but noisy. How biased, how noisy? On a small tree we need not sample: we take
-# *all* completions with their probabilities. First, that $\lambda = 1$ is right on average, however wrong $V$ is:
+# *all* completions with their probabilities. First, that $\lambda = 1$ is right on average, however wrong $V$ is. Write out the sum
+# (5.3) at $\lambda = 1$: each $V(s_{t+1})$ enters once with $+\gamma$ and once, a step later, with a minus. They cancel in pairs (the sum
+# *telescopes*) and $V(s_0) + \Delta_0 = \sum_k \gamma^k\left(r_{k+1} - \tau\log\frac{\pi}{\pi_b}(a_k|s_k)\right)$. No value is left: that answers
+# the question above. And the average of what is left is, by (3.6),
 #
 # $$\mathbb{E}\left[V(s_0) + \Delta_0\right] = V_\pi(s_0) \qquad (\lambda = 1) \tag{5.8}$$
 
@@ -178,12 +183,16 @@ tree, states, tokens, tree_rewards, probability = every_completion()
 nonsense = torch.randn(len(tree.ref))[states]
 ones = torch.ones_like(states, dtype=torch.bool)
 lp = tree.ref[states, tokens].log()
-long = lambda_returns(tree_rewards, nonsense, lp, lp, ones, tau=0.3, lam=1.0)
-average = (probability * (nonsense[:, 0] + long.advantages[:, 0])).sum()
-check.equation("5.8", average, tree.evaluate(tree.ref, 0.3)[1][0])
+other = torch.softmax(tree.ref.log() + torch.randn(tree.ref.shape), -1)
+other_lp = other[states, tokens].log()
+long = lambda_returns(tree_rewards, nonsense, other_lp, lp, ones, tau=0.3, lam=1.0)
+estimate = nonsense[:, 0] + long.advantages[:, 0]
+average = (other_lp.sum(1).exp() * estimate).sum()
+check.equation("5.8", average, tree.evaluate(other, 0.3)[1][0])
 
 # %% [markdown]
-# And the error of a target is the sum of two parts, for every λ:
+# And the error of the estimate $\hat V = V(s_0) + \Delta_0$ (which is $\hat G$ at $\alpha = 1$, less the log-ratio's part of $Q$) is the sum of
+# two parts, for every λ:
 #
 # $$\mathbb{E}\left[(\hat V - V_\pi)^2\right] = \left(\mathbb{E}[\hat V] - V_\pi\right)^2 + \mathrm{Var}[\hat V] \tag{5.9}$$
 #
@@ -203,13 +212,14 @@ explore(LAMBDA)
 
 # %% [markdown]
 # **Explain.** With a perfect $V$ (wrong = 0) the best λ is 0: why wait for noise? The worse $V$, the more it pays to wait.
-# Value heads start out bad, which is why 0.95 is a common choice.
+# Value heads start out bad: one reason why values near 1, such as 0.95, are common.
 #
 # ## Exercises
 #
 # ### Exercise 5.1 · Δ on a padded batch
 #
-# All tensors have shape [B, T], `mask` is True on real tokens and rows are padded on the right. Return $\Delta$, zero on padding.
+# All tensors have shape [B, T], `mask` is True on real tokens and rows are padded on the right, with NaN or leftovers. `rewards[:, t]`
+# holds $r_{t+1}$. Return $\Delta$, zero on padding.
 #
 # <!-- hints 5.1 -->
 
@@ -232,21 +242,28 @@ def my_advantages(rewards, values, logprobs, ref_logprobs, mask, tau, gamma, lam
 check.exercise("5.1", my_advantages)
 
 # %% [markdown]
-# ### Exercise 5.2 · The operator of the scan
+# ### Exercise 5.2 · The scan
 #
-# Return the pair $(a, b)$ of the map "step 1 of what step 2 makes of x", where step $i$ is $x \mapsto b_i + a_i x$.
+# From `delta` [T] and a `decay` for each step [T], return all $\Delta_t = \delta_t + \mathrm{decay}_t\,\Delta_{t+1}$ in $\lceil\log_2 T\rceil$
+# rounds of whole-tensor operations. (The check counts operations: a loop over $t$ is right, and too slow.)
 #
 # <!-- hints 5.2 -->
 
 
 # %%
-def my_compose(a1, b1, a2, b2):
+def my_scan(delta, decay):
     # BEGIN SOLUTION
-    return a1 * a2, b1 + a1 * b2
+    a, b, step = decay, delta, 1
+    while step < len(b):
+        zeros = torch.zeros(step, dtype=b.dtype)
+        b = b + a * torch.cat([b[step:], zeros])
+        a = a * torch.cat([a[step:], zeros])
+        step *= 2
+    return b
     # END SOLUTION
 
 
-check.exercise("5.2", my_compose)
+check.exercise("5.2", my_scan)
 
 # %% [markdown]
 # ### Open question
@@ -262,8 +279,8 @@ check.exercise("5.2", my_compose)
 #
 # $\gamma$ changes what we want, λ only how we estimate it, so λ matters at $\gamma = 1$ too. With a reward at the end, small
 # λ lets it travel back one state per update through $V$; while $V$ is bad this is slow, so raise λ first. For long texts
-# λ = 1 gives every early token the noise of all later ones; when $V$ predicts well, lower it. Compare the explained variance
-# of $V$, and the regret in the grammar world for several λ and seeds.
+# λ = 1 gives every early token the noise of all later ones; when $V$ predicts well, lower it. Compare how much of the targets'
+# variance $V$ explains, and the rewards reached, for several λ and seeds.
 #
 # </details>
 

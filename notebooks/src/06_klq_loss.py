@@ -62,12 +62,13 @@ at_start = action_values(tree.ref, V, tree.ref, tau)
 print("largest |Q − V| at the SFT model:", (at_start - V[:, None]).abs().max().item())
 
 # %% [markdown]
-# Is the name $V$ deserved? The soft value of *any* Q-function is its mean under the policy, less the KL at price $\tau$.
-# Insert (6.1): the mean of $\tau \log(\pi_\theta/\pi_b)$ under $\pi_\theta$ is $\tau D$, and cancels.
+# Is the name $V$ deserved? By (1.10) $\pi_\theta$ is the Boltzmann policy of $Q_\theta$, the one that makes the most of it. So the
+# soft value of $Q_\theta$ is the mean of $Q_\theta$ under $\pi_\theta$, less the KL at price $\tau$. Insert (6.1): the mean of $\tau \log(\pi_\theta/\pi_b)$ under $\pi_\theta$ is $\tau D$, and cancels.
 #
 # $$\sum_a \pi_\theta(a|s)\,Q_\theta(s,a) - \tau D(\pi_\theta\|\pi_b)(s) = V_\theta(s) \tag{6.2}$$
 #
-# So the value head *is* the soft value, for every $\theta$, trained or not. Nothing has to be learnt for that.
+# So the value head *is* the soft value of $Q_\theta$, for every $\theta$, trained or not. Whether $Q_\theta$ is the true $Q_\pi$ is another
+# question: *that* is what training must achieve.
 
 # %%
 soft = (policy * Q).sum(-1) - tau * kl_divergence(policy.log(), tree.ref.log())
@@ -76,8 +77,8 @@ check.equation("6.2", soft, V)
 # %% [markdown]
 # > **People ask: is the KL penalty applied twice, once in $Q$ and once in the loss?**
 # >
-# > Once. The log-ratio in $Q$ *is* the penalty: the reward enters the target without any. That $V$ comes out of (6.2) right
-# > shows that it is paid, and that nothing else need be subtracted.
+# > Once. The log-ratio in $Q$ *is* the penalty, and the reward enters the target without any. Write out two steps, as in the check
+# > of (5.2): each token's log-ratio occurs once, with $-\tau$. Shape the reward as well, and it occurs twice (notebook 07).
 #
 # ## The target
 #
@@ -132,8 +133,10 @@ source(klq_loss)
 #
 # $$\nabla L = \frac{1}{N}\sum_{\text{tokens}} (Q_\theta - \hat G)\left(\tau\,\nabla\log\pi_\theta + \nabla V_\theta\right) \tag{6.5}$$
 #
-# There it is: the first part is a policy gradient, with the error in the place of an advantage. At the old weights the
-# error is $-\alpha\Delta$, and a token that went better than expected becomes more likely.
+# There it is: the first part is a policy gradient, with the error in the place of an advantage. (*Policy gradient*: by
+# $\nabla\pi = \pi\nabla\log\pi$ the gradient of $\mathbb{E}_\pi[\hat A]$, with $\hat A$ held, is $\mathbb{E}_\pi[\hat A\,\nabla\log\pi]$: actions with a positive
+# $\hat A$ become more likely.) At the old weights the error is $-\alpha\Delta$, and a token that went better than expected becomes
+# more likely.
 
 # %%
 auto = torch.autograd.grad(loss, (logits, critic), retain_graph=True)
@@ -146,7 +149,8 @@ for left, right in zip(auto, typed):
 # %% [markdown]
 # > **People ask: what if I forget to stop the gradient at the target?**
 # >
-# > Then the target moves with the prediction, by the same amount, and the gradient of their difference is nothing:
+# > Then the target moves with the prediction, by the same amount, and the gradient of their difference is nothing, as long as
+# > $\Delta$ is held. (A $\Delta$ that is live as well leaves $\tfrac12\alpha^2\Delta^2$ to be minimised, which is another algorithm.)
 
 # %%
 old_logp, old_values = new_logp, new_values  # a target made from the live model
@@ -158,7 +162,8 @@ print("largest gradient without stop-gradient:", stuck.abs().max().item())
 # %% [markdown]
 # ## Where it ends
 #
-# Suppose the table of logits and values can fit every target exactly, for all tokens $a$ of a state. Then
+# Suppose the table of logits and values can fit every target exactly, for all tokens $a$ of a state, where $\Delta(s,a)$ is the mean of
+# $\Delta_t$ given $s$ and $a$ (a regression fits means; what sampling does to this comes in the open question). Then
 # $\tau\log\frac{\pi}{\pi_b} + V = \tau\log\frac{\pi_{old}}{\pi_b} + V_{old} + \alpha\Delta$. The reference cancels. Solve for $\pi$:
 #
 # $$\pi_{new}(a|s) = \frac{\pi_{old}(a|s)\,e^{\alpha\Delta(s,a)/\tau}}{\sum_{a'}\pi_{old}(a'|s)\,e^{\alpha\Delta(s,a')/\tau}} \tag{6.6}$$
@@ -168,7 +173,7 @@ print("largest gradient without stop-gradient:", stuck.abs().max().item())
 # $$V_{new}(s) = V_{old}(s) + \tau \log \sum_a \pi_{old}(a|s)\,e^{\alpha\Delta(s,a)/\tau} \tag{6.7}$$
 
 # %%
-Delta = tree.evaluate(policy, tau)[0] - Q
+Delta = tree.evaluate(policy, tau)[0] - Q  # the mean of Δ_t at λ = 1
 new, new_V = klq_step(policy, V, Delta, tree.ref, tau, alpha)
 weights = policy * (alpha * Delta / tau).exp()
 check.equation("6.6", new, weights / weights.sum(-1, keepdim=True))
@@ -185,7 +190,8 @@ left_over = Q + Delta - action_values(new, new_V, tree.ref, tau)
 check.equation("6.8", left_over, (1 - alpha) * Delta)
 
 # %% [markdown]
-# **Change.** What does $\alpha$ do to the policy, and what $\tau$? Guess which settings give nearly the same step.
+# **Change.** What does $\alpha$ do to the policy, and what $\tau$? By (6.6) some settings on the sliders give *exactly* the same policy:
+# which?
 
 # %%
 explore(STEP)
@@ -193,16 +199,17 @@ explore(STEP)
 # %% [markdown]
 # ## Does it learn?
 #
-# Here is KLQ in full, on a tree so small that everything is exact: logits and values in a table, targets
-# refreshed every twenty steps, Adam on (6.4) in between. No policy gradient was written anywhere.
+# Here is KLQ without the sampling, on a tree so small that everything is exact: logits and values in a table, $\Delta$ for every
+# token of every state, targets refreshed every twenty steps, the optimiser Adam on (6.4) in between. No policy gradient was
+# written anywhere. *Regret* is how much the objective $J$ still falls short of its maximum $J^*$.
 
 # %%
 show(draw_training())
 
 # %% [markdown]
-# ## Robust and clipped relatives
+# ## A clipped relative
 #
-# Rewards can be wild and networks can jump, so there are variants. One bounds how far $Q$ may move from $Q_{old}$ and
+# Networks can jump, so there are variants. One bounds how far $Q$ may move from $Q_{old}$ and
 # takes the worse of the two squares, which is PPO's trick (proximal policy optimisation) applied to a value:
 #
 # $$L_{clip} = \tfrac12\max\left[(Q_\theta - \hat G)^2,\; (\mathrm{clamp}(Q_\theta,\,Q_{old} \pm c) - \hat G)^2\right] \tag{6.9}$$
@@ -260,7 +267,8 @@ check.exercise("6.1", my_klq_loss)
 # %% [markdown]
 # ### Exercise 6.2 · Where the regression ends
 #
-# Return the new policy [V] and the new value (a number) of (6.6) and (6.7), without overflow.
+# From the probabilities `old` and `advantages` $\Delta(s,\cdot)$ of one state, both [A], its value, $\tau$ and $\alpha$: return the new
+# policy [A] and the new value (a number) of (6.6) and (6.7). The advantages in the check are near 10,000: mind overflow.
 #
 # <!-- hints 6.2 -->
 
@@ -292,7 +300,7 @@ check.exercise("6.2", my_exact_step)
 # $\Delta$ comes from one sampled continuation. By (6.6) the fitted policy multiplies the odds of each sampled token by
 # $e^{\alpha\Delta/\tau}$; at $\tau = 0.05$ and $|\Delta| = 1$ that is $e^{20}$ for $\alpha = 1$. So noise would be fitted without restraint, and tokens
 # that were not sampled are moved only by what the network shares. A smaller $\alpha$ averages over batches. To decide, compare
-# the exact regret in the grammar world over several $\alpha$ at equal numbers of completions and several seeds.
+# the objective reached for several $\alpha$ at equal numbers of completions, with several seeds.
 #
 # </details>
 

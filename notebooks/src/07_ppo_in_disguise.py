@@ -8,7 +8,8 @@
 # coefficient $\beta = \tau(1-\alpha)/\alpha$, and tell from a list of everyday tricks (clipping, whitening, several
 # epochs, another value coefficient) which ones break which claim, and by how much.
 #
-# *You need* notebooks 01 (Boltzmann policies), 05 (λ-returns) and 06 (the loss of KLQ, KL-regularised Q-learning).
+# *You need* notebooks 01 (Boltzmann policies), 04 (the estimator $k_2$), 05 (λ-returns) and 06 (the loss of KLQ, KL-regularised
+# Q-learning).
 # *Time:* 60 minutes. *Symbols:* $\pi_b$ reference, $\pi_{old}$ the policy that sampled the batch, $\tau$ price of the
 # Kullback–Leibler divergence (KL) $D$, $\alpha$ step size, $\delta$ temporal-difference error, $\Delta$ its λ-sum,
 # $\hat A$ the advantage of PPO (proximal policy optimisation), $\rho = \pi/\pi_{old}$, $\beta$ PPO's penalty.
@@ -44,6 +45,13 @@ check = start("07")
 #
 # Both sample completions with the current policy $\pi_{old}$ and have a value head $V$. Then they part, or so it seems.
 #
+# PPO in five sentences. It makes actions with a positive advantage $\hat A$ more likely. It uses a batch for several passes
+# (*epochs*), so after the first step the policy is not $\pi_{old}$ any more; the ratio $\rho = \pi/\pi_{old}$ corrects for that,
+# $\mathbb{E}_{\pi_{old}}[\rho\hat A] = \mathbb{E}_\pi[\hat A]$, and this is called the *surrogate* objective. *Clipping* gives no further reward
+# once $\rho$ has left $[0.8, 1.2]$ in the direction that $\hat A$ favours. *Whitening* replaces $\hat A$ by its difference from the
+# batch's mean, divided by the standard deviation. The value head is fitted to $V_{old} + \hat A$, often as a second output of the
+# same network (a shared *trunk*).
+#
 # | | PPO | KLQ |
 # |---|---|---|
 # | the KL to $\pi_b$ is | subtracted from the reward | inside $Q = \tau \log(\pi/\pi_b) + V$ |
@@ -52,7 +60,7 @@ check = start("07")
 # | the step is kept small by | a clip, or a penalty on $D(\pi\|\pi_{old})$ | the step size $\alpha$ |
 #
 # **Predict.** One fits values by regression, the other climbs a surrogate objective. For which rows of this table would
-# you bet that they are the same thing, written differently?
+# you bet that they are the same thing, written differently? (The table returns at the end.)
 #
 # We need something to compute with: a random token tree, an old policy that has already left the reference, values
 # that are wrong (as they always are), and a batch of sampled completions.
@@ -133,7 +141,7 @@ print(
 # At the beginning of the first epoch $\theta = \theta_{old}$, so $Q_\theta - \hat G = -\alpha\Delta$. The gradient of a half
 # square is the error times the gradient of $Q_\theta$:
 #
-# $$\nabla\,\tfrac12\,\mathbb{E}\big[(Q_\theta - \hat G)^2\big] = -\alpha\,\mathbb{E}\big[\Delta\,(\tau\,\nabla\log\pi_\theta + \nabla V_\theta)\big] \tag{7.4}$$
+# $$\nabla\,\tfrac12\,\mathbb{E}\big[(Q_\theta - \hat G)^2\big]\Big|_{\theta=\theta_{old}} = -\alpha\,\mathbb{E}\big[\Delta\,(\tau\,\nabla\log\pi_\theta + \nabla V_\theta)\big] \tag{7.4}$$
 #
 # The first part is the policy gradient, though nobody asked for one. We give every state its own logits and its own
 # value, let autograd differentiate the library's loss, and type the right-hand side.
@@ -175,7 +183,9 @@ check.equation("7.5", klq_grad, alpha * tau * ppo_grad)
 # %% [markdown]
 # The clip is switched on in that check, and does nothing: no ratio has moved yet. But look at the coefficient. At the
 # paper's $\tau = 0.05$ it is **20**, where PPO implementations use 0.1 to 1. On a trunk shared by policy and
-# critic, that factor decides whose gradient wins; this library's trainer scales it back by default.
+# critic, that factor decides whose gradient wins; there this library's trainer multiplies the critic's share of the trunk's gradient
+# by $\tau$, unless told otherwise. The common factor $\alpha\tau$, on the other hand, hardly matters: it is a learning rate, and
+# Adam, which divides by the gradient's own size, nearly cancels it.
 #
 # ## Claim 3: the same finite step
 #
@@ -185,7 +195,7 @@ check.equation("7.5", klq_grad, alpha * tau * ppo_grad)
 #
 # $$\pi_{new} \propto \pi_b\,e^{(Q_{old} + \alpha\Delta)/\tau} \propto \pi_{old}\,e^{\alpha\Delta/\tau} \tag{7.6}$$
 #
-# In this section $\Delta$ is a table as well: one number for each state and token.
+# In this section $\Delta$ is a table as well: one number for each state and token, the mean of $\Delta_t$ there at $\lambda = 1$.
 
 # %%
 Q_old = action_values(old, V, tree.ref, tau)
@@ -197,10 +207,11 @@ check.equation("7.6", new, typed / typed.sum(-1, keepdim=True))
 # %% [markdown]
 # Where does PPO's penalty version end, the one that subtracts $\beta D(\pi\|\pi_{old})$ instead of clipping? It
 # maximises, in each state,
-# $\;\mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$. Three moves show that it is the same policy.
+# $\;\mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$: the value of the next choice with the KL to $\pi_b$ charged
+# afresh for the new $\pi$, as notebook 02 charges it, and not frozen into the reward. Three moves show that it is the same policy.
 #
-# **First move.** $Q_{old}$ belongs to $\pi_{old}$, and equation (1.6) of notebook 01 says what any other policy gets from
-# it:
+# **First move.** $Q_{old}$ belongs to $\pi_{old}$, its soft value is $V_{old}$ (1.10), and equation (1.6) of notebook 01 says what any
+# other policy gets from it:
 #
 # $$\mathbb{E}_\pi[Q_{old}] - \tau D(\pi\|\pi_b) = V_{old} - \tau D(\pi\|\pi_{old}) \tag{7.7}$$
 #
@@ -243,14 +254,34 @@ check.equation("7.9", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha
 # %% [markdown]
 # **Read it.** A small step size is a strong penalty: $\alpha = 0.1$ means $\beta = 9\tau$. At $\alpha = 1$ there is no
 # proximal penalty at all, and KLQ takes the full soft policy improvement of notebook 02, held by the reference
-# alone. And beware of a trap that has caught many readers: with the *bare advantage*, without $Q_{old}$ and the reference,
-# the coefficient is
+# alone.
+#
+# **Which one do I set in a trainer?** A trainer keeps $\hat A = \Delta$, with the KL to $\pi_b$ frozen into it by (7.3), and adds a
+# penalty $c\,D(\pi\|\pi_{old})$ to $-\mathbb{E}[\rho\hat A]$. Then $Q_{old}$ and the reference are gone from the objective, (7.8) has been
+# used already, and the right coefficient is not $\beta$ but
 #
 # $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \text{argmax}_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.10}$$
 
 # %%
 bare, _ = kl_penalised_argmax(Delta, (old, tau / alpha))
 check.equation("7.10", bare, new)
+
+# %% [markdown]
+# It is a trap that has caught many readers: $c = \tau/\alpha$ beside the bare advantage, $\beta = \tau/\alpha - \tau$ beside $Q_{old} + \Delta$ and
+# the reference. (PPO as published penalises $D(\pi_{old}\|\pi)$, the other direction, for which the best step has no such closed
+# form. Near $\pi_{old}$ the two hardly differ.)
+#
+# And the *values*? Claim 3 is about policies. Fitted exactly, PPO's critic ends at $V_{old} + \mathbb{E}_{\pi_{old}}[\Delta]$, a plain mean;
+# KLQ's ends, by (6.7), at a soft mean, $V_{old} + \tau\log\mathbb{E}_{\pi_{old}}[e^{\alpha\Delta/\tau}]$, which goes about $\alpha$ of the way. They differ
+# even at $\alpha = 1$:
+
+# %%
+ppo_V = V + (old * Delta).sum(-1)
+for a in (0.1, 0.3, 1.0):
+    klq_V = klq_step(old, V, Delta, tree.ref, tau, a)[1]
+    moved = (klq_V - V).norm() / (ppo_V - V).norm()
+    print(f"α = {a}: KLQ's values move {moved:.2f} times as far", end=", ")
+    print(f"largest difference {(klq_V - ppo_V).abs().max():.2f}")
 
 # %% [markdown]
 # The figure shows both, the right way and the trap. Each dot is one token in one state.
@@ -269,12 +300,13 @@ source(ppo_penalty_step)
 # ## The penalty hidden in the square
 #
 # Claim 3 speaks of tables and exact fits. What does KLQ do to a *sampled* token? Hold $V$ at $V_{old}$ and write
-# $\ell = \log\frac{\pi}{\pi_{old}}$. Then $Q_\theta - \hat G = \tau\ell - \alpha\Delta$, and the square has three terms:
+# $\ell = \log\frac{\pi}{\pi_{old}}$, a log-ratio to the *old* policy now. Then $Q_\theta - \hat G = \tau\ell - \alpha\Delta$, and the square has three terms:
 #
 # $$\tfrac12(\tau\ell - \alpha\Delta)^2 = \alpha\tau\left[-\Delta\,\ell + \frac{\tau}{\alpha}\cdot\tfrac12\,\ell^2\right] + \tfrac12\alpha^2\Delta^2 \tag{7.11}$$
 #
 # The first is PPO's surrogate with $\log\rho$ in place of $\rho$. The second is the estimator $k_2 = \tfrac12\ell^2$ of notebook
-# 04, a sampled KL penalty with just the coefficient $\tau/\alpha$ of (7.10). The third does not depend on $\theta$. So one
+# 04, a sampled penalty on $D(\pi\|\pi_{old})$ with just the coefficient $\tau/\alpha$ of (7.10), right to second order in $\ell$, since the
+# samples come from $\pi_{old}$ and not from $\pi$. The third does not depend on $\theta$. So one
 # square holds PPO's gain *and* PPO's brake.
 
 # %%
@@ -293,8 +325,9 @@ check.equation("7.11", square[mask], parts[mask])
 # small transformer that has learnt a little grammar, trained by three KLQ updates, and the batch it samples next. On
 # this batch we compute both gradients, in all its parameters, and switch PPO's habits on.
 #
-# **Predict:** order these four by how far they drive the gradients apart: clipping; a value coefficient of 1; a second
-# epoch; whitening the advantages.
+# **Predict**, for the policy's parameters and for the critic's: which of these drive the gradients apart? Clipping; a value
+# coefficient of 1; a second epoch; whitening the advantages. We measure, in each group of parameters,
+# gap $= \|g_{PPO} - g\|/\|g\|$ with $g = \nabla L_{KLQ}/(\alpha\tau)$, which by (7.5) is 0 for plain PPO.
 
 # %%
 policy, rollout, config = grammar_batch()
@@ -324,33 +357,43 @@ for name, change in ALONE.items():
 # > **People ask: so is KLQ just PPO?**
 # >
 # > One exact step is, and one gradient is. Training is many steps with sampled tokens and shared weights, and there
-# > KLQ is a PPO with four choices made for you: $\log\rho$ for $\rho$, a squared-log-ratio brake of weight $\tau/\alpha$
-# > instead of a clip, the value coefficient $1/\tau$, and no whitening. Whether that is better is for experiments to say:
-# > `klq demo` runs one.
+# > KLQ is a PPO with five choices made for you: $\log\rho$ for $\rho$, a squared-log-ratio brake of weight $\tau/\alpha$
+# > instead of a clip, the value coefficient $1/\tau$, a value that goes $\alpha$ of the way, and no whitening. Whether that is better is
+# > for experiments to say: `klq demo` runs one.
+#
+# So how did your bets on the four rows come out?
+#
+# | row | same thing? | needs | ends with |
+# |---|---|---|---|
+# | the KL to $\pi_b$ | yes, moved across a minus sign (7.2) | nothing | a KL added to the reward of KLQ |
+# | $\Delta$ and $\hat A$ | yes, the same number (7.3) | equal $\gamma$, $\lambda$, $V$ | whitening |
+# | square and surrogate | same gradient up to $\alpha\tau$ (7.5) | $\theta = \theta_{old}$, value coefficient $1/\tau$ | the second epoch |
+# | $\alpha$ and penalty | same policy (7.9), other values | a table, all tokens, exact fits | sampled tokens, shared weights, the clip |
 #
 # ## Exercises
 #
 # ### Exercise 7.1 · From step size to penalty
 #
-# Return the $\beta$ beside $Q_{old} + \Delta$ and $\tau D(\pi\|\pi_b)$ that makes PPO-penalty take KLQ's step.
+# A colleague wants to take KLQ's step with a PPO that has a penalty $c\,D(\pi\|\pi_{old})$. Return the pair of coefficients: the first
+# beside $Q_{old} + \Delta$ and $\tau D(\pi\|\pi_b)$, the second beside the bare advantage. (And what happens to both as $\alpha \to 0$?)
 #
 # <!-- hints 7.1 -->
 
 
 # %%
-def my_beta(tau, alpha):
+def my_coefficients(tau, alpha):
     # BEGIN SOLUTION
-    return tau * (1 - alpha) / alpha
+    return tau * (1 - alpha) / alpha, tau / alpha
     # END SOLUTION
 
 
-check.exercise("7.1", my_beta)
+check.exercise("7.1", my_coefficients)
 
 # %% [markdown]
 # ### Exercise 7.2 · One step, two anchors
 #
-# Return $\text{argmax}_\pi\, \mathbb{E}_\pi[q] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$ for one state: `old`, `ref` and `q` have
-# shape [V].
+# Return $\text{argmax}_\pi\, \mathbb{E}_\pi[q] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$ for one state: `old` and `ref` are
+# probabilities, and they and `q` have shape [A].
 #
 # <!-- hints 7.2 -->
 
@@ -400,9 +443,9 @@ check.exercise("7.3", my_matching_ppo)
 # (a) survives: $\Delta$ was computed before the first step and does not change. (b) fails: away from $\theta_{old}$ KLQ's
 # error is $\tau\ell - \alpha\Delta + (V - V_{old})$ instead of $-\alpha\Delta$. The new terms are the brake $\tau\ell$ and a
 # coupling between critic and policy, and on PPO's side the ratio $\rho$ appears. (c) survives: where the minimum lies does not
-# depend on how far we are on the way. It needs a table and all tokens, in every epoch. (d) survives: (7.11) is an
-# identity in $\ell$, exact for any size. But read as an *estimate* of $D(\pi\|\pi_{old})$ it is good to second order only, and the
-# samples come from $\pi_{old}$.
+# depend on how far we are on the way. It needs a table and all tokens, in every epoch. (d) survives as a term: now
+# that $V$ has moved, the square gains a cross term $\tau\ell\,(V - V_{old})$ and terms without $\ell$, but $\tfrac12\tau^2\ell^2$ stands. Read as an
+# *estimate* of $D(\pi\|\pi_{old})$ it is good to second order only, since the samples come from $\pi_{old}$.
 #
 # </details>
 

@@ -13,7 +13,7 @@ from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
 NEEDS = {
     "00": (), "01": ("00",), "02": ("01",), "03": ("02",), "04": ("01",), "05": ("02", "03"), "06": ("01", "05"),
-    "07": ("01", "05", "06"),
+    "07": ("01", "04", "05", "06"),
 }  # fmt: skip
 PLACES = {
     "00": (0, 0), "01": (1, 0), "02": (2, 0.6), "03": (3, 0.6), "04": (2, -0.8), "05": (4, 0.6), "06": (5, 0),
@@ -30,17 +30,23 @@ NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
     ("π_θ, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy"),
     ("π_old", "the policy that sampled the batch", "π_old", "old_logprobs"),
     ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta"),
-    ("γ, λ", "discount, λ-return truncation", "γ, λ", "gamma, lam"),
+    ("γ", "discount: a reward one step later counts γ times as much", "γ", "gamma"),
+    ("λ", "how far the λ-return looks ahead", "λ", "lam"),
     ("α", "step size of the target", "–", "–"),
     ("R(x, y), r_{t+1}", "score of a text, reward of a token", "reward", "score"),
     ("D(π‖π_b)(s)", "exact KL in a state", "KL", "–"),
+    ("J(π)", "objective: expected reward, less τ times the KL", "J", "–"),
     ("V, Q", "value of a prefix; of a token after it", "V", "values"),
+    ("V_π, Q_π; V*, Q*", "values of the policy π; of the best policy π*", "V^π, Q^π", "–"),
+    ("π_Q, V_Q", "Boltzmann policy of Q and its soft value", "–", "–"),
     ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages"),
+    ("m_t", "mask: whether position t holds a real token", "–", "mask"),
     ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–"),
     ("ρ = π/π_old", "ratio", "r(θ)", "ratio"),
     ("ε", "PPO's clip", "ε", "cliprange"),
-    ("β", "weight of KL(π‖π_old) in PPO-penalty", "β", "adaptive kl"),
+    ("β", "here always the weight of KL(π‖π_old), as in PPO with a penalty", "β", "adaptive kl"),
     ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef"),
+    ("[B, T]; [N]; [A]", "shapes: batch and tokens; all tokens; actions", "–", "–"),
 ]
 GLOSSARY = {
     "CPU": "central processing unit: what every computer has",
@@ -107,9 +113,9 @@ def _needed(notebook: str) -> set[str]:
 MAP = Widget(
     "00-map", draw_map, {"notebook": list(NEEDS)}, [{"notebook": "05"}, {"notebook": "07"}],
     "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has a "
-    "dashed orange rim. Notebook 04 can wait; everything else leads to 07.",
+    "dashed orange rim. Everything leads to 07; notebook 04 can wait until then.",
     "Graph of the notebooks 00 to 07 with arrows from each to those that need it: 00-01-02-03-05-06-07 in a row, 04 "
-    "beside, after 01.",
+    "beside, between 01 and 07.",
     size=(7.0, 2.6),
 )  # fmt: skip
 
@@ -136,13 +142,21 @@ def _rubbish(generator: Generator) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 7.0 + torch.rand(3, 5, generator=generator, dtype=torch.float64)), mask
 
 
+def _twice(answer, x: Tensor, mask: Tensor) -> tuple:
+    """With padding of NaN, and with padding of leftovers."""
+    return answer(x, mask), answer(torch.where(mask, x, 7.0), mask)
+
+
 EXERCISES = {
     "0.1": Exercise(
         "0.1", "A mean without padding", 1, 4, token_mean, _padded,
         (
             Mistake("plain mean", lambda x, m: x.mean(),
-                    "you averaged the padding too, and it holds NaN (not a number)."
-                    " A plain mean has no idea what is padding."),
+                    "you averaged the padding too: a plain mean has no idea what is padding."),
+            Mistake("times the mask", lambda x, m: (x * m).sum() / m.sum(),
+                    "multiplying by the mask is not enough: NaN times 0 is NaN. Pick with torch.where."),
+            Mistake("nanmean", lambda x, m: x.nanmean(),
+                    "you skipped NaN, but padding may hold any leftovers; the mask says what is real."),
             Mistake("all positions", lambda x, m: torch.where(m, x, 0.0).mean(),
                     "padding is left out of the sum but counted in the denominator."),
             Mistake("mean of rows", lambda x, m: (torch.where(m, x, 0.0).sum(1) / m.sum(1)).mean(),
@@ -152,12 +166,15 @@ EXERCISES = {
         ),
         ("`x * mask` does not help: NaN times 0 is NaN.", "`torch.where(mask, x, 0.0)` picks without multiplying.",
          "Its sum, divided by `mask.sum()`."),
+        probe=_twice,
     ),
     "0.2": Exercise(
         "0.2", "The value of the next state", 1, 6, next_values, _rubbish,
         (
             Mistake("roll", lambda v, m: torch.where(m, torch.where(m, v, 0.0).roll(-1, 1), 0.0),
                     "torch.roll wraps around: the last column got the first one's value."),
+            Mistake("roll of everything", lambda v, m: torch.where(m, v.roll(-1, 1), 0.0),
+                    "torch.roll brings padding, or the row's first value, after the last real token; there it is 0."),
             Mistake("wrong way", lambda v, m: torch.where(m, torch.nn.functional.pad(v, (1, 0))[:, :-1], 0.0),
                     "you shifted the wrong way: that is the value of the state before."),
             Mistake("padding leaks", lambda v, m: torch.where(m, torch.nn.functional.pad(v, (0, 1))[:, 1:], 0.0),

@@ -76,15 +76,15 @@ def _large_bandit(generator: Generator) -> tuple[Tensor, Tensor, float]:
 
 def _budget(generator: Generator) -> tuple[Tensor, Tensor, float]:
     q, ref, _ = _bandit(generator)
-    return q, ref, trade(q, ref, 1.0)[0] * 0.8
+    return q, ref, trade(q, ref, math.exp(torch.empty(()).uniform_(-1.5, 1.5, generator=generator).item()))[0]
 
 
 BANDIT = Widget(
     "01-bandit", draw_bandit,
     {"tau": [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 20.0], "prize": [2.0, 3.0, 4.0, 5.0]},
-    [{"tau": 2.0, "prize": 4.0}, {"tau": 0.5, "prize": 4.0}, {"tau": 0.2, "prize": 4.0}],
-    "From left to right (or as you move the slider) the price τ falls: at 2 the best policy hardly leaves the "
-    "reference; at 0.5 it says superb most often; at 0.2 it has found the blind spot. The orange dot moves to the "
+    [{"tau": 5.0, "prize": 4.0}, {"tau": 1.0, "prize": 4.0}, {"tau": 0.5, "prize": 4.0}],
+    "From left to right (or as you move the slider) the price τ falls: at 5 the best policy stays close to the "
+    "reference; at 1 it says superb most often; at 0.5 the blind spot has won. The orange dot moves to the "
     "right along the grey curve, the best reward that can be had for each amount of KL.",
     "Pairs of plots for several τ: bars of reference and best policy over four words, and the curve of reward against "
     "KL with a dot for this τ. Probability moves from fine over superb to zxqv as τ falls.",
@@ -100,6 +100,12 @@ EXERCISES = {
                     "first, or use torch.logsumexp."),
             Mistake("no τ in front", lambda q, ref, tau: torch.logsumexp(ref.log() + q / tau, -1),
                     "you forgot the τ in front of the logarithm: V is in units of reward, log Z is in nats."),
+            Mistake("no τ inside", lambda q, ref, tau: tau * torch.logsumexp(ref.log() + q, -1),
+                    "Q is not divided by τ inside the exponential."),
+            Mistake("probability as logarithm", lambda q, ref, tau: tau * torch.logsumexp(ref + q / tau, -1),
+                    "inside logsumexp stands a logarithm: log π_b, not π_b."),
+            Mistake("maximum lost", lambda q, ref, tau: tau * torch.logsumexp(ref.log() + (q - q.amax()) / tau, -1),
+                    "you subtracted the largest reward against overflow; now add it back."),
             Mistake("no reference", lambda q, ref, tau: tau * torch.logsumexp(q / tau, -1),
                     "π_b is missing: this is the value beside a uniform reference (plus a constant), not beside π_b."),
             Mistake("plain maximum", lambda q, ref, tau: q.amax(-1),
@@ -122,6 +128,10 @@ EXERCISES = {
                     "the sign of Q is wrong: this policy prefers the worst words."),
             Mistake("not normalised", lambda q, ref, tau: ref * (q / tau).exp(),
                     "these numbers do not sum to 1: divide by Z."),
+            Mistake("probability as logarithm", lambda q, ref, tau: torch.softmax(ref + q / tau, -1),
+                    "a softmax takes logarithms: log π_b, not π_b."),
+            Mistake("reference over τ", lambda q, ref, tau: torch.softmax((ref.log() + q) / tau, -1),
+                    "τ divides Q only; you also sharpened π_b, as a sampling temperature would."),
             Mistake("no τ", lambda q, ref, tau: torch.softmax(ref.log() + q, -1),
                     "you forgot τ: this is right at τ = 1 only."),
         ),
@@ -130,21 +140,21 @@ EXERCISES = {
          "x = log π_b + Q/τ."),
     ),
     "1.3": Exercise(
-        "1.3", "Which τ costs half a nat?", 2, 12, temperature_for, _budget,
+        "1.3", "Which τ spends the budget?", 2, 12, temperature_for, _budget,
         (
             Mistake("KL direction",
                     lambda q, ref, budget: temperature_for(q, ref, budget, lambda p: (ref * (ref / p).log()).sum()),
                     "the KL direction is swapped: you measured D(π_b‖π), the objective pays for D(π‖π_b)."),
             Mistake("bits", lambda q, ref, budget: temperature_for(q, ref, budget, unit=math.log(2)),
                     "your KL is in bits (logarithm to base 2); ours are nats (natural logarithm)."),
-            Mistake("entropy", lambda q, ref, budget: temperature_for(q, ref, budget, lambda p: -(p * p.log()).sum()),
-                    "that is the entropy of π, not its divergence from π_b."),
+            Mistake("ends swapped", lambda q, ref, budget: 1e-3 if trade(q, ref, 1.0)[0] > budget else 1e3,
+                    "you ran to an end of the range: the KL falls as τ grows, so if it is too high, τ must rise."),
             Mistake("inverse", lambda q, ref, budget: 1 / temperature_for(q, ref, budget),
                     "you returned 1/τ (the inverse temperature)."),
         ),
-        ("The KL of π_Q falls when τ grows. What finds the zero of a falling function?",
+        ("The KL of π_Q falls when τ grows: see below (1.9). What finds the zero of a falling function?",
          "Bisection: keep two values of τ, one that pays too much KL and one that pays too little, and halve the gap. "
-         "On a logarithmic scale it converges faster.",
+         "On a logarithmic scale small τ are found as precisely as large ones.",
          "Start from log τ between log 0.001 and log 1000 and repeat 60 times: take the middle, compute π_Q and its "
          "KL; if it is above the budget, raise the lower end, else lower the upper end."),
         tol=1e-6,

@@ -55,8 +55,8 @@ VALUES = Widget(
     [{"tau": 0.1, "gamma": 1.0}, {"tau": 1.0, "gamma": 1.0}],
     "Left of each pair: every prefix with its soft optimal value (colour and number); thick lines are what the best "
     "policy does. With a low price τ the value of the prize at the end reaches the start and the policy goes there; "
-    "with a high price it stays with the reference. Right: each sweep improves, and after as many sweeps as there are "
-    "tokens the optimum is reached.",
+    "with a high price it stays with the reference. Right: each sweep improves, and after as many sweeps as a text "
+    "has tokens the optimum is reached.",
     "For two τ, a tree of prefixes with their values and the optimal policy as thick lines, and the objective rising "
     "to the optimum within four sweeps.",
     size=(7.4, 3.0),
@@ -109,9 +109,14 @@ EXERCISES = {
         "2.2", "The best distribution over texts", 2, 8, best_texts, _texts,
         (
             Mistake("no reference", lambda s, b, tau: best_texts(s, torch.full_like(b, 1 / len(b)), tau),
-                    "you forgot π_b: texts that the reference never writes should stay rare."),
+                    "you forgot π_b: texts that the reference rarely writes need a high score to become common."),
             Mistake("times τ", lambda s, b, tau: ((b.log() + s * tau).softmax(-1), best_texts(s, b, tau)[1]),
                     "the score is multiplied by τ instead of divided."),
+            Mistake("times τ in both", lambda s, b, tau: (
+                        (b.log() + s * tau).softmax(-1), tau * (b.log() + s * tau).logsumexp(-1)),
+                    "the score is multiplied by τ instead of divided, in the distribution and in the value."),
+            Mistake("no reference at all", lambda s, b, tau: ((s / tau).softmax(-1), tau * (s / tau).logsumexp(-1)),
+                    "π_b is missing in both: write log π_b + R/τ once and use it twice."),
             Mistake("value without τ", lambda s, b, tau: (best_texts(s, b, tau)[0], best_texts(s, b, tau)[1] / tau),
                     "the distribution is right, but the value lacks its factor τ."),
             Mistake("mean score", lambda s, b, tau: (best_texts(s, b, tau)[0], (best_texts(s, b, tau)[0] * s).sum()),

@@ -140,6 +140,9 @@ EXERCISES = {
                     "that is the mean per token; the text's log-probability is the sum."),
             Mistake("times the mask", lambda p, m: (p * m).sum(1),
                     "NaN times 0 is NaN: multiplying by the mask lets padding poison the sum. Use torch.where."),
+            Mistake("no mask", lambda p, m: p.sum(1), "you summed over the padding too: the mask says what is real."),
+            Mistake("nansum", lambda p, m: p.nansum(1),
+                    "you skipped NaN, but padding may hold any leftovers; the mask says what is real."),
             Mistake("without EOS", _without_last,
                     "the last real token is missing: ending the text there was a decision too, with a probability."),
             Mistake("one number", lambda p, m: torch.where(m, p, 0.0).sum(),
@@ -148,6 +151,7 @@ EXERCISES = {
         ("The chain rule turns a product of probabilities into a sum of logarithms.",
          "Padding may be NaN; `torch.where(mask, logprobs, 0.0)` never looks at it.",
          "Then sum over the last axis."),
+        probe=lambda answer, p, m: (answer(p, m), answer(torch.where(m, p, 7.0), m)),
     ),
 }  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Chapter 05: λ-returns and generalised advantage estimation."""
 
 import functools
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import FigureBase
-from torch import Generator
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_edu.core.returns import lambda_returns
 from klq_edu.core.tree import TokenTree
@@ -73,83 +75,135 @@ LAMBDA = Widget(
 )  # fmt: skip
 
 
-def advantages(rewards, values, logprobs, ref_logprobs, mask, tau, gamma, lam):
-    """Exercise 5.1."""
-    return _backward(rewards, values, logprobs, ref_logprobs, mask, tau, gamma, lam)
+def _next(x: Tensor, steps: int = 1) -> Tensor:
+    return torch.nn.functional.pad(x, (0, steps))[..., steps:]
 
 
-def _backward(rewards, values, logp, logq, mask, tau, gamma, lam, *, penalty=1.0, decay=None, leak=False, sign=1):
-    """The recursion, with room for mistakes."""
-    fill = (lambda x: x) if leak else (lambda x: torch.where(mask, x, 0.0))
-    r, v, ratio = fill(rewards), fill(values), torch.where(mask, logp - logq, 0.0)
-    after = torch.nn.functional.pad(v, (0, 1))[:, 1:]
-    delta = torch.where(mask, r + gamma * after - sign * penalty * tau * ratio - v, 0.0)
-    out, tail, decay = torch.zeros_like(delta), 0.0, gamma * lam if decay is None else decay
-    for t in reversed(range(delta.shape[1])):
-        tail = delta[:, t] + decay * tail
-        out[:, t] = tail
-    return out
+def _td_error(r: Tensor, v: Tensor, penalty: Tensor, gamma: float) -> Tensor:
+    return r + gamma * _next(v) - penalty - v
+
+
+def _zero(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0.0)
+
+
+def advantages(r, v, p, q, mask, tau, gamma, lam, *, clean=_zero, td_error=_td_error, decay=lambda g, lam: g * lam):
+    """Exercise 5.1; the keywords are for mistakes."""
+    r, v, p, q = (clean(x, mask) for x in (r, v, p, q))
+    delta = _zero(td_error(r, v, tau * (p - q), gamma), mask)
+    return one_by_one(delta.T, torch.full_like(delta.T, decay(gamma, lam))).T
+
+
+def one_by_one(delta: Tensor, decay: Tensor) -> Tensor:
+    """S_t = delta_t + decay_t S_{t+1} along the first axis, by a loop."""
+    sums = [torch.zeros_like(delta[0])]
+    for d, a in zip(delta.flip(0), decay.flip(0), strict=True):
+        sums.append(d + a * sums[-1])
+    return torch.stack(sums[:0:-1])
 
 
 def _forward_in_time(r, v, p, q, m, tau, g, lam):
-    delta, out, tail = _backward(r, v, p, q, m, tau, g, 0.0), torch.zeros_like(r), 0.0
-    for t in range(r.shape[1]):
-        tail = delta[:, t] + g * lam * tail
-        out[:, t] = tail
-    return torch.where(m, out, 0.0)
+    delta = advantages(r, v, p, q, m, tau, g, lam, decay=lambda g, lam: 0.0)
+    return _zero(one_by_one(delta.T.flip(0), torch.full_like(delta.T, g * lam)).flip(0).T, m)
 
 
 def _episodes(generator: Generator) -> tuple:
-    r, v, p, q = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
+    data = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([6, 2, 4])[torch.randperm(3, generator=generator)]
     mask = torch.arange(6) < lengths[:, None]
-    tau, gamma, lam = (0.3 + 0.6 * torch.rand(3, generator=generator, dtype=torch.float64)).tolist()
-    return r, v, p, q, mask, tau, gamma, lam
+    settings = (0.3 + 0.6 * torch.rand(3, generator=generator, dtype=torch.float64)).tolist()
+    return *torch.where(mask, data, torch.nan), mask, *settings
 
 
-def compose(a1, b1, a2, b2):
-    """Exercise 5.2."""
-    return a1 * a2, b1 + a1 * b2
+def _twice(answer, *arguments) -> tuple[Tensor, Tensor]:
+    """With padding of NaN, and with padding of leftovers."""
+    *data, mask, tau, gamma, lam = arguments
+    leftovers = [torch.where(mask, x, 7.0) for x in data]
+    return answer(*data, mask, tau, gamma, lam), answer(*leftovers, mask, tau, gamma, lam)
+
+
+def scan(delta: Tensor, decay: Tensor, shift=_next, square=True) -> Tensor:
+    """Exercise 5.2; the keywords are for mistakes."""
+    step = 1
+    while step < len(delta):
+        delta, decay = delta + decay * shift(delta, step), decay * shift(decay, step) if square else decay
+        step *= 2
+    return delta
+
+
+class _Count(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _result_and_speed(answer, delta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    with _Count() as count:
+        result = answer(delta, decay)
+    return result, torch.tensor(count.operations < len(delta))
+
+
+def _steps(generator: Generator) -> tuple[Tensor, Tensor]:
+    decay = 0.5 + 0.5 * torch.rand(300, generator=generator, dtype=torch.float64)
+    return torch.randn(300, generator=generator, dtype=torch.float64), decay
 
 
 EXERCISES = {
     "5.1": Exercise(
         "5.1", "Δ on a padded batch", 2, 15, advantages, _episodes,
         (
-            Mistake("no γ", lambda r, v, p, q, m, tau, g, lam: _backward(r, v, p, q, m, tau, g, lam, decay=lam),
+            Mistake("no γ", partial(advantages, decay=lambda g, lam: lam),
                     "you forgot γ in the decay: later errors are weighted by (γλ)^k, yours by λ^k."),
-            Mistake("no λ", lambda r, v, p, q, m, tau, g, lam: _backward(r, v, p, q, m, tau, g, lam, decay=g),
+            Mistake("no λ", partial(advantages, decay=lambda g, lam: g),
                     "you forgot λ in the decay: this is the λ = 1 estimate."),
-            Mistake("no KL", lambda r, v, p, q, m, tau, g, lam: _backward(r, v, p, q, m, tau, g, lam, penalty=0.0),
+            Mistake("no γ in δ", partial(advantages, td_error=lambda r, v, kl, g: _td_error(r, v, kl, 1.0)),
+                    "you forgot γ inside δ: the next value is discounted."),
+            Mistake("no KL", partial(advantages, td_error=lambda r, v, kl, g: _td_error(r, v, 0.0, g)),
                     "the KL is missing: δ subtracts Q = τ log(π/π_b) + V, yours only V."),
-            Mistake("KL sign", lambda r, v, p, q, m, tau, g, lam: _backward(r, v, p, q, m, tau, g, lam, sign=-1),
+            Mistake("KL sign", partial(advantages, td_error=lambda r, v, kl, g: _td_error(r, v, -kl, g)),
                     "the log-ratio has the wrong sign: straying is paid for, not rewarded."),
-            Mistake("padding leaks", lambda r, v, p, q, m, tau, g, lam:
-                    _backward(r, v, p, q, m, tau, g, lam, leak=True),
+            Mistake("reward late", partial(advantages, td_error=lambda r, v, kl, g: _td_error(_next(r), v, kl, g)),
+                    "you shifted the rewards: r_{t+1}, which follows token t, is stored in rewards[:, t]."),
+            Mistake("no next state", partial(advantages, td_error=lambda r, v, kl, g: r + g * v - kl - v),
+                    "you used V(s_t) twice: what is discounted is the value of the *next* state."),
+            Mistake("padding leaks", partial(advantages, clean=lambda x, m: x),
                     "the last real token bootstraps from a padded value: after the end V is 0."),
-            Mistake("one step", lambda r, v, p, q, m, tau, g, lam: _backward(r, v, p, q, m, tau, g, 0.0),
+            Mistake("times the mask", partial(advantages, clean=lambda x, m: x * m),
+                    "NaN times 0 is NaN: multiplying by the mask lets padding poison the row. Use torch.where."),
+            Mistake("one step", partial(advantages, decay=lambda g, lam: 0.0),
                     "these are the one-step errors δ; the recursion over later steps is missing."),
             Mistake("forwards", _forward_in_time,
                     "you ran forwards in time: Δ sums errors that come *later*."),
         ),
         ("Replace everything on padding by 0 first; then the end of a row needs no special case.",
-         "δ_t = r + γ V_{t+1} − (τ (log π − log π_b) + V), with V_{t+1} = 0 after the last token.",
+         "δ_t = rewards[:, t] + γ V_{t+1} − (τ (log π − log π_b) + V), with V_{t+1} = 0 after the last token.",
          "Loop t from the last to the first: tail = δ_t + γ λ tail; Δ_t = tail."),
+        probe=_twice,
     ),
     "5.2": Exercise(
-        "5.2", "The operator of the scan", 3, 10, compose,
-        lambda g: tuple(torch.randn(4, generator=g, dtype=torch.float64)),
+        "5.2", "The scan", 3, 15, scan, _steps,
         (
-            Mistake("swapped", lambda a1, b1, a2, b2: (a1 * a2, b2 + a2 * b1),
-                    "the order is swapped: apply the *later* map first, x ↦ b1 + a1 (b2 + a2 x)."),
-            Mistake("no decay", lambda a1, b1, a2, b2: (a1 * a2, b1 + b2),
-                    "b2 has to be carried back through the first step: multiply it by a1."),
-            Mistake("sum of decays", lambda a1, b1, a2, b2: (a1 + a2, b1 + a1 * b2),
-                    "decays multiply, they don't add: two steps of γλ are (γλ)²."),
+            Mistake("one by one", one_by_one,
+                    "right, but you went one step at a time; in each round, let every position reach twice as far."),
+            Mistake("decay kept", partial(scan, square=False),
+                    "the decay has to be composed too: a map that covers 2 steps multiplies x by the product of both."),
+            Mistake("wrong way", partial(scan, shift=lambda x, n: torch.nn.functional.pad(x, (n, 0))[:-n]),
+                    "you looked to the left: Δ collects what comes *later*."),
+            Mistake("wrapped", partial(scan, shift=lambda x, n: x.roll(-n)),
+                    "torch.roll wraps around: after the end there is nothing, so fill with zeros."),
+            Mistake("one round", lambda delta, decay: delta + decay * _next(delta),
+                    "that is one round; go on with steps of 2, 4, 8, until the row is covered."),
         ),
-        ("Each step is a map x ↦ b + a x. What is one after the other?",
-         "b1 + a1 (b2 + a2 x). Multiply out.",
-         "The factor of x is a1 a2, the rest is b1 + a1 b2."),
+        ("Give every position its own map x ↦ b + a x, at first a = decay, b = δ; (5.5) joins two.",
+         "Round j joins position t with t + 2^j: b ← b + a · b[t + 2^j], a ← a · a[t + 2^j]; zero past the end.",
+         "`while step < len(b): b, a = b + a * shifted(b), a * shifted(a); step *= 2`."),
+        probe=_result_and_speed,
     ),
 }  # fmt: skip
 

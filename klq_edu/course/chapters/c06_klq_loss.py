@@ -43,7 +43,7 @@ STEP = Widget(
     "06-step", draw_step, {"tau": [0.1, 0.2, 0.5, 1.0, 2.0], "alpha": [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]},
     [{"tau": 0.5, "alpha": 0.2}, {"tau": 0.5, "alpha": 1.0}, {"tau": 2.0, "alpha": 1.0}],
     "One exact step from the same old policy with the same Δ. A larger α goes further, a larger τ less: what counts "
-    "is α/τ, so τ = 2, α = 1 takes nearly the step of τ = 0.5, α = 0.2. The orange curve shows how far each α goes.",
+    "is α/τ, so τ = 2, α = 1 would take the very step of τ = 1, α = 0.5. The orange curve shows how far each α goes.",
     "For three settings of τ and α, bars of a policy over four tokens before and after the step, and the curve of the "
     "KL moved against α with a dot for this α.",
     size=(7.4, 3.0),
@@ -113,7 +113,7 @@ def _loss_and_gradients(answer, logprobs, ref_logprobs, values, extra, mask, tau
     loss = answer(logprobs, ref_logprobs, values, targets, mask, tau)
     grads = torch.autograd.grad(loss, (logprobs, values), allow_unused=True)
     grads = (torch.zeros_like(mask, dtype=torch.float64) if g is None else g for g in grads)
-    return loss, *(torch.where(mask, g, 0.0) for g in grads)
+    return loss, *grads
 
 
 def _batch(generator: Generator) -> tuple:
@@ -132,7 +132,7 @@ def exact_step(old: Tensor, advantages: Tensor, value: float, tau: float, alpha:
 def _state(generator: Generator) -> tuple:
     a, b = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     value, tau, alpha = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    return a.softmax(0), b, value, 0.2 + tau, 0.1 + 0.8 * alpha
+    return a.softmax(0), 10000.0 + b, value, 0.2 + tau, 0.1 + 0.8 * alpha
 
 
 EXERCISES = {
@@ -159,6 +159,10 @@ EXERCISES = {
             Mistake("times the mask", lambda p, r, v, t, m, tau: 0.5 * (
                         ((tau * (p - r) + v - t.detach()) ** 2) * m).sum() / m.sum(),
                     "NaN times 0 is NaN: multiplying by the mask lets padding poison the sum. Use torch.where."),
+            Mistake("masked too late", lambda p, r, v, t, m, tau: 0.5 * torch.where(
+                        m, (tau * (p - r) + v - t.detach()) ** 2, 0.0).sum() / m.sum(),
+                    "the loss is right, but its gradient on padding is NaN (0 times the NaN inside the square): apply "
+                    "torch.where to the error, *before* squaring."),
         ),
         ("Q_θ = τ (log π − log π_b) + V. Which of the two, prediction or target, may carry a gradient?",
          "`targets.detach()` stops the gradient; `torch.where(mask, error, 0.0)` drops padding, even where it is NaN.",
@@ -170,6 +174,12 @@ EXERCISES = {
         (
             Mistake("no α", lambda o, a, v, tau, alpha: exact_step(o, a, v, tau, 1.0),
                     "you forgot α: this is the full step."),
+            Mistake("overflow", lambda o, a, v, tau, alpha: (
+                        (w := o * (alpha * a / tau).exp()) / w.sum(), v + tau * w.sum().log()),
+                    "the formulas are right, but e^(αΔ/τ) overflows: use torch.softmax and torch.logsumexp."),
+            Mistake("value without τ", lambda o, a, v, tau, alpha: (
+                        exact_step(o, a, v, tau, alpha)[0], v + (o.log() + alpha * a / tau).logsumexp(-1)),
+                    "the policy is right; in the value you forgot the τ in front of the logarithm."),
             Mistake("times τ", lambda o, a, v, tau, alpha: (
                         (o.log() + alpha * a * tau).softmax(-1), v + tau * (o.log() + alpha * a * tau).logsumexp(-1)),
                     "Δ is multiplied by τ instead of divided."),

@@ -171,9 +171,9 @@ GAP = Widget(
 )  # fmt: skip
 
 
-def beta(tau: float, alpha: float) -> float:
+def coefficients(tau: float, alpha: float) -> tuple[float, float]:
     """Exercise 7.1."""
-    return tau * (1 - alpha) / alpha
+    return tau * (1 - alpha) / alpha, tau / alpha
 
 
 def penalty_step(old: Tensor, ref: Tensor, q: Tensor, tau: float, beta: float) -> Tensor:
@@ -223,19 +223,23 @@ def _old_batch(generator: Generator) -> tuple:
 
 EXERCISES = {
     "7.1": Exercise(
-        "7.1", "From step size to penalty", 1, 4, beta, _tau_alpha,
+        "7.1", "From step size to penalty", 1, 5, coefficients, _tau_alpha,
         (
-            Mistake("total weight", lambda tau, alpha: tau / alpha,
-                    "that is τ/α, the total weight on D(π‖π_old) beside the bare advantage. Beside Q_old + Δ and "
-                    "τ D(π‖π_b) only β = τ/α − τ of it is left."),
-            Mistake("no division", lambda tau, alpha: tau * (1 - alpha),
+            Mistake("total weight twice", lambda tau, alpha: (tau / alpha, tau / alpha),
+                    "τ/α is the weight beside the bare advantage. Beside Q_old + Δ and τ D(π‖π_b) only β = τ/α − τ of "
+                    "it is left, since τ of the brake is already in Q_old."),
+            Mistake("β twice", lambda tau, alpha: 2 * (tau * (1 - alpha) / alpha,),
+                    "β is right beside Q_old and the reference; with the bare advantage both are gone, and the whole "
+                    "τ + β stands there."),
+            Mistake("pair swapped", lambda tau, alpha: coefficients(tau, alpha)[::-1],
+                    "the pair is swapped: the smaller one, β, stands where τ D(π‖π_b) helps."),
+            Mistake("no division", lambda tau, alpha: (tau * (1 - alpha), tau),
                     "you forgot to divide by α: a short step needs a strong penalty, without bound."),
-            Mistake("inverted", lambda tau, alpha: tau * alpha / (1 - alpha),
-                    "α and 1 − α are swapped: yours grows with the step size and is infinite at α = 1."),
-            Mistake("no τ", lambda tau, alpha: (1 - alpha) / alpha,
-                    "you forgot τ: β must be in units of reward per nat."),
+            Mistake("no τ", lambda tau, alpha: ((1 - alpha) / alpha, 1 / alpha),
+                    "you forgot τ: the coefficients are in units of reward per nat."),
         ),
-        ("What must the two penalties add up to?", "τ + β = τ/α.", "Solve for β and put it over one denominator."),
+        ("What must the two penalties of (7.8) add up to?", "τ + β = τ/α, and that sum is the second number.",
+         "Solve for β and put it over one denominator. As α → 0 both grow without bound: no step at all."),
     ),
     "7.2": Exercise(
         "7.2", "One step, two anchors", 2, 10, penalty_step, _two_anchors,
@@ -249,6 +253,9 @@ EXERCISES = {
             Mistake("not divided", lambda old, ref, q, tau, beta: torch.softmax(
                         q + tau * ref.log() + beta * old.log(), -1),
                     "the exponent is not divided by τ + β, so the anchors' exponents do not sum to 1."),
+            Mistake("not weighted", lambda old, ref, q, tau, beta: torch.softmax(
+                        q / (tau + beta) + ref.log() + old.log(), -1),
+                    "the anchors are not weighted: their exponents are τ/(τ + β) and β/(τ + β), which sum to 1."),
             Mistake("mixture", lambda old, ref, q, tau, beta: torch.softmax(
                         ((tau * ref + beta * old) / (tau + beta)).log() + q / (tau + beta), -1),
                     "you mixed the anchors by their arithmetic mean; KL penalties merge them by their geometric mean."),
@@ -264,6 +271,9 @@ EXERCISES = {
                     "the value coefficient is 1: KLQ's is 1/τ, so your critic learns τ times as fast."),
             Mistake("τ instead of 1/τ", _wrong_ppo(coefficient=lambda tau: tau),
                     "the value coefficient is τ; it must be 1/τ. In (7.4) it is the policy's part that carries τ."),
+            Mistake("value of the advantage", lambda p, op, v, ov, a, tau:
+                    -((p - op).exp() * a).mean() + 0.5 * ((v - a) ** 2).mean() / tau,
+                    "your value head is fitted to Â; its target is V_old + Â."),
             Mistake("no half", _wrong_ppo(half=1.0),
                     "there is no ½ in your value loss, so its gradient is twice KLQ's."),
             Mistake("sign", _wrong_ppo(sign=-1.0),
