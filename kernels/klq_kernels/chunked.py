@@ -16,8 +16,8 @@ from klq_kernels import reference, tiled
 from klq_kernels.reference import clean, result_dtype
 from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
 
-WORKSPACE_BYTES = 68 << 20  # 68 MiB: 512 rows of 32,000 tokens, and a 14th of it for the reference's tiles
-REF_SHARE = 14
+WORKSPACE_BYTES = 1 << 26  # 64 MiB: 524 rows of 32,000 tokens, 458 beside a reference, whose tiles get an eighth
+REF_SHARE = 8
 ALIGNED = 64  # columns: rows of a tile start at whole cache lines
 TALLEST = 2048  # rows of a tile; beyond that a product gains nothing
 

@@ -55,7 +55,7 @@ course.progress().style.hide(axis="index")
 # %% [markdown]
 # ## Is the machine ready?
 #
-# The course needs no graphics processor (GPU) and no network. `klq doctor` in a terminal shows the same table.
+# The course needs no graphics processing unit (GPU) and no network. `klq doctor` in a terminal shows the same table.
 
 # %%
 pd.DataFrame(

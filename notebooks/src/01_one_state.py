@@ -88,7 +88,7 @@ print(f"π_b against itself: {kl_divergence(ref.log(), ref.log()):.4f} nats")
 # objective of a token tree of depth one, the class that later notebooks will grow into whole sentences.
 
 # %%
-tau = 1.0
+tau = 1.2
 tree = TokenTree.grow(
     4, 1, ref=lambda prefix: ref, reward=lambda text: q[text[-1]].item()
 )

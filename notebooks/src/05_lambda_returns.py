@@ -115,7 +115,7 @@ check.equation("5.4", out.advantages, delta + gamma * lam * later)
 # %% [markdown]
 # ## In parallel, faster still
 #
-# A GPU (graphics processor) hates waiting for $t+1$. Look at one step of (5.4) as a map, $x \mapsto \delta_t + a\,x$ with
+# A graphics processing unit (GPU) hates waiting for $t+1$. Look at one step of (5.4) as a map, $x \mapsto \delta_t + a\,x$ with
 # $a = \gamma\lambda$. Two maps in a row are again such a map:
 #
 # $$(a_1, b_1)\circ(a_2, b_2) = (a_1 a_2,\; b_1 + a_1 b_2) \tag{5.5}$$

@@ -30,11 +30,11 @@ def test_live_controls_change_the_picture():
 def test_page_slider_has_a_frame_for_every_choice():
     widget = c01_one_state.BANDIT
     small = display.Widget(
-        widget.name, widget.draw, {"tau": [0.5, 1.0, 2.0], "prize": [3.0, 4.0]}, widget.twin, "", widget.alt
+        widget.name, widget.draw, {"tau": [0.5, 1.0, 5.0], "prize": [3.0, 4.0]}, widget.twin, "", widget.alt
     )
     page = display.slider_page(small)
     data = json.loads(re.search(r'application/json">(.*?)</script>', page, re.DOTALL).group(1))
-    assert data["choices"] == [[0.5, 1.0, 2.0], [3.0, 4.0]] and len(set(data["frames"])) == 6
+    assert data["choices"] == [[0.5, 1.0, 5.0], [3.0, 4.0]] and len(set(data["frames"])) == 6
     assert 'value="2"' in page and widget.alt in page
 
 

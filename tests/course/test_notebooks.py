@@ -12,9 +12,11 @@ import pytest
 
 from klq_edu.course.build import CHECKED, EQUATION, TAG, drift, editions, equations, execute
 from klq_edu.course.chapters import load_all
+from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY
 from klq_edu.course.exercises import NOT_ATTEMPTED
 from klq_edu.course.html import course_map
 
+NAMES = {"TRL"}
 FOLDER = Path(__file__).parents[2] / "notebooks"
 CHAPTERS = load_all()
 chapters = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
@@ -41,6 +43,23 @@ def test_every_displayed_equation_is_checked_where_it_stands(chapter):
             assert not waiting, f"not checked before the next equation: {waiting}"
             waiting |= set(here)
     assert not waiting, f"never checked: {waiting}"
+
+
+@chapters
+def test_every_abbreviation_is_in_the_glossary_and_written_out_near_its_first_use(chapter):
+    """Near: not later than 300 characters on. Names of libraries are in the glossary, but stand for nothing."""
+    notebook = jupytext.read(FOLDER / "src" / f"{chapter.name}.py")
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    prose = re.sub(r"^#.*$|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`", "", prose, flags=re.MULTILINE | re.DOTALL)
+    words = {m.group(1): m.start() for m in reversed(list(re.finditer(r"\b([A-Z]{2,})s?\b", prose)))}
+    assert set(words) <= set(GLOSSARY), "add it to the glossary of notebook 00"
+    for word, start in words.items():
+        meaning = plain(GLOSSARY.get(word, "").split(":")[0])
+        assert word in NAMES or meaning in plain(prose[: start + 300]), f"{word} is not written out: {meaning}"
+
+
+def plain(text):
+    return " ".join(re.findall("[a-z]+", text.lower()))
 
 
 @chapters
