@@ -273,7 +273,7 @@ def native(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, or total = a @ b the first time."""
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)

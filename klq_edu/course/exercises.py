@@ -108,7 +108,7 @@ def _difference(got: list[Tensor], want: list[Tensor]) -> str:
     if g.shape != w.shape:
         return f"a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
     if g.isnan().any():
-        return "your result contains NaN (not a number): look for 0/0, log 0 or ∞ − ∞."
+        return "your result contains NaN (not a number): look for 0/0, log 0, ∞ − ∞, or padding that got in."
     gap, at = (g - w).abs().view(-1).max(0) if g.numel() else (0, 0)
     return (
         f"on a random input yours gives {g.view(-1)[at]:.6g} where {w.view(-1)[at]:.6g} is expected (off by {gap:.2g})."
