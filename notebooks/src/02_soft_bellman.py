@@ -134,6 +134,9 @@ for price in (0.4, 0.5, 0.6, 0.7, 0.8):
     )
 
 # %% [markdown]
+# **Explain.** With $\gamma = 1$ the prize is as likely as all other texts together at a price between 0.6 and 0.7. Above it, the first step
+# that the reference dislikes costs more than the prize is worth.
+#
 # ## With γ = 1 it is a bandit after all
 #
 # There is a second way to look at texts: one choice among all of them, with the score $R(y)$ as reward. For $\gamma = 1$ rewards and

@@ -55,8 +55,8 @@ VALUES = Widget(
     [{"tau": 0.1, "gamma": 1.0}, {"tau": 1.0, "gamma": 1.0}],
     "Left of each pair: every prefix with its soft optimal value (colour and number); thick lines are what the best "
     "policy does. With a low price τ the value of the prize at the end reaches the start and the policy goes there; "
-    "with a high price it stays with the reference. Right: each sweep improves, and after as many sweeps as a text "
-    "has tokens the optimum is reached.",
+    "with a high price it stays with the reference. Right: each sweep improves, and by the time there have been as "
+    "many sweeps as a text has tokens the optimum is reached.",
     "For two τ, a tree of prefixes with their values and the optimal policy as thick lines, and the objective rising "
     "to the optimum within four sweeps.",
     size=(7.4, 3.0),
