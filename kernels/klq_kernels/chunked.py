@@ -207,11 +207,12 @@ def logit_tiles(
     """(columns, each head's logits there or None) for these rows, over the whole vocabulary, in tiles that fit the
     workspace together; each tile overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
     present = [head.take(rows) for head in heads if head is not None]
-    count, vocab, dtype = len(present[0].hidden), len(present[0].weight), result_dtype(present[0].weight)
-    width = max(1, workspace // (len(present) * dtype.itemsize * count))
+    count, vocab = len(present[0].hidden), len(present[0].weight)
+    dtypes = [head and result_dtype(head.weight) for head in heads]
+    width = max(1, workspace // (count * sum(dtype.itemsize for dtype in dtypes if dtype)))
     even = math.ceil(vocab / math.ceil(vocab / width))
     width = min(width, ALIGNED * math.ceil(even / ALIGNED))
-    buffers = [None if head is None else head.weight.new_empty(count * width, dtype=dtype) for head in heads]
+    buffers = [h and h.weight.new_empty(count * width, dtype=dtype) for h, dtype in zip(heads, dtypes, strict=True)]
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
         out = (None if x is None else x[: count * (columns.stop - start)].view(count, -1) for x in buffers)
