@@ -12,6 +12,7 @@
 # state. Here $\gamma = 1$ throughout.
 
 # %%
+import pandas as pd
 import torch
 
 from klq_edu.core.tree import TokenTree
@@ -96,13 +97,13 @@ check.equation("3.3", tree.expected_reward(policy), (by_hand.exp() * scores).sum
 # > **People ask: why is the reward only on the last token?**
 # >
 # > Because that is when it is known. With γ = 1 only the sum of a text's rewards matters to the objective: shares that add up to
-# > the score leave the best policy as it is, others change it. And no shares are needed, since values carry the score back to
+# > the score leave the best policy as it is, others may change it. And no shares are needed, since values carry the score back to
 # > earlier states. Here are the values of the prefixes on the way to one text.
 
 # %%
 values = tree.evaluate(policy, tau=0.5)[1]
 for state, token in walk((1, 1, 2)):
-    prefix = " ".join(WORDS[a] for a in tree.prefixes[state]) or "(nothing)"
+    prefix = " ".join(WORDS[a] for a in tree.prefixes[state]) or "nothing"
     print(f"V({prefix}) = {values[state]:+.3f}, then {WORDS[token]}")
 
 # %% [markdown]
@@ -113,7 +114,7 @@ for state, token in walk((1, 1, 2)):
 # made, and it becomes the KL of that state, $D(\pi\|\pi_b)(s) = \sum_a \pi(a|s)\log\frac{\pi(a|s)}{\pi_b(a|s)}$. So the KL of texts is the
 # KL of states, summed along the way:
 #
-# $$D\left(\pi(y|x)\,\|\,\pi_b(y|x)\right) = \mathbb{E}_\pi\left[\sum_t \log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)}\right] = \mathbb{E}_\pi\left[\sum_t D(\pi\|\pi_b)(s_t)\right] = \sum_s \Pr(s)\,D(\pi\|\pi_b)(s) \tag{3.4}$$
+# $$D\left(\pi(y|x)\,\|\,\pi_b(y|x)\right) = \mathbb{E}_\pi\left[\sum_t D(\pi\|\pi_b)(s_t)\right] = \sum_s \Pr(s)\,D(\pi\|\pi_b)(s) \tag{3.4}$$
 
 # %%
 source(TokenTree.sequence_kl)
@@ -141,6 +142,29 @@ check.equation(
 tau = 0.5
 net = scores - tau * (by_hand - reference)
 check.equation("3.6", tree.evaluate(policy, tau)[1][0], (by_hand.exp() * net).sum())
+
+# %% [markdown]
+# Before we let tensors do it for many texts, one text line by line. The columns that belong to tokens add up to what belongs to
+# the text; the values do not, they say what is still to come.
+
+# %%
+y = (1, 2, 0)
+lines = [
+    {
+        "s_t": " ".join(WORDS[a] for a in tree.prefixes[s]) or "nothing",
+        "a_t": WORDS[a],
+        "π(a_t|s_t)": policy[s, a].item(),
+        "log π": policy[s, a].log().item(),
+        "log π/π_b": (policy[s, a] / tree.ref[s, a]).log().item(),
+        "r_{t+1}": tree.rewards[s, a].item(),
+        "V(s_t)": values[s].item(),
+    }
+    for s, a in walk(y)
+]
+table = pd.DataFrame(lines)
+total = table[["log π", "log π/π_b", "r_{t+1}"]].sum()
+table.loc[len(table)] = {"s_t": "the text", "a_t": "sum", **total}
+table.round(3).astype(object).fillna("")
 
 # %% [markdown]
 # ## Batches: ends and padding
