@@ -148,7 +148,7 @@ check.equation("3.6", tree.evaluate(policy, tau)[1][0], (by_hand.exp() * net).su
 # the text; the values do not, they say what is still to come.
 
 # %%
-y = (1, 2, 0)
+y = (1, 1, 0)
 lines = [
     {
         "s_t": " ".join(WORDS[a] for a in tree.prefixes[s]) or "nothing",
@@ -164,7 +164,7 @@ lines = [
 table = pd.DataFrame(lines)
 total = table[["log π", "log π/π_b", "r_{t+1}"]].sum()
 table.loc[len(table)] = {"s_t": "the text", "a_t": "sum", **total}
-table.round(3).astype(object).fillna("")
+table.style.hide(axis="index").format(precision=3, na_rep="")
 
 # %% [markdown]
 # ## Batches: ends and padding
