@@ -164,7 +164,7 @@ lines = [
 table = pd.DataFrame(lines)
 total = table[["log π", "log π/π_b", "r_{t+1}"]].sum()
 table.loc[len(table)] = {"s_t": "the text", "a_t": "sum", **total}
-table.style.hide(axis="index").format(precision=3, na_rep="")
+table.style.hide(axis="index").format(precision=3, na_rep="", escape="html")
 
 # %% [markdown]
 # ## Batches: ends and padding
