@@ -36,7 +36,7 @@ class Head(NamedTuple):
         dtype = result_dtype(self.weight)
         return Head(*(x if x is None else x.to(dtype) for x in self))
 
-    def take(self, rows: slice | Tensor, columns: slice = slice(None)) -> "Head":
+    def take(self, rows: slice | Tensor = slice(None), columns: slice = slice(None)) -> "Head":
         """The head of these rows for these columns of the vocabulary."""
         return Head(self.hidden[rows], self.weight[columns], None if self.bias is None else self.bias[columns])
 
@@ -59,19 +59,18 @@ class Gradients(NamedTuple):
     def start(cls, head: Head, needed: tuple[bool, bool, bool], mask: Tensor) -> "Gradients":
         """Accumulators in the working dtype, zero but for the weight's, which the first rows overwrite if any come."""
         dtype = result_dtype(head.weight)
-        made = [torch.zeros_like] * 3
-        made[1] = torch.empty_like if mask.any() else torch.zeros_like
+        weight = torch.empty_like if mask.any() else torch.zeros_like
+        made = (torch.zeros_like, weight, torch.zeros_like)
         return cls(*(f(x, dtype=dtype) if need else None for f, x, need in zip(made, head, needed, strict=True)))
 
     def add(
-        self, head: Head, rows: slice | Tensor, columns: slice, dz: Tensor, scale: Tensor | None, first: bool
+        self, part: Head, rows: slice | Tensor, columns: slice, dz: Tensor, scale: Tensor | None, first: bool
     ) -> None:
-        """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n]; `first`
-        says that these are the first rows.
+        """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n]; `part` is
+        the head of these, `first` says that these are the first rows.
 
         In float32 the scale costs no visit to dz: it is put on the hidden states and on their gradients.
         """
-        part = head.take(rows, columns)
         if scale is not None and dz.dtype != part.hidden.dtype:
             dz, scale = dz.mul_(scale.unsqueeze(1)), None
         dz, hidden = dz.to(part.hidden.dtype), part.hidden
@@ -97,9 +96,9 @@ def linear_stats(
     policy, ref = policy.workable(), ref and ref.workable()
     out = empty_statistics(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
     for rows in tall_blocks(mask, policy, ref, workspace):
-        whole = None
-        for columns, (z, r) in logit_tiles((policy, ref), rows, workspace):
-            inside = tokens[rows] - columns.start
+        whole, chosen = None, tokens[rows]
+        for columns, (z, r) in logit_tiles((policy.take(rows), ref and ref.take(rows)), workspace):
+            inside = chosen - columns.start
             tile = tiled.softmax_stats(z, inside, r, temperature)
             whole = tiled.join(whole, tile, inside >= 0, temperature)
         store(out, rows, tiled.finished(whole, out.norm.dtype))
@@ -117,9 +116,10 @@ def linear_grad(
     for index, rows in enumerate(tall_blocks(mask, policy, ref, workspace)):
         some = Statistics(*(x[rows] if len(x) else x for x in stats))
         ups = tuple(None if x is None else x[rows] for x in upstream)
-        for columns, (z, r) in logit_tiles((policy, ref), rows, workspace):
-            tiled.logits_grad(z, tokens[rows] - columns.start, r, temperature, mask[rows], some, ups, z)
-            grads.add(policy, rows, columns, z, None, first=index == 0)
+        mine, chosen, real = policy.take(rows), tokens[rows], mask[rows]
+        for columns, (z, r) in logit_tiles((mine, ref and ref.take(rows)), workspace):
+            tiled.logits_grad(z, chosen - columns.start, r, temperature, real, some, ups, z)
+            grads.add(mine.take(columns=columns), rows, columns, z, None, first=index == 0)
     return grads.like(given)
 
 
@@ -147,7 +147,7 @@ def linear_klq(
         total = total + loss
         if any(needed):
             dz, scale = chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count)
-            grads.add(policy, rows, slice(None), dz, scale, first=index == 0)
+            grads.add(policy.take(rows), rows, slice(None), dz, scale, first=index == 0)
     return total / count, stats, grads.like(given_policy), dvalues / count
 
 
@@ -198,16 +198,13 @@ def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> It
 def tall_blocks(mask: Tensor, policy: Head, ref: Head | None, workspace: int) -> Iterator[slice | Tensor]:
     """Unmasked rows in blocks so tall that square tiles of the models' logits fill the workspace, within reason."""
     itemsize = result_dtype(policy.weight).itemsize * (1 if ref is None else 2)
-    yield from row_blocks(mask, 1, min(TALLEST, math.isqrt(workspace // itemsize)))
+    return row_blocks(mask, 1, min(TALLEST, math.isqrt(workspace // itemsize)))
 
 
-def logit_tiles(
-    heads: tuple[Head | None, ...], rows: slice | Tensor, workspace: int
-) -> Iterator[tuple[slice, list[Tensor | None]]]:
-    """(columns, each head's logits there or None) for these rows, over the whole vocabulary, in tiles that fit the
-    workspace together; each tile overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
-    present = [head.take(rows) for head in heads if head is not None]
-    count, vocab = len(present[0].hidden), len(present[0].weight)
+def logit_tiles(heads: tuple[Head | None, ...], workspace: int) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """(columns, each head's logits there or None) over the whole vocabulary, in tiles that fit the workspace together;
+    each tile overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
+    count, vocab = next((len(h.hidden), len(h.weight)) for h in heads if h)
     dtypes = [head and result_dtype(head.weight) for head in heads]
     width = max(1, workspace // (count * sum(dtype.itemsize for dtype in dtypes if dtype)))
     even = math.ceil(vocab / math.ceil(vocab / width))
@@ -216,7 +213,7 @@ def logit_tiles(
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
         out = (None if x is None else x[: count * (columns.stop - start)].view(count, -1) for x in buffers)
-        yield columns, [h and h.take(rows, columns).logits(x) for h, x in zip(heads, out, strict=True)]
+        yield columns, [h and h.take(columns=columns).logits(x) for h, x in zip(heads, out, strict=True)]
 
 
 def chunk_stats(
@@ -230,13 +227,14 @@ def chunk_stats(
         return kernels.logits_stats(z, tokens, r, temperature, mask)
     whole, parts = None, []
     alone = [(slice(0, z.shape[1]), [None])]
-    for columns, (r,) in alone if ref is None else logit_tiles((ref,), rows, workspace // REF_SHARE):
+    for columns, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), workspace // REF_SHARE):
         inside = tokens - columns.start
         tile = tiled.softmax_stats(z[:, columns], inside, r, temperature)
         whole = tiled.join(whole, tile, inside >= 0, temperature)
         parts.append((columns, tile))
-    for columns, tile in parts[: len(parts) if len(parts) > 1 else 0]:
-        z[:, columns].mul_(tiled.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
+    if len(parts) > 1:
+        for columns, tile in parts:
+            z[:, columns].mul_(tiled.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
     return tiled.finished(whole, z.dtype)
 
 

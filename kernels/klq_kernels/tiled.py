@@ -255,9 +255,10 @@ def _normalise(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tenso
     return logp, shift, -logp.amax(1)
 
 
-def _shares(*parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shares(
+    shift: Tensor, norm: Tensor, other_shift: Tensor, other_norm: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(shift, norm) of two tiles together, and the logarithms of their shares."""
-    shift, norm, other_shift, other_norm, temperature = parts
     top = torch.maximum(shift, other_shift).clamp_(min=LOWEST)
     norms = (shift - top) / temperature + norm, (other_shift - top) / temperature + other_norm
     both = torch.logaddexp(*norms).clamp_(min=LOWEST)

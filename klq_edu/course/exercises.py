@@ -89,6 +89,13 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     return Verdict(False, f"✘ {head}: {_difference(results[0], exercise.outcome(exercise.solution, trials[0]))}")
 
 
+def on_any_padding(answer: Callable, *arguments) -> tuple:
+    """A probe: the answer with padding as it is (NaN), and with padding of leftovers. One argument is the mask."""
+    mask = next(x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool)
+    leftovers = (torch.where(mask, x, 7.0) if isinstance(x, Tensor) and x is not mask else x for x in arguments)
+    return answer(*arguments), answer(*leftovers)
+
+
 def _agree(exercise: Exercise, results: list[list[Tensor]], other: Callable, trials: list[tuple]) -> bool:
     return all(_same(r, exercise.outcome(other, x), exercise.tol) for r, x in zip(results, trials, strict=True))
 

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from klq_edu.course.chapters import Chapter, load_all
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
 from klq_edu.course.progress import Progress
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
@@ -142,11 +142,6 @@ def _rubbish(generator: Generator) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 7.0 + torch.rand(3, 5, generator=generator, dtype=torch.float64)), mask
 
 
-def _twice(answer, x: Tensor, mask: Tensor) -> tuple:
-    """With padding of NaN, and with padding of leftovers."""
-    return answer(x, mask), answer(torch.where(mask, x, 7.0), mask)
-
-
 EXERCISES = {
     "0.1": Exercise(
         "0.1", "A mean without padding", 1, 4, token_mean, _padded,
@@ -166,7 +161,7 @@ EXERCISES = {
         ),
         ("`x * mask` does not help: NaN times 0 is NaN.", "`torch.where(mask, x, 0.0)` picks without multiplying.",
          "Its sum, divided by `mask.sum()`."),
-        probe=_twice,
+        probe=on_any_padding,
     ),
     "0.2": Exercise(
         "0.2", "The value of the next state", 1, 6, next_values, _rubbish,

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from klq_edu.core.tree import ENDS, TokenTree
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
 WORDS = ("<eos>", "good", "bad")
@@ -151,7 +151,7 @@ EXERCISES = {
         ("The chain rule turns a product of probabilities into a sum of logarithms.",
          "Padding may be NaN; `torch.where(mask, logprobs, 0.0)` never looks at it.",
          "Then sum over the last axis."),
-        probe=lambda answer, p, m: (answer(p, m), answer(torch.where(m, p, 7.0), m)),
+        probe=on_any_padding,
     ),
 }  # fmt: skip
 

@@ -13,8 +13,9 @@ from klq_edu.core.returns import lambda_returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
+from klq_kernels.reference import shift_left, zero_unless
 
 TAU, STEPS, WRONG = 0.3, 5, 0.5
 
@@ -75,22 +76,16 @@ LAMBDA = Widget(
 )  # fmt: skip
 
 
-def _next(x: Tensor, steps: int = 1) -> Tensor:
-    return torch.nn.functional.pad(x, (0, steps))[..., steps:]
-
-
 def _td_error(r: Tensor, v: Tensor, penalty: Tensor, gamma: float) -> Tensor:
-    return r + gamma * _next(v) - penalty - v
+    return r + gamma * shift_left(v) - penalty - v
 
 
-def _zero(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0.0)
-
-
-def advantages(r, v, p, q, mask, tau, gamma, lam, *, clean=_zero, td_error=_td_error, decay=lambda g, lam: g * lam):
+def advantages(
+    r, v, p, q, mask, tau, gamma, lam, *, clean=zero_unless, td_error=_td_error, decay=lambda g, lam: g * lam
+):
     """Exercise 5.1; the keywords are for mistakes."""
-    r, v, p, q = (clean(x, mask) for x in (r, v, p, q))
-    delta = _zero(td_error(r, v, tau * (p - q), gamma), mask)
+    r, v, p, q = (clean(mask, x) for x in (r, v, p, q))
+    delta = zero_unless(mask, td_error(r, v, tau * (p - q), gamma))
     return one_by_one(delta.T, torch.full_like(delta.T, decay(gamma, lam))).T
 
 
@@ -104,7 +99,7 @@ def one_by_one(delta: Tensor, decay: Tensor) -> Tensor:
 
 def _forward_in_time(r, v, p, q, m, tau, g, lam):
     delta = advantages(r, v, p, q, m, tau, g, lam, decay=lambda g, lam: 0.0)
-    return _zero(one_by_one(delta.T.flip(0), torch.full_like(delta.T, g * lam)).flip(0).T, m)
+    return zero_unless(m, one_by_one(delta.T.flip(0), torch.full_like(delta.T, g * lam)).flip(0).T)
 
 
 def _episodes(generator: Generator) -> tuple:
@@ -115,14 +110,7 @@ def _episodes(generator: Generator) -> tuple:
     return *torch.where(mask, data, torch.nan), mask, *settings
 
 
-def _twice(answer, *arguments) -> tuple[Tensor, Tensor]:
-    """With padding of NaN, and with padding of leftovers."""
-    *data, mask, tau, gamma, lam = arguments
-    leftovers = [torch.where(mask, x, 7.0) for x in data]
-    return answer(*data, mask, tau, gamma, lam), answer(*leftovers, mask, tau, gamma, lam)
-
-
-def scan(delta: Tensor, decay: Tensor, shift=_next, square=True) -> Tensor:
+def scan(delta: Tensor, decay: Tensor, shift=shift_left, square=True) -> Tensor:
     """Exercise 5.2; the keywords are for mistakes."""
     step = 1
     while step < len(delta):
@@ -168,13 +156,13 @@ EXERCISES = {
                     "the KL is missing: δ subtracts Q = τ log(π/π_b) + V, yours only V."),
             Mistake("KL sign", partial(advantages, td_error=lambda r, v, kl, g: _td_error(r, v, -kl, g)),
                     "the log-ratio has the wrong sign: straying is paid for, not rewarded."),
-            Mistake("reward late", partial(advantages, td_error=lambda r, v, kl, g: _td_error(_next(r), v, kl, g)),
+            Mistake("reward late", partial(advantages, td_error=lambda r, v, kl, g: _td_error(shift_left(r), v, kl, g)),
                     "you shifted the rewards: r_{t+1}, which follows token t, is stored in rewards[:, t]."),
             Mistake("no next state", partial(advantages, td_error=lambda r, v, kl, g: r + g * v - kl - v),
                     "you used V(s_t) twice: what is discounted is the value of the *next* state."),
-            Mistake("padding leaks", partial(advantages, clean=lambda x, m: x),
+            Mistake("padding leaks", partial(advantages, clean=lambda m, x: x),
                     "the last real token bootstraps from a padded value: after the end V is 0."),
-            Mistake("times the mask", partial(advantages, clean=lambda x, m: x * m),
+            Mistake("times the mask", partial(advantages, clean=lambda m, x: x * m),
                     "NaN times 0 is NaN: multiplying by the mask lets padding poison the row. Use torch.where."),
             Mistake("one step", partial(advantages, decay=lambda g, lam: 0.0),
                     "these are the one-step errors δ; the recursion over later steps is missing."),
@@ -184,7 +172,7 @@ EXERCISES = {
         ("Replace everything on padding by 0 first; then the end of a row needs no special case.",
          "δ_t = rewards[:, t] + γ V_{t+1} − (τ (log π − log π_b) + V), with V_{t+1} = 0 after the last token.",
          "Loop t from the last to the first: tail = δ_t + γ λ tail; Δ_t = tail."),
-        probe=_twice,
+        probe=on_any_padding,
     ),
     "5.2": Exercise(
         "5.2", "The scan", 3, 15, scan, _steps,
@@ -197,7 +185,7 @@ EXERCISES = {
                     "you looked to the left: Δ collects what comes *later*."),
             Mistake("wrapped", partial(scan, shift=lambda x, n: x.roll(-n)),
                     "torch.roll wraps around: after the end there is nothing, so fill with zeros."),
-            Mistake("one round", lambda delta, decay: delta + decay * _next(delta),
+            Mistake("one round", lambda delta, decay: delta + decay * shift_left(delta),
                     "that is one round; go on with steps of 2, 4, 8, until the row is covered."),
         ),
         ("Give every position its own map x ↦ b + a x, at first a = decay, b = δ; (5.5) joins two.",
