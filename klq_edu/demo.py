@@ -32,8 +32,8 @@ class DemoConfig:
     """Folder for runs and report.html."""
     device: str = "auto"
     """auto, cpu, cuda, mps …"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameters and activations of the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32."""
     open: bool = False
     """Open the report in a browser at the end."""
 
@@ -61,6 +61,7 @@ def title(config: TrainConfig) -> str:
 def run_demo(config: DemoConfig) -> Path:
     """Run what is missing, print the table and samples, and write the report; returns its path."""
     from rich.console import Console
+    from rich.markup import escape
 
     from klq_edu import report
     from klq_edu.experiment import run_experiment
@@ -83,7 +84,8 @@ def run_demo(config: DemoConfig) -> Path:
             progress.update(bars[name], completed=settings.updates)
     report.print_results(console, world, results)
     page = report.write(folder / "report.html", world, results)
-    console.print(f"\nreport: [bold]{page}[/]   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
+    minutes = (time.perf_counter() - start) / 60
+    console.print(f"\nreport: [bold]{escape(str(page))}[/]   runs: {escape(str(folder))}   time: {minutes:.1f} min")
     if config.open:
         import webbrowser
 
@@ -94,6 +96,7 @@ def run_demo(config: DemoConfig) -> Path:
 def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None) -> None:
     """`klq train`: one experiment with a progress bar, and the trained model as a folder if wanted."""
     from rich.console import Console
+    from rich.markup import escape
 
     from klq_edu.experiment import run_experiment, trained_policy
     from klq_edu.report import print_results
@@ -112,4 +115,4 @@ def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None
     if save_model:
         trained_policy(world, config, out).save_pretrained(save_model)
         world.tokenizer.save_pretrained(save_model)
-        console.print(f"model: [bold]{save_model}[/]")
+        console.print(f"model: [bold]{escape(str(save_model))}[/]")

@@ -1,6 +1,5 @@
 """One experiment = one world, one configuration, one folder: reference samples, training, samples after."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,12 @@ import pandas as pd
 import torch
 
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.identity import identity
 from klq_edu.rlhf.loop import resolve_device, train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run, replace_file
+from klq_edu.rlhf.runs import Run, load_checkpoint, read_json, write_json
 from klq_edu.worlds.presets import variant_of
 from klq_edu.worlds.world import World, threads
 
@@ -47,18 +47,22 @@ def run_experiment(
 ) -> Result:
     """Train in `world` with `config`, keeping everything in `folder`.
 
-    A finished folder is read, an interrupted one is continued from its last update, another is started.
+    A finished folder is read, an interrupted one is continued from its last update, another is started. Raises
+    ValueError where the folder is in use or holds a run on other prompts, for another reward or from another model.
     """
     run = Run(folder, {"world": world.name, **config.to_dict()})
-    if (finished := read_result(run)) is not None:
-        return finished
-    with threads(world.threads):
+    with run.writing(), threads(world.threads):
+        run.claim(identity(world.prompts, world.reward))
+        if (finished := read_result(run)) is not None:
+            run.say_finished(config.updates)
+            return finished
         return _run(world, config, run, on_update)
 
 
 def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict], None]) -> Result:
     policy = world.make_policy(config).to(resolve_device(config.device))
     before = held_out_samples(world, policy, config)
+    run.claim(identity(world.prompts, world.reward), again=True)
     centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
     policy.start_value(0.0 if centred else before["reward"].mean())
     train(
@@ -67,25 +71,23 @@ def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict]
     )  # fmt: skip
     after = held_out_samples(world, policy, config)
     samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
-    text = json.dumps(samples, indent=1, ensure_ascii=False)
-    replace_file(run.folder / SAMPLES_FILE, lambda path: path.write_text(text))
+    write_json(run.folder / SAMPLES_FILE, samples)
     return read_result(run)
 
 
 def read_result(run: Run) -> Result | None:
     """The result in a finished run's folder; None if the run is not finished."""
-    samples = run.folder / SAMPLES_FILE
-    if not samples.exists() or len(run.rows()) < run.settings["updates"]:
+    samples, rows = run.folder / SAMPLES_FILE, run.rows()
+    if not samples.exists() or len(rows) < run.settings["updates"]:
         return None
-    tables = {name: pd.DataFrame(rows) for name, rows in json.loads(samples.read_text()).items()}
-    return Result(run.settings, run.rows(), **tables)
+    tables = {name: pd.DataFrame(rows) for name, rows in read_json(samples).items()}
+    return Result(run.settings, rows, **tables)
 
 
 def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> ActorCritic:
     """The policy of a run, finished or not, with the parameters of its last checkpoint."""
     policy = world.make_policy(config)
-    state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
-    policy.load_state_dict(state["parameters"], strict=False)
+    policy.load_state_dict(load_checkpoint(Path(folder) / "checkpoint.pt")["parameters"], strict=False)
     return policy
 
 

@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from klq_edu import figures
@@ -76,7 +77,7 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
         table.add_row(*row)
     console.print(table)
     for sample in samples_table(results):
-        console.print(f"\n[bold]{sample['prompt']}[/] …")
+        console.print(f"\n[bold]{escape(sample['prompt'])}[/] …")
         for line in sample["lines"]:
             text = " ".join(line["completion"].split())
             console.print(f"  {line['who']:<12} {line['reward']:+.2f}  {text}", markup=False, highlight=False)
@@ -122,7 +123,9 @@ def write(path: str | Path, world: World, results: list[Result]) -> Path:
         src = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
         shown.append({"title": title, "src": src, "caption": picture.caption, "alt": picture.alt})
     summarise_results(results).to_csv(path.parent / "results.csv", index=False)
-    template = jinja2.Environment(autoescape=True).from_string(files("klq_edu").joinpath("report.html").read_text())
+    template = jinja2.Environment(autoescape=True).from_string(
+        files("klq_edu").joinpath("report.html").read_text(encoding="utf-8")
+    )
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),

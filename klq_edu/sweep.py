@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -87,7 +88,10 @@ def run_sweep(config: SweepConfig) -> Path:
             for done in as_completed(futures):
                 done.result()  # an error ends the sweep now, not after hours
                 progress.advance(bar)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt) or getattr(error, "signum", None) == signal.SIGTERM:
+                for child in multiprocessing.active_children():  # Ctrl-C in a terminal reaches them by itself
+                    child.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     path = out / f"{config.name}.csv"
@@ -96,8 +100,8 @@ def run_sweep(config: SweepConfig) -> Path:
     first = experiments[next(iter(experiments))].to_dict()
     command = shlex.join(["klq", *sys.argv[1:]])
     provenance = {"command": command, "sweep": sweep, "settings of the first run": first, **machine("cpu")}
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(path) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(path) + "\n", encoding="utf-8")
     return path
 
 

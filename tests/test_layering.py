@@ -15,6 +15,7 @@ FLOORS = [
     {"klq_edu.experiment"},
     {"klq_edu.report"},
     {"klq_edu.inspection", "klq_edu.demo", "klq_edu.sweep", "klq_edu.bench", "klq_edu.doctor"},
+    {"klq_edu.commands"},
     {"klq_edu.cli"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

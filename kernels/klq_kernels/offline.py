@@ -149,7 +149,7 @@ def _read_nvidia(compiled, target: str) -> tuple[dict, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         sass = _run(TOOLS / "nvdisasm", "-c", cubin)
         arch = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
         ptxas = TOOLS / ("ptxas-blackwell" if (TOOLS / "ptxas-blackwell").exists() else "ptxas")

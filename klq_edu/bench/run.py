@@ -210,7 +210,7 @@ def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> Non
     settings = {name: str(value) for name, value in asdict(config).items()}
     provenance = {"command": shlex.join(["klq", *sys.argv[1:]]), "settings": settings, "method": METHOD}
     provenance |= {**machine(device), **installed, "threads": torch.get_num_threads()}
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def print_tables(console, path: Path) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from klq_edu.core.estimators import k3
 from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.identity import identity
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import Constraint, Rollout, collect
-from klq_edu.rlhf.runs import Run, Snapshot
+from klq_edu.rlhf.runs import Run, TrainState
+from klq_edu.rlhf.signals import StopSignals
 from klq_kernels.reference import masked_mean
 
 METRICS = {
@@ -51,45 +53,78 @@ def train(
 
     `prompts` needs a column "prompt"; its further columns are passed to the reward. `evaluate(policy)` adds columns
     every `config.eval_every` updates. A fresh value head starts at the mean reward of the first batch, which the
-    reference sampled. If `run` holds a checkpoint of the same settings, training continues from it with the same
-    random numbers; on Ctrl-C or an error the last finished update is saved before the exception goes on.
+    reference sampled. If `run` holds a checkpoint of the same run, training continues from it with the same random
+    numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and finish one that has; then
+    the state is saved, as it is after an error, unless that came amid the optimiser steps of an update or tells of
+    divergence: then the last checkpoint counts. A second signal stops at once.
+
+    Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
     prepare(policy, prompts, config)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate_factor)
     generator = torch.Generator().manual_seed(config.seed)
-    snapshot = Snapshot(policy.trainable(), optimizer, schedule, generator)
-    rows = run.resume(snapshot)
-    try:
-        for update in range(len(rows), config.updates):
-            start = time.perf_counter()
-            batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
-            rollout = collect(
-                policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, constraint=constraint, generator=generator,
-            )  # fmt: skip
-            scores = score(reward, rollout, **batch)
-            if update == 0 and not policy.value_is_set:
-                policy.start_value(scores.mean().item())
-                rollout.values = torch.where(rollout.mask, scores.mean(), 0.0)
-            targets = make_targets(rollout, config)
-            steps = fit(policy, rollout, targets, config, optimizer, generator)
+    state = TrainState(policy.trainable(), optimizer, generator)
+    with run.writing(), StopSignals() as stop:
+        run.claim(identity(prompts, reward, policy))
+        rows = run.resume(state)
+        if len(rows) >= config.updates:
+            run.say_finished(len(rows))
+            return rows
+        optimizer.register_step_pre_hook(lambda *_: stop.start())
+        try:
+            for update in range(len(rows), config.updates):
+                start = time.perf_counter()
+                set_learning_rate(optimizer, config, update)
+                batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
+                rollout = collect(
+                    policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature, constraint=constraint, generator=generator,
+                )  # fmt: skip
+                scores = score(reward, rollout, **batch)
+                if update == 0 and not policy.value_is_set:
+                    policy.start_value(scores.mean().item())
+                    rollout.values = torch.where(rollout.mask, scores.mean(), 0.0)
+                targets = make_targets(rollout, config)
+                steps = fit(policy, rollout, targets, config, optimizer, generator)
 
-            row = {"update": update, "rollouts": (update + 1) * config.batch_size}
-            row |= summarise(rollout, scores, targets, steps, config.tau)
-            row |= {"learning_rate": schedule.get_last_lr()[0], "seconds": time.perf_counter() - start}
-            schedule.step()
-            if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
-                row |= evaluate(policy)
-            rows.append(row)
-            run.log(row, rollout)
-            snapshot.take()
-            on_update(row)
-            if update % config.checkpoint_every == config.checkpoint_every - 1:
-                run.save(snapshot)
-    finally:
-        run.save(snapshot)
+                row = {"update": update, "rollouts": (update + 1) * config.batch_size}
+                row |= summarise(rollout, scores, targets, steps, config.tau)
+                row |= {"learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
+                if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
+                    row |= measured(evaluate(policy))
+                rows.append(row)
+                run.log(row, rollout)
+                state.finish_update()
+                stop.done()
+                on_update(row)
+                if update % config.checkpoint_every == config.checkpoint_every - 1 and update < config.updates - 1:
+                    run.save(state)
+            run.save(state)
+        except BaseException as error:
+            if not (stop.busy or stop.again or isinstance(error, FloatingPointError)):
+                run.save(state)
+            raise
+        finally:
+            run.claim(identity(prompts, reward), again=True)
     return rows
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> None:
+    """The step size of this update, by `config.learning_rate_factor`: a function of the update, so nothing to save."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * config.learning_rate_factor(update)
+
+
+def measured(columns: dict) -> dict[str, float]:
+    """What `evaluate` returned, as plain numbers (0-dimensional tensors are some); TypeError names what is none."""
+    if not isinstance(columns, dict):
+        raise TypeError(f"evaluate must return a dict of numbers, got {type(columns).__name__}")
+    numbers = {name: x.item() if getattr(x, "ndim", None) == 0 else x for name, x in columns.items()}
+    for name, x in numbers.items():
+        if not isinstance(name, str) or name in METRICS or not isinstance(x, int | float):
+            rule = "under names that the loop doesn't use itself"
+            raise TypeError(f"evaluate must return a dict of numbers {rule}, got {name!r}: {x!r}")
+    return numbers
 
 
 def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimizer, generator) -> Tensor:

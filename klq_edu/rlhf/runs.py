@@ -1,108 +1,241 @@
-"""A run's folder: settings, metrics, samples and the checkpoint from which it continues.
+"""A run's folder: settings, identity, metrics, samples and the checkpoint from which it continues.
 
 config.json     the settings; a folder with other settings is refused, never overwritten
+run.json        digests of what was trained on what (see `identity`), and when `updates` was raised
 metrics.jsonl   one line per update, written as it happens; metrics.csv is the same as a table
 samples.jsonl   prompts and completions, one line per update (the first few of the batch)
-checkpoint.pt   trainable parameters, optimiser, schedule and random state after the last saved update
+checkpoint.pt   trainable parameters, optimiser and random state after some update, and a digest of all that
+.lock           held by the process that trains here; the system frees it when that process ends, however it ends
+
+Text is UTF-8 wherever the locale says otherwise.
 """
 
-import copy
+import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 from klq_edu.rlhf.rollout import Rollout
 
 SAMPLES = 4
+DIGEST_BYTES = hashlib.sha256().digest_size
+START = "initial weights"  # what a run without a checkpoint must start from again
 
 
-class Snapshot:
-    """Everything that changes during training, copied after each finished update so that no interrupt can tear it."""
+class TrainState:
+    """What training changes: trainable parameters, optimiser, and the random state after the last finished update."""
 
-    def __init__(self, parameters, optimizer, schedule, generator):
-        self.parameters, self.stateful, self.generator = parameters, (optimizer, schedule), generator
-        self.state = None
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer, generator: torch.Generator):
+        self.parameters, self.optimizer, self.generator = parameters, optimizer, generator
+        self.updates, self.random = 0, generator.get_state()
 
-    @property
-    def updates(self) -> int:
-        """Updates finished at the last copy."""
-        return self.state["updates"] if self.state else 0
+    def finish_update(self) -> None:
+        """Count one more update; an update dropped before its first optimiser step changes only random numbers."""
+        self.updates, self.random = self.updates + 1, self.generator.get_state()
 
-    def take(self) -> None:
-        """Copy the present state as that after one more update."""
-        self.state = _copy_to_cpu(
-            {
-                "updates": self.updates + 1,
-                "parameters": {name: p.detach() for name, p in self.parameters.items()},
-                "stateful": [s.state_dict() for s in self.stateful],
-                "generator": self.generator.get_state(),
-            }
-        )
+    def to_dict(self) -> dict:
+        """The state after the last finished update; valid unless an optimiser step has been taken since."""
+        parameters = {name: p.detach() for name, p in self.parameters.items()}
+        optimizer = self.optimizer.state_dict()
+        return {"updates": self.updates, "parameters": parameters, "optimizer": optimizer, "random": self.random}
 
-    def restore(self, state: dict) -> None:
-        """Put a saved state back into the objects this snapshot watches."""
-        self.state = state
+    def restore(self, saved: dict) -> None:
+        """Put a saved state back into the objects this one watches."""
         for name, p in self.parameters.items():
-            p.data.copy_(state["parameters"][name])
-        for s, saved in zip(self.stateful, copy.deepcopy(state["stateful"]), strict=True):
-            s.load_state_dict(saved)  # keeps what it is given, and changes it in place: hence the copy
-        self.generator.set_state(state["generator"])
-
-
-def _copy_to_cpu(state):
-    """A deep copy of nested dicts and lists whose tensors are on the CPU, so that a GPU need not hold them twice."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _copy_to_cpu(value) for key, value in state.items()}
-    return [_copy_to_cpu(x) for x in state] if isinstance(state, list) else copy.deepcopy(state)
+            p.data.copy_(saved["parameters"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.updates, self.random = saved["updates"], saved["random"]
+        self.generator.set_state(self.random)
 
 
 class Run:
-    """The folder of one run with these settings.
+    """The folder of one run with these settings. `updates` alone may be raised later.
 
-    Raises ValueError if the folder holds a run with other settings, and OSError, with advice, if it can't be written.
+    Raises ValueError if the folder holds a run with other settings or a damaged config.json, and OSError, with advice,
+    if it can't be written.
     """
 
     def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = writable_folder(folder), settings
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        self.checkpoint, config = self.folder / "checkpoint.pt", self.folder / "config.json"
-        if config.exists() and (found := json.loads(config.read_text())) != settings:
-            differ = {k: (found.get(k), settings.get(k)) for k in found | settings if found.get(k) != settings.get(k)}
-            raise ValueError(f"{folder} holds other settings (there, here): {differ}; use another folder (--out)")
-        replace_file(config, lambda path: path.write_text(json.dumps(settings, indent=1)))
+        self.config, self.identity = self.folder / "config.json", self.folder / "run.json"
+        self.checkpoint, self.lock = self.folder / "checkpoint.pt", FileLock(self.folder / ".lock", timeout=0)
+        if self._recorded_settings() is None:
+            write_json(self.config, settings)
 
-    def resume(self, snapshot: Snapshot) -> list[dict]:
-        """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped."""
+    @contextmanager
+    def writing(self):
+        """Within this context no other process writes here. Raises ValueError where one does, or where several start.
+
+        May be nested. The settings are looked at again, since another run may have begun here in the meantime.
+        """
+        if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+            raise ValueError(f"this loop is one process, but WORLD_SIZE is {processes}: start it without torchrun")
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"{self.folder} is in use by another process: wait, or choose another (--out)") from None
+        try:
+            self._accept_settings()
+            yield
+        finally:
+            self.lock.release()
+
+    def claim(self, identity: dict[str, str], again: bool = False) -> None:
+        """Record these digests of what is trained on what. Raises ValueError naming those that were recorded otherwise.
+
+        A reward may change by being called (it counts, or keeps a cache): with `again` a new digest counts as well.
+        """
+        recorded = read_json(self.identity) if self.identity.exists() else {}
+        if not again:
+            self._compare(identity, recorded)
+        for name, digest in identity.items():
+            if digest not in (known := recorded.setdefault(name, [])) and not (known and name == START):
+                known.append(digest)
+        write_json(self.identity, recorded)
+
+    def _compare(self, identity: dict[str, str], recorded: dict) -> None:
+        """Refuse another model, other prompts or another reward; other initial weights where no checkpoint has better."""
+        begun = self.checkpoint.exists()
+        default = ["unknown"] if begun and not recorded else None
+        differ = {k: known for k, v in identity.items() if v not in (known := recorded.get(k, default) or [v])}
+        start_differs = differ.pop(START, None) and not begun
+        if differ:
+            shown = "; ".join(f"{k} (there {' or '.join(v)}, here {identity[k]})" for k, v in differ.items())
+            raise ValueError(f"{self.folder} holds another run, it differs in {shown}; use another folder (--out)")
+        if start_differs:
+            raise ValueError(
+                f"{self.folder} has no checkpoint yet, and the policy no longer has the weights it began with there "
+                "(was a call interrupted?): build it anew, or use another folder (--out)"
+            )
+
+    def resume(self, state: TrainState) -> list[dict]:
+        """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped.
+
+        Raises ValueError if the checkpoint is damaged or the log is not one row per update.
+        """
         if self.checkpoint.exists():
-            snapshot.restore(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
+            state.restore(load_checkpoint(self.checkpoint))
         for log in (self.metrics, self.samples):
-            kept = log.read_text().splitlines(keepends=True)[: snapshot.updates] if log.exists() else []
-            replace_file(log, lambda path, kept=kept: path.write_text("".join(kept)))
-        if len(rows := self.rows()) != snapshot.updates:
-            raise ValueError(f"{self.folder}: {len(rows)} logged updates but a checkpoint after {snapshot.updates}")
+            write_text(log, "".join(f"{line}\n" for line in _lines(log)[: state.updates]))
+        rows = self.rows()
+        if [row.get("update") for row in rows] != list(range(state.updates)):
+            raise ValueError(
+                f"{self.metrics} does not hold the {state.updates} updates of the checkpoint, one row each and in "
+                "order: use another folder (--out), or empty this one to train from the start"
+            )
         return rows
 
     def rows(self) -> list[dict]:
-        """The logged metrics, one dict per update."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        """The logged metrics, one dict per update. A last line that was cut off in writing is left out."""
+        lines = _lines(self.metrics)
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(f"{self.metrics} is damaged ({error}): {_WAY_OUT}") from error
 
     def log(self, row: dict, rollout: Rollout) -> None:
         """Append one update's metrics and its first few completions."""
         pairs = list(zip(rollout.prompts, rollout.completions, strict=True))[:SAMPLES]
         for log, line in ((self.metrics, row), (self.samples, pairs)):
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, state: TrainState) -> None:
         """Write the checkpoint of the last finished update, and the metrics as a table (no update yet: do nothing)."""
-        if snapshot.state is not None:
-            replace_file(self.checkpoint, lambda path: torch.save(snapshot.state, path))
-            replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
+        if state.updates:
+            replace_file(self.checkpoint, lambda path: write_checkpoint(path, state.to_dict()))
+            table = pd.DataFrame(self.rows())
+            replace_file(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+
+    def say_finished(self, updates: int) -> None:
+        """Say that there is nothing to do, so that old results are not taken for new ones."""
+        print(f"{self.folder}: finished, nothing to do ({updates} updates)")
+
+    def _recorded_settings(self) -> dict | None:
+        """The settings in the folder, None in a new one; ValueError if another run's or damaged."""
+        if not self.config.exists():
+            return None
+        found, given = read_json(self.config), self.settings
+        differ = {k: (found.get(k), given.get(k)) for k in found | given if found.get(k) != given.get(k)}
+        if differ.keys() == {"updates"} and None not in differ["updates"] and found["updates"] < given["updates"]:
+            return found
+        if differ:
+            rule = " (updates may be raised, nothing else changed)" if "updates" in differ else ""
+            raise ValueError(
+                f"{self.folder} holds other settings (there, here): {differ}{rule}; use another folder (--out)"
+            )
+        return found
+
+    def _accept_settings(self) -> None:
+        """Write a raised number of updates down: from there on this is not what one long run would have been."""
+        found = self._recorded_settings() or self.settings
+        if found == self.settings:
+            return
+        raised = {"after": len(self.rows()), "from": found["updates"], "to": self.settings["updates"]}
+        recorded = read_json(self.identity) if self.identity.exists() else {}
+        write_json(self.identity, recorded | {"raised": [*recorded.get("raised", []), raised]})
+        write_json(self.config, self.settings)
+        print(f"{self.folder}: updates raised from {raised['from']} to {raised['to']}; the longer schedule applies now")
+
+
+_WAY_OUT = "restore it from a backup, empty the folder to train from the start, or use another (--out)"
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Save a state with a digest behind it."""
+    torch.save(state, path)
+    with path.open("r+b") as file:
+        file.write(_sha256(file, path.stat().st_size))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint; ValueError that names the file and the way out if a single byte is not as written."""
+    size = path.stat().st_size - DIGEST_BYTES
+    with path.open("rb") as file:
+        if size < 0 or _sha256(file, size) != file.read():
+            raise ValueError(f"{path} is damaged (its digest does not match): {_WAY_OUT}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _sha256(file, size: int) -> bytes:
+    """Digest of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; ValueError that names the file and the way out where that is not one object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {_WAY_OUT}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): {_WAY_OUT}")
+    return found
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, complete or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a log: U+2028 and the like end none, and what follows the last newline was cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
 def writable_folder(folder: str | Path) -> Path:
@@ -119,7 +252,21 @@ def writable_folder(folder: str | Path) -> Path:
 
 
 def replace_file(path: Path, write) -> None:
-    """Write a file so that an interrupt leaves the old one or the new one, never half of either."""
+    """Write a file so that an interrupt or a power cut leaves the old one or the new one, never half of either."""
     draft = path.with_name(path.name + ".new")
-    write(draft)
-    draft.replace(path)
+    try:
+        write(draft)
+        _sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    if os.name != "nt":  # Windows can't sync folders
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -80,7 +80,7 @@ def load_stories() -> World:
     """The stories world. Raises WeightsMissing where the weights are not installed."""
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    openers = files("klq_edu.worlds").joinpath("openers.txt").read_text().splitlines()
+    openers = files("klq_edu.worlds").joinpath("openers.txt").read_text(encoding="utf-8").splitlines()
     special = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}))
     frequent = torch.arange(FREQUENT_TOKENS)
 

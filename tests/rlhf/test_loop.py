@@ -63,7 +63,8 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, tiny_lm, tokenizer, 
         run(tmp_path / "cut", tiny_lm, tokenizer, **hooks)
     kept = 2 if when == "scoring" else 3
     done = []
-    resumed = run(tmp_path / "cut", tiny_lm, tokenizer, on_update=done.append)
+    reward = {"reward": stop} if when == "scoring" else {}  # it counts its calls, and is still the same reward
+    resumed = run(tmp_path / "cut", tiny_lm, tokenizer, on_update=done.append, **reward)
     assert timeless(resumed) == timeless(whole) and len(done) == 4 - kept
     assert len((tmp_path / "cut" / "samples.jsonl").read_text().splitlines()) == 4
 
