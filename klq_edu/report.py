@@ -70,7 +70,7 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     data = results_table(results)
     caption = f"* mean over the last quarter of training. {_seeds(results)}"
-    table = Table(title=f"world {world.name}, {_scale(results)}", caption=caption)
+    table = Table(title=f"world {escape(world.name)}, {_scale(results)}", caption=caption)
     for column in data.columns:
         table.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=column == "algorithm")
     for row in data.itertuples(index=False):

@@ -7,8 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from rich.console import Console
+
+from klq_edu.experiment import Result
+from klq_edu.report import print_results
+from klq_edu.rlhf.config import TrainConfig
 
 
 def klq(*args, **environment):
@@ -41,6 +48,7 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("train", "grammar", "--tau", "0"), "tau must be a finite number > 0, got 0"),
         (("train", "grammar", "--alpha", "2"), "alpha must lie in (0, 1], got 2"),
         (("demo", "--world", "grammar", "--seeds", "0"), "seeds must be >= 1, got 0"),
+        (("demo", "--dtype", "float16"), "invalid choice"),
         (("demo", "--world", "grammar", "--updates", "0"), "updates must be an integer >= 1, got 0"),
         (("sweep", "--seeds", "0"), "seeds must not be empty or below 1, got 0"),
         (("bench", "--reps", "0"), "reps must be at least 1, got 0"),
@@ -56,6 +64,41 @@ def test_bad_values_are_one_clear_line(args, message, tmp_path):
     out = klq(*args)
     text = re.sub(r"[\s│]+", " ", out.stdout + out.stderr)
     assert out.returncode != 0 and message in text and "Traceback" not in text
+
+
+SIGNALLED = """
+import builtins, os, signal, sys
+from klq_edu.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
+load, (where, name, wrapped) = builtins.__import__, sys.argv[1:4]
+def interrupted(module, *args, **kwargs):
+    if module == where and module not in sys.modules:
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+        except KeyboardInterrupt:
+            raise (ImportError("failed to import") if wrapped == "wrapped" else KeyboardInterrupt)
+    return load(module, *args, **kwargs)
+builtins.__import__ = interrupted
+sys.argv = ["klq", "train", "grammar"]
+main()
+"""
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("where, wrapped", [("tyro", "plain"), ("torch", "plain"), ("numpy", "wrapped")])
+def test_a_signal_during_imports_leaves_no_traceback(where, wrapped, name, status, tmp_path):
+    """… even where an extension module turns it into an ImportError."""
+    command = [sys.executable, "-c", SIGNALLED, where, name, wrapped]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode == status and "Traceback" not in out.stderr and "Interrupted" in out.stderr, out.stderr
+
+
+def test_texts_with_markup_are_shown_as_they_are(capsys):
+    samples = pd.DataFrame({"prompt": ["[/] w5 [red]"] * 3, "completion": ["[/b] τ"] * 3, "reward": [1.0] * 3})
+    rows = [{"update": 0, "reward": 1.0, "kl": 0.1, "seconds": 1.0}]
+    result = Result({"world": "mine", **TrainConfig().to_dict()}, rows, samples, samples)
+    print_results(Console(), SimpleNamespace(name="[/]"), [result])
+    assert capsys.readouterr().out.count("[/] w5 [red]") == 3
 
 
 def test_the_demo_runs_reports_and_does_not_repeat_itself(tmp_path):

@@ -100,7 +100,7 @@ class Run:
         write_json(self.identity, recorded)
 
     def _compare(self, identity: dict[str, str], recorded: dict) -> None:
-        """Refuse another model, other prompts or another reward; other initial weights where no checkpoint has better."""
+        """Refuse another model, other prompts or another reward; other initial weights while there is no checkpoint."""
         begun = self.checkpoint.exists()
         default = ["unknown"] if begun and not recorded else None
         differ = {k: known for k, v in identity.items() if v not in (known := recorded.get(k, default) or [v])}
