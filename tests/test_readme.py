@@ -21,6 +21,8 @@ def test_the_example_runs(tmp_path, monkeypatch, tiny_lm, tokenizer):
     scope = {}
     exec(code.replace("path/or/hub-name", str(tmp_path / "model")), scope)
     assert len(scope["rows"]) == 3 and (tmp_path / "runs/mine/model/value_head.safetensors").exists()
+    exec(code.replace("path/or/hub-name", "runs/mine/model").replace('Run("runs/mine"', 'Run("runs/next"'), scope)
+    assert len(scope["rows"]) == 3
 
 
 def test_the_first_screen_names_both_commands_and_every_link_leads_somewhere():

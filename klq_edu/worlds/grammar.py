@@ -227,6 +227,8 @@ def load_grammar(seed: int = 0) -> World:
         keys = [(*k, END) if k[-1] != END else tuple(k) for k in keys]
         return [scores[tuple(tokenizer.convert_tokens_to_ids(list(k)))] for k in keys]
 
+    lexicon_reward.identity = folder.name  # the scores' last digits differ between machines
+
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:
             raise ValueError(f"temperature must be 1 in the grammar world, got {config.temperature}")
