@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import identity
+from klq_edu.rlhf.identity import identity, reward_identity
 from klq_edu.rlhf.loop import resolve_device, train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
@@ -62,7 +62,7 @@ def run_experiment(
 def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict], None]) -> Result:
     policy = world.make_policy(config).to(resolve_device(config.device))
     before = held_out_samples(world, policy, config)
-    run.claim(identity(world.prompts, world.reward), again=True)
+    run.claim({"reward": reward_identity(world.reward)}, again=True)
     centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
     policy.start_value(0.0 if centred else before["reward"].mean())
     train(

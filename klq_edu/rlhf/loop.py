@@ -10,7 +10,7 @@ from torch import Tensor
 from klq_edu.core.estimators import k3
 from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import identity
+from klq_edu.rlhf.identity import identity, reward_identity
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import Constraint, Rollout, collect
@@ -105,7 +105,7 @@ def train(
                 run.save(state)
             raise
         finally:
-            run.claim(identity(prompts, reward), again=True)
+            run.claim({"reward": reward_identity(reward)}, again=True)
     return rows
 
 
