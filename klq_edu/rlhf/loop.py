@@ -12,7 +12,7 @@ from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
-from klq_edu.rlhf.rollout import Constraint, Rollout, collect
+from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, collect
 from klq_edu.rlhf.runs import Run, Snapshot
 from klq_kernels.reference import masked_mean
 
@@ -25,6 +25,7 @@ METRICS = {
     "objective": "reward − τ kl: a sample of J(π), what every algorithm here maximises (γ = 1)",
     "entropy": "mean over tokens of H(π(·|s_t)), in nats",
     "length": "mean number of tokens per completion, EOS included",
+    "unknown": "share of tokens beyond the tokenizer (the model's vocabulary is padded), which decode to nothing",
     "value": "mean over tokens of V(s_t) before the update",
     "advantage_rms": "root mean square of Δ_t (before whitening): how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
@@ -55,6 +56,7 @@ def train(
     random numbers; on Ctrl-C or an error the last finished update is saved before the exception goes on.
     """
     prepare(policy, prompts, config)
+    check_prompts(tokenizer, prompts["prompt"], policy, config.max_new_tokens)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate_factor)
     generator = torch.Generator().manual_seed(config.seed)
@@ -112,6 +114,8 @@ def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
+    if taken := sorted(set(PROVIDED) & set(prompts.column_names)):
+        raise ValueError(f"prompts: the columns {taken} have names of what a reward is given beside them: rename them")
     critic = "shared" if policy.critic_body is None else "separate"
     if critic != config.critic:
         raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
@@ -129,6 +133,7 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
         "objective": (scores.mean() - tau * kl).item(),
         "entropy": masked_mean(rollout.entropy, mask).item(),
         "length": mask.sum(1).float().mean().item(),
+        "unknown": 0.0 if rollout.unknown is None else masked_mean(rollout.unknown.float(), mask).item(),
         "value": masked_mean(rollout.values, mask).item(),
         "advantage_rms": masked_mean((targets.values - rollout.values) ** 2, mask).sqrt().item(),
         "loss": steps[:, 0].mean().item(),
