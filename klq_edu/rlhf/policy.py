@@ -215,8 +215,8 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def context(lm: PreTrainedModel) -> float:
     """The most tokens that the model takes, by its configuration; infinity where that names no limit."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    limits = (getattr(lm.config.get_text_config(), name, None) for name in names)
+    config = lm.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((limit for limit in limits if limit and limit > 0), torch.inf)
 
 

@@ -148,6 +148,14 @@ def test_impossible_prompts_are_refused(tiny_lm, tokenizer, prompts, message):
         sample(ActorCritic(tiny_lm()), tokenizer, prompts)
 
 
+def test_a_context_of_another_name_is_known_too(tokenizer):
+    """MPT dies beyond its max_seq_len."""
+    sizes = {"vocab_size": 61, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16}
+    lm = AutoModelForCausalLM.from_config(transformers.MptConfig(**sizes))
+    with pytest.raises(ValueError, match="1 of more than 10 tokens, the context of 16"):
+        sample(ActorCritic(lm), tokenizer, ["w5 " * 11])
+
+
 def test_a_datasets_faults_are_counted_and_the_filter_that_is_named_keeps_the_rest(tiny_lm, tokenizer):
     """One bad row in 3,000 would end a run after hours, at every retry."""
     good, long = ["w5 w6"] * 1500, "w5 " * 59
