@@ -6,7 +6,6 @@ reference keeps a copy of the top blocks only.
 """
 
 import copy
-import inspect
 from pathlib import Path
 
 import torch
@@ -125,7 +124,8 @@ class ActorCritic(nn.Module):
         A whole model is called with the ids. Top blocks are called with the frozen trunk's activations [B, L, d]: given
         as `trunk` where generation has already computed them, else computed here.
         """
-        whole = _inputs(self.lm, input_ids, attention_mask, use_cache=False)
+        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        whole["position_ids"] = positions(attention_mask)
         if self.frozen_blocks is None:
             return whole
         with torch.no_grad(), self.precision():
@@ -192,10 +192,11 @@ class Decoder:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Feed new tokens [B, n] (the mask covers all so far) and return next-token logits [B, A]."""
         policy = self.policy
-        inputs = _inputs(policy.lm, input_ids, attention_mask, past_key_values=self.cache, use_cache=True)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
+        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
         watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0]))
         with watch, policy.precision():
-            out = policy.lm.base_model(**inputs)
+            out = policy.lm.base_model(**inputs, use_cache=True)
             self.cache = out.past_key_values
             return policy.head(out.last_hidden_state[:, -1])
 
@@ -243,14 +244,6 @@ def _hidden(body: nn.Module, inputs: dict) -> Tensor:
     return out if isinstance(out, Tensor) else out.last_hidden_state
 
 
-def _inputs(lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **more) -> dict:
-    """What `base_model` is called with for new tokens; models without position ids (ALiBi) are given none."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **more}
-    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
-        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
-    return inputs
-
-
 def _check_head(lm: PreTrainedModel) -> None:
     """Refuse a model without a linear head, or one that caps its logits: a probe sees that only if they are large."""
     name = type(lm).__name__
@@ -273,7 +266,7 @@ def _check_forward(policy: ActorCritic) -> None:
     bound = 0.05 if policy.lm.dtype.itemsize < 4 else 5e-3  # bfloat16 rounds, and so may a GPU's float32 products
     for way, error in errors.items():
         if not error < bound:
-            reason = "they are not head(hidden), or it is blind to left padding"
+            reason = "they are not head(hidden), or left padding or cache go wrong"
             raise ValueError(f"lm: the logits of {name} {way} differ by {error:.1%} from its own forward's: {reason}")
 
 

@@ -196,13 +196,18 @@ BART = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attent
             "GraniteForCausalLM .*not head\\(hidden\\)",
         ),
         ("Bert", {**HEADS, "is_decoder": True}, "BertLMHeadModel .*not head\\(hidden\\)"),
-        ("Bart", {**BART, "vocab_size": 61}, "BartForCausalLM .*blind to left padding"),
+        ("Bart", {**BART, "vocab_size": 61}, "BartForCausalLM with a cache differ by .*left padding"),
+        (
+            "Moshi",
+            {**HEADS, "num_key_value_heads": 4, "ffn_dim": 48, "sliding_window": 8},
+            "MoshiForCausalLM with a cache",
+        ),
         ("Mamba", SIZES, "MambaForCausalLM can't decode .*AttributeError"),
         ("Rwkv", SIZES, "RwkvForCausalLM can't decode .*AttributeError"),
     ],
 )
 def test_models_that_would_silently_be_other_models_are_refused_by_name(family, sizes, message):
-    """Logits that are not head(hidden), positions that ignore the padding, no key-value cache."""
+    """Logits that are not head(hidden), positions blind to padding, a cache that forgets its window, or none."""
     config = getattr(transformers, f"{family}Config")(**sizes)
     with pytest.raises(ValueError, match=message):
         ActorCritic(AutoModelForCausalLM.from_config(config))
