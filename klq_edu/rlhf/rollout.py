@@ -158,7 +158,7 @@ def collect(
     known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
     pairs = zip(tokens, mask & known, strict=True)
     texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in pairs]
-    ended = (mask & torch.isin(tokens, eos)).any(1)
+    ended = torch.isin(tokens, eos).any(1)  # masked tokens follow one in any case
     zeros = torch.zeros(mask.shape, device=policy.device)
     rollout = Rollout(
         list(prompts), texts, tokens, mask, zeros, zeros, zeros, zeros, zeros, zeros.clone(),
@@ -173,7 +173,7 @@ def collect(
 def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompt ids and attention mask, both [B, P], on the policy's device."""
     check_prompts(tokenizer, prompts, policy, max_new_tokens)
-    rows = prompt_ids(tokenizer, prompts)
+    rows = tokenise(tokenizer, prompts)
     width = max(map(len, rows))
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read: attention masks it
     ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
@@ -192,23 +192,23 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
     long = f"of more than {room} tokens, the context of {context(policy.lm)} less max_new_tokens={max_new_tokens}"
     for start in range(0, len(prompts), 1000):  # so that the ids of a large dataset are not held at once
         part = prompts[start : start + 1000]
-        rows = prompt_ids(tokenizer, [p if isinstance(p, str) else "" for p in part])
+        rows = tokenise(tokenizer, [p if isinstance(p, str) else "" for p in part])
         for i, (prompt, row) in enumerate(zip(part, rows, strict=True), start):
             kind = "no text" if not isinstance(prompt, str) else "without tokens" if not row else long
             if kind is not long or len(row) > room:
                 found.setdefault(kind, []).append(i)
     if found:
         kinds = [f"{len(at)} {kind} (first: prompts[{at[0]}] = {prompts[at[0]]!r:.60})" for kind, at in found.items()]
-        limit = f" <= {room}" if room < torch.inf else ""
+        limit = f" <= {room - len(tokenise(tokenizer, [''])[0])}" if room < torch.inf else ""
         raise ValueError(
             f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: isinstance(row['prompt'], str) "
-            f"and 0 < len(tokenizer(row['prompt'])['input_ids']){limit})"
+            f"and 0 < len(tokenizer(row['prompt'], add_special_tokens=False)['input_ids']){limit})"
         )
 
 
-def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
+def tokenise(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, after what the tokenizer puts before a text unless the prompt begins with that."""
-    rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     text = next((p for p, row in zip(prompts, rows, strict=True) if row), "a")
     bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
     front = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]

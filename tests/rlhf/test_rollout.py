@@ -174,6 +174,18 @@ def test_a_datasets_faults_are_counted_and_the_filter_that_is_named_keeps_the_re
     assert len(kept) == 3001 and check_prompts(tokenizer, kept["prompt"], policy, 6) is None
 
 
+@pytest.mark.parametrize("template, longest", [("<bos> $A", 57), ("$A <eos>", 58), ("<bos> $A <eos>", 57)])
+def test_the_filter_counts_what_the_tokenizer_puts_round_a_text(tiny_lm, template, longest):
+    tokenizer, policy = words(template), ActorCritic(tiny_lm())
+    prompts = Dataset.from_dict({"prompt": ["", *("w5 " * n for n in range(50, 64))]})
+    with pytest.raises(ValueError) as caught:
+        check_prompts(tokenizer, prompts["prompt"], policy, 6)
+    filtered = str(caught.value).split("Keep the others: ")[1]
+    kept = eval(filtered, {"prompts": prompts, "tokenizer": tokenizer})["prompt"]
+    assert [len(p.split()) for p in kept] == list(range(50, longest + 1))
+    check_prompts(tokenizer, kept, policy, 6)
+
+
 def test_prompts_that_are_no_text_are_refused(tiny_lm, tokenizer):
     for missing in (float("nan"), 7, [{"role": "user", "content": "w5"}]):
         with pytest.raises(ValueError, match=r"1 no text \(first: prompts\[1\]"):
