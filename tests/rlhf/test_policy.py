@@ -211,3 +211,12 @@ def test_models_that_would_silently_be_other_models_are_refused_by_name(family, 
     config = getattr(transformers, f"{family}Config")(**sizes)
     with pytest.raises(ValueError, match=message):
         ActorCritic(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_sees_too_has_its_texts_blocks():
+    """Its configuration keeps the depth one level down: reading it at the top died of an AttributeError."""
+    config = transformers.FuyuConfig(vocab_size=61, hidden_size=32, text_config={"model_type": "persimmon", **HEADS})
+    lm = AutoModelForCausalLM.from_config(config)
+    policy = ActorCritic(lm, trainable_blocks=1)
+    logits, _ = policy(policy.encode(IDS, MASK), ALL)
+    torch.testing.assert_close(logits[REAL], plain_logits(lm)[REAL], rtol=1e-4, atol=1e-4)
