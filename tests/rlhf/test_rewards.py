@@ -101,6 +101,7 @@ def broken(prompts, completions, **_):
         (lambda **_: {0.0, 1.0, 2.0}, TypeError, "must return a list of numbers, got set"),
         (lambda **_: "123", TypeError, "must return a list of numbers, got str"),
         (lambda **_: b"123", TypeError, "must return a list of numbers, got bytes"),
+        (dict, TypeError, "the reward dict must return a list of numbers, got dict"),  # a callable without a signature
         (broken, RuntimeError, "the reward broken raised KeyError: 'lexicon'"),
     ],
 )

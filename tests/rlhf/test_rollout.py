@@ -245,8 +245,10 @@ def test_an_end_that_a_pruned_vocabulary_lacks_is_looked_for_elsewhere(tiny_lm, 
 
 
 def test_ids_beyond_the_tokenizer_are_sampled_decode_to_nothing_and_are_marked(tiny_lm, tokenizer):
-    rollout = sample(ActorCritic(tiny_lm(vocab=80)), tokenizer, PROMPTS * 20)
-    assert torch.equal(rollout.unknown, (rollout.tokens > 60) & rollout.mask) and rollout.unknown.any()
+    rollout = sample(ActorCritic(tiny_lm(vocab=80)), tokenizer, PROMPTS * 60, steps=20)
+    beyond = rollout.tokens > 60
+    assert torch.equal(rollout.unknown, beyond & rollout.mask) and rollout.unknown.any()
+    assert (beyond & ~rollout.mask).any()  # there were some to be left out
     shown = (rollout.tokens != 1) & rollout.mask & ~rollout.unknown
     assert [len(text.split()) for text in rollout.completions] == shown.sum(1).tolist()
 
