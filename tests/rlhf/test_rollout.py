@@ -121,7 +121,9 @@ def test_rows_selects_every_field(tiny_lm, tokenizer):
     policy = ActorCritic(tiny_lm(), trainable_blocks=1)
     rollout = sample(policy, tokenizer)
     part = rollout.rows(torch.tensor([2, 0]))
-    assert part.prompts == [PROMPTS[2], PROMPTS[0]] and torch.equal(part.tokens, rollout.tokens[[2, 0]])
+    assert part.prompts == [PROMPTS[2], PROMPTS[0]]
+    for name in ("tokens", "mask", "ended", "unknown"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]]), name
     torch.testing.assert_close(part.stats(policy)[0].logprob, rollout.logprobs[[2, 0]], rtol=1e-4, atol=1e-5)
 
 
