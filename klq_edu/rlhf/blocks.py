@@ -19,7 +19,7 @@ class TopBlocks(nn.Module):
         blocks = blocks_of(lm)
         if not 1 <= count <= len(blocks):
             raise ValueError(f"trainable_blocks must lie in [1, {len(blocks)}], the model's blocks, got {count}")
-        kinds = set(getattr(lm.config, "layer_types", None) or ["same"])
+        kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["same"])
         if len(kinds) > 1:
             raise ValueError(f"trainable_blocks needs blocks of one kind, {type(lm).__name__} mixes {sorted(kinds)}")
         self.blocks, self.norm = nn.ModuleList(blocks[-count:]), final_norm(lm)
@@ -34,7 +34,7 @@ class TopBlocks(nn.Module):
 
 def blocks_of(lm: PreTrainedModel) -> nn.ModuleList:
     """The list of transformer blocks: the one ModuleList as long as the model is deep."""
-    depth = lm.config.num_hidden_layers
+    depth = lm.config.get_text_config().num_hidden_layers
     found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not found:
         raise ValueError(f"{type(lm).__name__} has no list of {depth} blocks: train it whole (trainable_blocks=None)")

@@ -13,7 +13,7 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import identity, reward_identity
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
-from klq_edu.rlhf.rollout import Constraint, Rollout, collect
+from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, collect
 from klq_edu.rlhf.runs import Run, TrainState
 from klq_edu.rlhf.signals import StopSignals
 from klq_kernels.reference import masked_mean
@@ -27,6 +27,7 @@ METRICS = {
     "objective": "reward − τ kl: a sample of J(π), what every algorithm here maximises (γ = 1)",
     "entropy": "mean over tokens of H(π(·|s_t)), in nats",
     "length": "mean number of tokens per completion, EOS included",
+    "unknown": "share of tokens beyond the tokenizer (the model's vocabulary is padded), which decode to nothing",
     "value": "mean over tokens of V(s_t) before the update",
     "advantage_rms": "root mean square of Δ_t (before whitening): how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
@@ -51,7 +52,8 @@ def train(
 ) -> list[dict]:
     """Train `policy` in place and return one row of metrics per update (see METRICS), logged to `run` as they come.
 
-    `prompts` needs a column "prompt"; its further columns are passed to the reward. `evaluate(policy)` adds columns
+    `prompts` needs a column "prompt"; its further columns are passed to the reward. All prompts are checked before the
+    first update. `evaluate(policy)` adds columns
     every `config.eval_every` updates. A fresh value head starts at the mean reward of the first batch, which the
     reference sampled. If `run` holds a checkpoint of the same run, training continues from it with the same random
     numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and finish one that has; then
@@ -61,6 +63,7 @@ def train(
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
     prepare(policy, prompts, config)
+    check_prompts(tokenizer, prompts["prompt"], policy, config.max_new_tokens)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     state = TrainState(policy.trainable(), optimizer, generator)
@@ -147,6 +150,8 @@ def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
+    if taken := sorted(set(PROVIDED) & set(prompts.column_names)):
+        raise ValueError(f"prompts: the columns {taken} have names of what a reward is given beside them: rename them")
     critic = "shared" if policy.critic_body is None else "separate"
     if critic != config.critic:
         raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
@@ -164,6 +169,7 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
         "objective": (scores.mean() - tau * kl).item(),
         "entropy": masked_mean(rollout.entropy, mask).item(),
         "length": mask.sum(1).float().mean().item(),
+        "unknown": 0.0 if rollout.unknown is None else masked_mean(rollout.unknown.float(), mask).item(),
         "value": masked_mean(rollout.values, mask).item(),
         "advantage_rms": masked_mean((targets.values - rollout.values) ** 2, mask).sqrt().item(),
         "loss": steps[:, 0].mean().item(),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from klq_edu.rlhf.blocks import TopBlocks, record_call, watch_block
+from klq_edu.rlhf.blocks import TopBlocks, blocks_of, record_call, watch_block
 
 VALUE_FILE = "value_head.safetensors"
 
@@ -33,7 +33,10 @@ class ActorCritic(nn.Module):
             head, which must be frozen (give `trainable_blocks`), computes A logits per token instead of V. Saving is
             not affected.
 
-    Raises ValueError for a model without a language-model head or whose logits are not head(hidden), for an impossible
+    Sampling and statistics always run without dropout, whatever mode a caller has left the modules in.
+
+    Raises ValueError for a model without a linear language-model head, for one that computes other logits here than by
+    itself (they are not head(hidden), or it can't decode left-padded prompts with a cache), for an impossible
     `trainable_blocks`, or for ids outside the vocabulary.
     """
 
@@ -47,7 +50,7 @@ class ActorCritic(nn.Module):
         vocab: Tensor | None = None,
     ):
         super().__init__()
-        _check_head(lm.eval())
+        _check_head(lm)
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
         self.lm, self.value_grad_scale, self.dtype = lm, value_grad_scale, torch.float32
@@ -56,7 +59,7 @@ class ActorCritic(nn.Module):
         else:
             lm.requires_grad_(False)
             self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
-            self.frozen_blocks = lm.config.num_hidden_layers - trainable_blocks
+            self.frozen_blocks = len(blocks_of(lm)) - trainable_blocks
         vocab = _check_vocab(vocab, lm.get_output_embeddings().out_features, trainable_blocks)
         self.register_buffer("vocab", vocab, persistent=False)
         self.head = lm.get_output_embeddings() if vocab is None else _pruned(lm.get_output_embeddings(), vocab)
@@ -68,6 +71,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.value_is_set = False
         self.to(lm.device)
+        _check_forward(self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> "ActorCritic":
@@ -125,7 +129,7 @@ class ActorCritic(nn.Module):
         if self.frozen_blocks is None:
             return whole
         with torch.no_grad(), self.precision():
-            call = record_call(self.lm, block=self.frozen_blocks if trunk is None else 0, inputs=whole)
+            call = record_call(self.lm.eval(), block=self.frozen_blocks if trunk is None else 0, inputs=whole)
         return call if trunk is None else call | {"hidden": trunk}
 
     def features(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
@@ -182,6 +186,7 @@ class Decoder:
 
     def __init__(self, policy: ActorCritic):
         self.policy, self.cache, self.trunk = policy, None, []
+        policy.lm.eval()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -209,6 +214,13 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def context(lm: PreTrainedModel) -> float:
+    """The most tokens that the model takes, by its configuration; infinity where that names no limit."""
+    config = lm.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if limit and limit > 0), torch.inf)
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself, with its gradient multiplied by `factor`.
 
@@ -228,24 +240,52 @@ def take_rows(inputs, rows: Tensor, batch: int):
 
 
 def _hidden(body: nn.Module, inputs: dict) -> Tensor:
-    out = body(**inputs)
+    out = body.eval()(**inputs)  # no dropout: log-probs under another draw of it are another policy's
     return out if isinstance(out, Tensor) else out.last_hidden_state
 
 
 def _check_head(lm: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not head(last hidden state): every statistic here relies on it."""
+    """Refuse a model without a linear head, or one that caps its logits: a probe sees that only if they are large."""
     name = type(lm).__name__
     head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         found = "none" if head is None else type(head).__name__
         raise ValueError(f"lm must have a linear language-model head, {name} has {found}: use AutoModelForCausalLM")
-    with torch.no_grad():
-        ids = torch.arange(3, 7, device=lm.device)[None] % head.out_features
-        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        expected, got = lm(**whole).logits.float(), head(lm.base_model(**whole).last_hidden_state).float()
-    capped = getattr(lm.config, "final_logit_softcapping", None)
-    if capped or (expected - got).abs().max() > 0.02 * got.abs().max():  # 0.02: bfloat16 rounds
-        raise ValueError(f"lm: the logits of {name} are not head(hidden) (scaled or capped?), which is assumed here")
+    if getattr(lm.config.get_text_config(), "final_logit_softcapping", None):
+        raise ValueError(f"lm: the logits of {name} are capped, not head(hidden), which is assumed here")
+
+
+def _check_forward(policy: ActorCritic) -> None:
+    """Refuse a model whose logits, decoded and replayed as here, are not those of its own plain forward pass."""
+    name = type(policy.lm).__name__
+    try:
+        errors = _forward_errors(policy)
+    except Exception as error:
+        needed = "decode left-padded prompts token by token with a key-value cache, which is needed here"
+        raise ValueError(f"lm: {name} can't {needed} ({type(error).__name__}: {error})") from error
+    bound = 0.05 if policy.lm.dtype.itemsize < 4 else 5e-3  # bfloat16 rounds, and so may a GPU's float32 products
+    for way, error in errors.items():
+        if not error < bound:
+            reason = "they are not head(hidden), or left padding or cache go wrong"
+            raise ValueError(f"lm: the logits of {name} {way} differ by {error:.1%} from its own forward's: {reason}")
+
+
+@torch.no_grad()
+def _forward_errors(policy: ActorCritic) -> dict[str, float]:
+    """Relative error of a few tokens' logits, by each way used here, from the model's own forward, rows unpadded."""
+    lm, end = policy.lm.eval(), min(14, context(policy.lm))
+    pads, start = (0, (end - 2) // 2), end - 2
+    ids = (torch.arange(2 * end, device=lm.device).view(2, end) + 3) % lm.get_output_embeddings().out_features
+    mask = torch.stack([torch.arange(end, device=lm.device) >= n for n in pads]).long()
+    plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -3:] for row, n in zip(ids, pads)]
+    expected = torch.stack(plain) if policy.vocab is None else torch.stack(plain)[..., policy.vocab]
+    decode = Decoder(policy)
+    steps = [decode(ids[:, :start], mask[:, :start])]
+    steps += [decode(ids[:, t : t + 1], mask[:, : t + 1]) for t in range(start, end)]
+    replayed = policy.policy_logits(policy.encode(ids, mask, decode.activations()), slice(-3, None))
+    found = {"with a cache": torch.stack(steps, 1), "in one pass": replayed}
+    scale = torch.stack(plain).float().std().clamp(min=1e-6)
+    return {way: ((x.float() - expected).square().mean().sqrt() / scale).item() for way, x in found.items()}
 
 
 def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:

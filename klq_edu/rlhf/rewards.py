@@ -1,7 +1,12 @@
-"""A reward is a callable f(prompts, completions, **columns) -> list of floats, one per completion (TRL's contract)."""
+"""A reward is a callable f(prompts, completions, **columns) -> list of floats, one per completion (TRL's contract).
 
+One that names a parameter `completion_ids` is given the sampled token ids, a list of ints per completion without
+padding, EOS included (as in TRL); one that names `ended`, whether each completion ended (True) or was cut off.
+"""
+
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 
 import torch
 
@@ -18,6 +23,7 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     a finite number, and RuntimeError, from the original error, where the callable itself raises.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
+    columns = _asked_for(reward, rollout) | columns
     try:
         scores = reward(prompts=rollout.prompts, completions=rollout.completions, **columns)
     except Exception as error:
@@ -25,7 +31,7 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
             f"the reward {name} raised {type(error).__name__}: {error}. It is called as "
             f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
         ) from error
-    if not hasattr(scores, "__iter__"):
+    if not hasattr(scores, "__iter__") or isinstance(scores, (str, bytes, Mapping, Set)):
         raise TypeError(f"the reward {name} must return a list of numbers, got {type(scores).__name__}")
     scores = list(scores)
     if len(scores) != len(rollout):
@@ -39,7 +45,18 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     return scores
 
 
+def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:
+    """What the reward's signature names of `completion_ids` and `ended`; a ** alone gets the dataset's columns only."""
+    try:
+        names = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # some builtins have none
+        return {}
+    facts = {"completion_ids": [row[keep].tolist() for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]}
+    facts |= {"ended": rollout.ended.tolist()} if rollout.ended is not None else {}
+    return {name: facts[name] for name in facts if name in names}
+
+
 def _finite_number(x) -> bool:
     """True for Python, NumPy and zero-dimensional tensor numbers that are finite in float32."""
-    number = isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0
+    number = isinstance(x, (int, float)) or (getattr(x, "ndim", None) == 0 and not isinstance(x, str))
     return number and math.isfinite(x) and abs(float(x)) < torch.finfo(torch.float32).max

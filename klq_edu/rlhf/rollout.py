@@ -1,9 +1,16 @@
 """Prompts -> Rollout: sampled completions with everything the losses need, in the shapes of the contract.
 
 Completions are sampled from exactly the distribution whose log-probabilities are stored: one temperature, no top-k, no
-top-p, no penalties; the model's own generation settings are not consulted.
+top-p, no penalties. At the borders of a text the model's own `generate` is followed:
+
+- A prompt gets the special tokens that its tokenizer puts before a text (BOS), unless it begins with them, as a
+  formatted chat does; those put behind a text (EOS) are left out.
+- A completion ends with any of `generation_config.eos_token_id`, else the config's, else the tokenizer's.
+- Ids beyond the tokenizer, where the model's vocabulary is padded, can be sampled. They decode to nothing and are
+  counted in the metrics.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -11,9 +18,11 @@ import torch
 from torch import Tensor
 
 from klq_edu.core.objectives import klq_loss
-from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
+from klq_edu.rlhf.policy import ActorCritic, Decoder, context, take_rows
 from klq_kernels import TokenStats, linear_klq_loss, linear_token_stats, token_stats
 from klq_kernels.checks import right_padded
+
+PROVIDED = ("prompts", "completions", "completion_ids", "ended")  # what a reward is given beside the dataset's columns
 
 
 class Constraint(Protocol):
@@ -43,6 +52,8 @@ class Rollout:
         inputs: what the policy is called with (see `ActorCritic.encode`).
         allowed: [B, T, A] tokens that could have been chosen, or None.
         temperature: what divided the logits.
+        ended: [B] boolean, True where EOS was sampled, False where the length limit cut the completion off; or None.
+        unknown: [B, T] boolean, True on real tokens that the tokenizer does not have; or None.
 
     Raises ValueError for an empty row or a mask with holes.
     """
@@ -60,6 +71,8 @@ class Rollout:
     inputs: dict
     allowed: Tensor | None = None
     temperature: float = 1.0
+    ended: Tensor | None = None
+    unknown: Tensor | None = None
 
     def __post_init__(self):
         right_padded(self.mask)
@@ -131,21 +144,25 @@ def collect(
 ) -> Rollout:
     """Sample one completion per prompt and compute its statistics; rewards are left at zero.
 
-    Raises ValueError for an empty prompt, or one whose tokens and completion do not fit the model's context, and
-    FloatingPointError where the model's probabilities are NaN.
+    Raises ValueError for prompts that can't be used (see `check_prompts`), and FloatingPointError where the model's
+    probabilities are NaN.
     """
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
+    eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
     tokens, mask, allowed, trunk = _sample(
-        policy, prompt_ids, attention, tokenizer.eos_token_id, constraint and (constraint, constraint.start(prompts)),
+        policy, prompt_ids, attention, eos, constraint and (constraint, constraint.start(prompts)),
         max_new_tokens, temperature, generator,
     )  # fmt: skip
     ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
     seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
+    known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
+    pairs = zip(tokens, mask & known, strict=True)
+    texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in pairs]
+    ended = torch.isin(tokens, eos).any(1)  # masked tokens follow one in any case
     zeros = torch.zeros(mask.shape, device=policy.device)
     rollout = Rollout(
         list(prompts), texts, tokens, mask, zeros, zeros, zeros, zeros, zeros, zeros.clone(),
-        policy.encode(ids, seen, trunk), allowed, temperature,
+        policy.encode(ids, seen, trunk), allowed, temperature, ended, mask & ~known,
     )  # fmt: skip
     stats, values = rollout.stats(policy, reference=True)
     rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.kl = stats
@@ -155,23 +172,57 @@ def collect(
 
 def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompt ids and attention mask, both [B, P], on the policy's device."""
-    if not prompts:
-        raise ValueError("prompts must not be empty: got a list of 0 prompts")
-    rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-    limit = getattr(policy.lm.config, "max_position_embeddings", None) or float("inf")
-    for i, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"prompts[{i}] = {prompts[i]!r} has no tokens: every prompt needs at least one")
-        if len(row) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompts[{i}] has {len(row)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
-                f"context of {limit}: shorten or filter the prompts"
-            )
+    check_prompts(tokenizer, prompts, policy, max_new_tokens)
+    rows = tokenise(tokenizer, prompts)
     width = max(map(len, rows))
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read: attention masks it
     ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
     attention = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=policy.device)
     return ids, attention
+
+
+def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_new_tokens: int) -> None:
+    """Refuse prompts that are no text, have no tokens, or do not fit the model's context with their completion.
+
+    Raises one ValueError that counts each kind, shows the first of it and says how to filter.
+    """
+    if not len(prompts):
+        raise ValueError("prompts must not be empty: got a list of 0 prompts")
+    room, found = context(policy.lm) - max_new_tokens, {}
+    long = f"of more than {room} tokens, the context of {context(policy.lm)} less max_new_tokens={max_new_tokens}"
+    for start in range(0, len(prompts), 1000):  # so that the ids of a large dataset are not held at once
+        part = prompts[start : start + 1000]
+        rows = tokenise(tokenizer, [p if isinstance(p, str) else "" for p in part])
+        for i, (prompt, row) in enumerate(zip(part, rows, strict=True), start):
+            kind = "no text" if not isinstance(prompt, str) else "without tokens" if not row else long
+            if kind is not long or len(row) > room:
+                found.setdefault(kind, []).append(i)
+    if found:
+        kinds = [f"{len(at)} {kind} (first: prompts[{at[0]}] = {prompts[at[0]]!r:.60})" for kind, at in found.items()]
+        limit = f" <= {room - len(tokenise(tokenizer, [''])[0])}" if room < torch.inf else ""
+        raise ValueError(
+            f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: isinstance(row['prompt'], str) "
+            f"and 0 < len(tokenizer(row['prompt'], add_special_tokens=False)['input_ids']){limit})"
+        )
+
+
+def tokenise(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, after what the tokenizer puts before a text unless the prompt begins with that."""
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    text = next((p for p, row in zip(prompts, rows, strict=True) if row), "a")
+    bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    front = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+    return [row if row[: len(front)] == front else front + row for row in rows]
+
+
+def stop_ids(policy: ActorCritic, tokenizer) -> list[int]:
+    """The ids that end a completion: from the first source that names any which the policy can choose."""
+    lm, possible = policy.lm, range(policy.head.out_features) if policy.vocab is None else set(policy.vocab.tolist())
+    for source in (getattr(lm, "generation_config", None), lm.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if found := [i for i in (ids if isinstance(ids, list) else [ids]) if i in possible]:
+            return found
+    return []
 
 
 def _head(policy: ActorCritic, head: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +250,7 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
         mask.append(alive)
         if rule is not None:
             state = rule.advance(state, ids.squeeze(1).to(state.device))
-        alive = alive & (ids.squeeze(1) != eos)
+        alive = alive & ~torch.isin(ids.squeeze(1), eos)
         attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
         if not alive.any():
             break

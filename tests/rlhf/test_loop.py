@@ -211,6 +211,49 @@ def test_prompts_without_the_column_are_refused(tmp_path, tiny_lm, tokenizer):
         train(None, tokenizer, Dataset.from_dict({"text": ["a"]}), even_words, settings(), run=Run(tmp_path, {}))
 
 
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "ended"])
+def test_columns_named_like_what_a_reward_is_given_are_refused(tmp_path, tiny_lm, tokenizer, name):
+    """A column `completions` would have blamed the reward, one `ended` would have replaced the truth."""
+    prompts, policy = PROMPTS.add_column(name, ["x"] * 7), ActorCritic(tiny_lm())
+    with pytest.raises(ValueError, match=rf"columns \['{name}'\] have names of what a reward is given.*rename"):
+        train(policy, tokenizer, prompts, even_words, settings(), run=Run(tmp_path, {}))
+
+
+@pytest.mark.parametrize("bad", [None, "", "w5 " * 60])
+def test_a_prompt_that_can_not_be_used_is_refused_before_the_first_update(tmp_path, tiny_lm, tokenizer, bad):
+    """It is never drawn in these updates: without the check the run would end in a later one."""
+    prompts = Dataset.from_dict({"prompt": [*["w5"] * 5000, bad], "target": [0] * 5001})
+    with pytest.raises(ValueError, match=r"prompts: 1 .*\(first: prompts\[5000\] = .*prompts.filter"):
+        train(ActorCritic(tiny_lm()), tokenizer, prompts, even_words, settings(updates=1), run=Run(tmp_path, {}))
+
+
+@pytest.mark.parametrize("blocks, critic", [(None, "shared"), (1, "separate")])
+def test_dropout_left_on_by_hooks_changes_nothing(tmp_path, tiny_lm, tokenizer, blocks, critic):
+    """Sampled and stored log-probs differed by 2 nats after an `evaluate` that ended with policy.train()."""
+    rows = {}
+    for mode in (False, True):
+        policy = ActorCritic(tiny_lm("gpt2"), trainable_blocks=blocks, critic=critic)
+        config = settings(critic=critic, eval_every=1, updates=3)
+        rows[mode] = train(
+            policy, tokenizer, PROMPTS, lambda policy=policy, mode=mode, **k: policy.train(mode) and even_words(**k),
+            config, run=Run(tmp_path / str(mode), {}), evaluate=lambda p, mode=mode: p.train(mode) and {},
+            on_update=lambda row, policy=policy, mode=mode: policy.lm.train(mode),
+        )  # fmt: skip
+    assert timeless(rows[True]) == timeless(rows[False])
+
+
+def test_the_share_of_ids_beyond_the_tokenizer_is_logged(tmp_path, tiny_lm, tokenizer):
+    seen = []
+
+    def reward(prompts, completions, target, completion_ids):
+        seen.extend(i > 60 for ids in completion_ids for i in ids)
+        return [0.0] * len(prompts)
+
+    policy = ActorCritic(tiny_lm(vocab=80), trainable_blocks=1)
+    row = run(tmp_path, tiny_lm, tokenizer, settings(updates=1), reward=reward, policy=policy)[0]
+    assert row["unknown"] == pytest.approx(sum(seen) / len(seen)) and 0 < row["unknown"] < 1
+
+
 def test_an_absent_device_is_refused_and_auto_finds_one():
     with pytest.raises(ValueError, match="device 'cuda:99' is not usable here"):
         resolve_device("cuda:99")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM
 
 from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
 
@@ -60,6 +61,25 @@ def test_a_whole_model_keeps_a_whole_reference_even_with_tied_embeddings(tiny_lm
     policy(inputs, ALL)[0].square().mean().backward()
     torch.optim.SGD(policy.trainable().values(), lr=0.1).step()
     torch.testing.assert_close(policy.reference_logits(inputs, ALL), reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_dropout_stays_off_whatever_mode_a_caller_leaves_behind(tiny_lm, blocks):
+    """GPT-2 drops out a tenth of everything; log-probs of sampled tokens must be those they were sampled with."""
+    lm = tiny_lm("gpt2")
+    policy = ActorCritic(lm, trainable_blocks=blocks, critic="separate")
+    torch.nn.init.ones_(policy.value_head.weight)
+    expected, values = plain_logits(lm), policy(policy.encode(IDS, MASK), ALL)[1]
+    for forward in (
+        lambda: policy(policy.encode(IDS, MASK), ALL)[0][:, -1],
+        lambda: policy.reference_logits(policy.encode(IDS, MASK), ALL)[:, -1],
+        lambda: policy.policy_logits(policy.encode(IDS, MASK), ALL)[:, -1],
+        lambda: Decoder(policy)(IDS, MASK),
+    ):
+        policy.train()
+        torch.testing.assert_close(forward(), expected[:, -1], rtol=1e-4, atol=1e-4)
+    policy.train()
+    torch.testing.assert_close(policy(policy.encode(IDS, MASK), ALL)[1][REAL], values[REAL])
 
 
 def trunk_gradient(policy):
@@ -157,11 +177,46 @@ def test_a_model_without_a_language_model_head_is_refused(tiny_lm):
         ActorCritic(AutoModel.from_config(tiny_lm().config))
 
 
-def test_a_model_that_caps_its_logits_is_refused():
-    """Gemma 2 squashes logits after the head: computing head(hidden) would silently be another model."""
-    config = Gemma2Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, final_logit_softcapping=0.05,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="not head\\(hidden\\)"):
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = SIZES | {"num_attention_heads": 4, "intermediate_size": 48}
+BART = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
+@pytest.mark.parametrize(
+    "family, sizes, message",
+    [
+        (
+            "Gemma2",
+            {**HEADS, "num_key_value_heads": 2, "final_logit_softcapping": 30.0},
+            "Gemma2ForCausalLM are capped",
+        ),
+        (
+            "Granite",
+            {**HEADS, "num_key_value_heads": 2, "logits_scaling": 1.1},
+            "GraniteForCausalLM .*not head\\(hidden\\)",
+        ),
+        ("Bert", {**HEADS, "is_decoder": True}, "BertLMHeadModel .*not head\\(hidden\\)"),
+        ("Bart", {**BART, "vocab_size": 61}, "BartForCausalLM with a cache differ by .*left padding"),
+        (
+            "Moshi",
+            {**HEADS, "num_key_value_heads": 4, "ffn_dim": 48, "sliding_window": 8},
+            "MoshiForCausalLM with a cache",
+        ),
+        ("Mamba", SIZES, "MambaForCausalLM can't decode .*AttributeError"),
+        ("Rwkv", SIZES, "RwkvForCausalLM can't decode .*AttributeError"),
+    ],
+)
+def test_models_that_would_silently_be_other_models_are_refused_by_name(family, sizes, message):
+    """Logits that are not head(hidden), positions blind to padding, a cache that forgets its window, or none."""
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    with pytest.raises(ValueError, match=message):
         ActorCritic(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_sees_too_has_its_texts_blocks():
+    """Its configuration keeps the depth one level down: reading it at the top died of an AttributeError."""
+    config = transformers.FuyuConfig(vocab_size=61, hidden_size=32, text_config={"model_type": "persimmon", **HEADS})
+    lm = AutoModelForCausalLM.from_config(config)
+    policy = ActorCritic(lm, trainable_blocks=1)
+    logits, _ = policy(policy.encode(IDS, MASK), ALL)
+    torch.testing.assert_close(logits[REAL], plain_logits(lm)[REAL], rtol=1e-4, atol=1e-4)

@@ -1,5 +1,8 @@
 """Scores land on the last real token, and a reward that misbehaves is named."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +37,51 @@ def test_columns_may_have_any_name():
     ]
 
 
+class Ended(torch.nn.Module):
+    def forward(self, prompts, completions):
+        return torch.ones(3)
+
+
+def by_ids(prompts, completions, completion_ids, **columns):
+    assert completion_ids == [[4, 1], [5, 6, 7], [1]] and set(columns) <= {"answer"}
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def by_end(prompts, completions, scale, ended):
+    return [scale * end for end in ended]
+
+
+class Judge:
+    def __call__(self, prompts, completions, *, ended, completion_ids):
+        return [len(ids) * end for ids, end in zip(completion_ids, ended, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "reward, scores",
+    [
+        (by_ids, [2, 3, 1]),
+        (partial(by_end, scale=2.0), [2, 0, 2]),
+        (Judge(), [2, 0, 1]),
+        (lambda prompts, completions: [1.0] * 3, [1, 1, 1]),
+        (lambda prompts, completions, **columns: [float(len(columns))] * 3, [0, 0, 0]),
+        (lambda *args, **kwargs: (lambda prompts, completions: [1.0] * 3)(*args, **kwargs), [1, 1, 1]),
+        (Ended(), [1, 1, 1]),
+    ],
+)
+def test_token_ids_and_endings_reach_the_rewards_that_name_them_and_no_other(reward, scores):
+    """TRL's `completion_ids`: without padding, EOS included. Wrappers and ** get what they got before."""
+    batch = rollout()
+    batch.tokens, batch.ended = torch.tensor([[4, 1, 99], [5, 6, 7], [1, 99, 99]]), torch.tensor([True, False, True])
+    assert score(reward, batch).tolist() == scores
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.arange(3.0), np.arange(3), (0, 1, 2), iter([0, 1, 2]), [np.int64(0), True, 2.0]]
+)
+def test_scores_may_come_in_any_sequence_of_numbers(scores):
+    assert score(lambda **_: scores, rollout()).tolist() == [0, 1, 2]
+
+
 def broken(prompts, completions, **_):
     raise KeyError("lexicon")
 
@@ -47,7 +95,13 @@ def broken(prompts, completions, **_):
         (lambda **_: [1.0, 1e39, 2.0], ValueError, "finite numbers, got 1e\\+39"),
         (lambda **_: [1.0, None, 2.0], ValueError, "finite numbers, got None"),
         (lambda **_: ["1", "2", "3"], ValueError, "finite numbers, got '1'"),
+        (lambda **_: np.array(["1", "2", "3"]), ValueError, "finite numbers, got .*'1'"),
         (lambda **_: None, TypeError, "must return a list of numbers, got NoneType"),
+        (lambda **_: {0: 0.5, 1: 0.5, 2: 0.5}, TypeError, "must return a list of numbers, got dict"),
+        (lambda **_: {0.0, 1.0, 2.0}, TypeError, "must return a list of numbers, got set"),
+        (lambda **_: "123", TypeError, "must return a list of numbers, got str"),
+        (lambda **_: b"123", TypeError, "must return a list of numbers, got bytes"),
+        (dict, TypeError, "the reward dict must return a list of numbers, got dict"),  # a callable without a signature
         (broken, RuntimeError, "the reward broken raised KeyError: 'lexicon'"),
     ],
 )
