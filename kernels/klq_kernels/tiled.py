@@ -42,11 +42,7 @@ def empty_statistics(tokens: Tensor, dtype: torch.dtype, with_ref: bool) -> Stat
 
 
 def logits_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    mask: Tensor,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
 ) -> Statistics:
     """`reference.token_stats` in one pass over blocks of rows; zeros where masked."""
     dtype = reference.result_dtype(logits, ref_logits)
@@ -108,15 +104,9 @@ def shares(tile: Statistics, whole: Statistics, temperature: float) -> Tensor:
 
 
 def logits_grad(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    mask: Tensor,
-    stats: Statistics,
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
-    out: Tensor,
-) -> Tensor:
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Statistics,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None], out: Tensor,
+) -> Tensor:  # fmt: skip
     """Write the gradient in `logits` for upstream gradients (a, b, c) of log-prob, entropy and KL into `out` [N, V]:
 
         dL/dz_v = (1/T) {a 1[v = token] + p_v [−a − b (log p_v + H) + c (log p_v − log q_v − KL)]}
@@ -178,12 +168,9 @@ def discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
     tensor([[1.7500, 1.5000, 1.0000]])
     """
     steps = x.shape[1]
-    local = torch.nn.functional.pad(x, (0, -steps % block)).unflatten(1, (-1, block)) @ _powers(
-        block, g, x.dtype, x.device
-    )
-    later = local[:, :, 0] @ _powers(
-        local.shape[1], g**block, x.dtype, x.device
-    )  # the sum from each block's start to the row's end
+    blocks, kind = torch.nn.functional.pad(x, (0, -steps % block)).unflatten(1, (-1, block)), (x.dtype, x.device)
+    local = blocks @ _powers(block, g, *kind)
+    later = local[:, :, 0] @ _powers(local.shape[1], g**block, *kind)  # from each block's start to the row's end
     to_next = g ** torch.arange(block, 0, -1, dtype=x.dtype, device=x.device)
     return (local + reference.shift_left(later).unsqueeze(2) * to_next).flatten(1)[:, :steps].contiguous()
 

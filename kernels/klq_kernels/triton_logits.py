@@ -215,11 +215,7 @@ def returns_kernel(
 
 
 def logits_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    mask: Tensor,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
 ) -> Statistics:
     """See `tiled.logits_stats`."""
     out = empty_statistics(tokens, torch.float32, ref_logits is not None)

@@ -39,26 +39,18 @@ METRICS = {
 
 
 def train(
-    policy: ActorCritic,
-    tokenizer,
-    prompts: Dataset,
-    reward: Reward,
-    config: TrainConfig,
-    *,
-    run: Run,
-    constraint: Constraint | None = None,
-    evaluate: Callable[[ActorCritic], dict] | None = None,
+    policy: ActorCritic, tokenizer, prompts: Dataset, reward: Reward, config: TrainConfig, *, run: Run,
+    constraint: Constraint | None = None, evaluate: Callable[[ActorCritic], dict] | None = None,
     on_update: Callable[[dict], None] = lambda row: None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Train `policy` in place and return one row of metrics per update (see METRICS), logged to `run` as they come.
 
-    `prompts` needs a column "prompt"; its further columns are passed to the reward. All prompts are checked before the
-    first update. `evaluate(policy)` adds columns
-    every `config.eval_every` updates. A fresh value head starts at the mean reward of the first batch, which the
-    reference sampled. If `run` holds a checkpoint of the same run, training continues from it with the same random
-    numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and finish one that has; then
-    the state is saved, as it is after an error, unless that came amid the optimiser steps of an update or tells of
-    divergence: then the last checkpoint counts. A second signal stops at once.
+    `prompts` needs a column "prompt", checked before the first update; further columns are passed to the reward.
+    `evaluate(policy)` adds columns every `config.eval_every` updates. A fresh value head starts at the mean reward of
+    the first batch, which the reference sampled. If `run` holds a checkpoint of the same run, training continues from
+    it with the same random numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and
+    finish one that has; then the state is saved, as it is after an error, unless that came amid the optimiser steps of
+    an update or tells of divergence: then the last checkpoint counts. A second signal stops at once.
 
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """

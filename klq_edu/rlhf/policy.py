@@ -41,14 +41,9 @@ class ActorCritic(nn.Module):
     """
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        *,
-        trainable_blocks: int | None = None,
-        critic: str = "shared",
-        value_grad_scale: float = 1.0,
-        vocab: Tensor | None = None,
-    ):
+        self, lm: PreTrainedModel, *, trainable_blocks: int | None = None, critic: str = "shared",
+        value_grad_scale: float = 1.0, vocab: Tensor | None = None,
+    ):  # fmt: skip
         super().__init__()
         _check_head(lm)
         if critic not in ("shared", "separate"):

@@ -133,15 +133,9 @@ class Rollout:
 
 @torch.no_grad()
 def collect(
-    policy: ActorCritic,
-    tokenizer,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    constraint: Constraint | None = None,
-    generator: torch.Generator | None = None,
-) -> Rollout:
+    policy: ActorCritic, tokenizer, prompts: list[str], *, max_new_tokens: int, temperature: float = 1.0,
+    constraint: Constraint | None = None, generator: torch.Generator | None = None,
+) -> Rollout:  # fmt: skip
     """Sample one completion per prompt and compute its statistics; rewards are left at zero.
 
     Raises ValueError for prompts that can't be used (see `check_prompts`), and FloatingPointError where the model's
