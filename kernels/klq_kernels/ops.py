@@ -5,7 +5,7 @@ from torch import Tensor
 
 from klq_kernels import checks, custom, reference
 from klq_kernels.chunked import WORKSPACE_BYTES
-from klq_kernels.reference import LambdaReturns, TokenStats
+from klq_kernels.reference import LambdaReturns, TokenStats, everywhere, narrow
 
 
 def token_stats(
@@ -38,12 +38,11 @@ def token_stats(
     [-1.3863, 1.3863, -1.3863, 0.0]
     """
     checks.positive(temperature=temperature)
-    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
-    if ref_logits is not None:
-        checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
-    mask = _mask(tokens, mask)
+    checks.logits(logits, tokens, ref_logits, mask)
+    mask = everywhere(tokens) if mask is None else mask
     checks.common_device(logits=logits, tokens=tokens, ref_logits=ref_logits, mask=mask)
     backend = checks.pick_backend(backend, logits=logits, ref_logits=ref_logits)
+    logits, ref_logits = narrow(logits, ref_logits)
     if backend == "reference":
         return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
     ref = None if ref_logits is None else ref_logits.detach()
@@ -83,9 +82,13 @@ def linear_token_stats(
     """
     checks.positive(temperature=temperature)
     checks.positive(workspace_bytes=workspace_bytes)
-    mask = _mask(tokens, mask)
-    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden)
+    checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
+    mask = everywhere(tokens) if mask is None else mask
+    refs = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    model = dict(hidden=hidden, weight=weight, bias=bias, **refs)
+    checks.common_device(**model, tokens=tokens, mask=mask)
+    backend = checks.pick_backend(backend, **model)
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = narrow(*model.values())
     if backend == "reference":
         return reference.linear_token_stats(
             hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature,
@@ -131,18 +134,11 @@ def lambda_returns(
     >>> out.targets
     tensor([[1., 1.]])
     """
-    checks.positive(tau=tau)
-    checks.unit_interval(gamma=gamma, lam=lam)
-    checks.step_size(alpha)
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
-    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, trace_weights=trace_weights)
-    checks.same_shape(rewards.shape, "rewards", mask=mask, **rest)
-    checks.boolean_mask(mask)
-    checks.common_device(rewards=rewards, mask=mask, **rest)
-    backend = checks.pick_backend(backend, rewards=rewards, **rest)
-    tensors = tuple(x.detach() for x in (rewards, values, logprobs, ref_logprobs))
-    weights = None if trace_weights is None else trace_weights.detach()
+    given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
+    checks.common_device(**given, mask=mask, trace_weights=trace_weights)
+    backend = checks.pick_backend(backend, **given, trace_weights=trace_weights)
+    *tensors, weights = narrow(*(x if x is None else x.detach() for x in (*given.values(), trace_weights)))
     if backend == "reference":
         return reference.lambda_returns(
             *tensors, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha, trace_weights=weights
@@ -180,13 +176,16 @@ def logits_klq_loss(
     tensor(0.0187)
     """
     checks.positive(temperature=temperature)
-    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens)
+    checks.logits(logits, tokens, None, mask)
+    checks.tensors(ref_logprobs=ref_logprobs)
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
-    _check_loss_tensors(tokens, variant, **rest)
-    checks.common_device(logits=logits, tokens=tokens, **rest)
-    backend = checks.pick_backend(backend, logits=logits, values=values)
+    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
+    checks.common_device(logits=logits, tokens=tokens, mask=mask, **per_token, **old)
+    backend = checks.pick_backend(backend, logits=logits, **per_token, **old)
+    logits, ref_logprobs, values, targets, old_logprobs, old_values = narrow(logits, *per_token.values(), *old.values())
+    old = dict(old_logprobs=old_logprobs, old_values=old_values)
     if backend == "reference":
         return reference.logits_klq_loss(
             logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
@@ -239,11 +238,18 @@ def linear_klq_loss(
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
-    _check_loss_tensors(tokens, variant, **rest)
-    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    checks.common_device(hidden=hidden, **rest)
-    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden, values=values)
+    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
+    refs = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    model = dict(hidden=hidden, weight=weight, bias=bias, **refs)
+    checks.heads(**model, tokens=tokens, mask=mask)
+    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
+    checks.common_device(**model, tokens=tokens, mask=mask, **per_token, **old)
+    backend = checks.pick_backend(backend, **model, **per_token, **old)
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *per_token = narrow(
+        *model.values(), *per_token.values(), *old.values()
+    )
+    ref_logprobs, values, targets, old_logprobs, old_values = per_token
+    old = dict(old_logprobs=old_logprobs, old_values=old_values)
     if backend == "reference":
         out, stats = reference.linear_klq_loss(
             hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, ref_hidden=ref_hidden,
@@ -257,14 +263,6 @@ def linear_klq_loss(
         *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
     )[:5]  # fmt: skip
     return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
-
-
-def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask, checked, or one that lets everything through."""
-    checks.integer_ids(tokens)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    checks.boolean_mask(mask)
-    return mask
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -288,25 +286,7 @@ def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenSta
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))
 
 
-def _check_loss_tensors(tokens: Tensor, variant: dict, mask: Tensor, old_logprobs, old_values, **rest) -> None:
+def _check_loss_tensors(tokens: Tensor, variant: dict, old_logprobs, old_values, ref_logprobs=None, **rest) -> None:
     checks.loss_variant(**variant, old_logprobs=old_logprobs, old_values=old_values)
-    checks.same_shape(tokens.shape, "tokens", mask=mask, old_logprobs=old_logprobs, old_values=old_values, **rest)
-    checks.integer_ids(tokens)
-    checks.boolean_mask(mask)
-
-
-def _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
-    checks.same_shape(hidden.shape[:-1], "hidden without its last axis", tokens=tokens, mask=mask)
-    checks.head(hidden, weight, bias, "")
-    if (ref_hidden is None) != (ref_weight is None):
-        missing = "ref_weight" if ref_weight is None else "ref_hidden"
-        raise ValueError(f"a reference needs both ref_hidden and ref_weight, got no {missing}")
-    if ref_bias is not None and ref_weight is None:
-        raise ValueError("ref_bias was given without ref_hidden and ref_weight")
-    if ref_hidden is not None:
-        checks.same_shape(ref_hidden.shape[:-1], "ref_hidden without its last axis", tokens=tokens)
-        checks.head(ref_hidden, ref_weight, ref_bias, "ref_")
-        if len(ref_weight) != len(weight):
-            raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
-    heads = dict(hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
-    checks.common_device(**heads, ref_bias=ref_bias, tokens=tokens, mask=mask)
+    maybe = checks.optional(old_logprobs=old_logprobs, old_values=old_values, ref_logprobs=ref_logprobs)
+    checks.alike(tokens=tokens, **rest, **maybe)
