@@ -23,7 +23,7 @@ def positive(**values: float) -> None:
 
 
 def non_negative(**values: float) -> None:
-    """As `positive`, but 0 is allowed too."""
+    """As `positive`, but 0 will do."""
     _within("be a finite number >= 0", lambda x: 0 <= x < math.inf, values)
 
 
@@ -38,13 +38,13 @@ def step_size(alpha: float) -> None:
 
 
 def _within(rule: str, holds: Callable[[float], bool], values: dict) -> None:
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            number = value.dim() == 0 and value.dtype != torch.bool
+    for name, x in values.items():
+        if isinstance(x, torch.Tensor):
+            number = x.dim() == 0 and x.dtype != torch.bool
         else:
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not holds(value):
-            raise (ValueError if number else TypeError)(f"{name} must {rule}, got {value!r}")
+            number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        if not number or not holds(x):
+            raise (ValueError if number else TypeError)(f"{name} must {rule}, got {x!r}")
 
 
 def tensors(**given: torch.Tensor) -> None:
@@ -62,14 +62,9 @@ def tensors(**given: torch.Tensor) -> None:
 
 def alike(**given: torch.Tensor) -> None:
     """Raise TypeError unless every argument is a tensor and `mask`, if there, boolean; ValueError unless all have the
-    first one's shape: nothing broadcasts.
-
-    >>> alike(x=torch.zeros(2, 3), mask=torch.ones(2, 1).bool())
-    Traceback (most recent call last):
-    ValueError: mask must have the shape of x, (2, 3), got (2, 1)
-    """
-    tensors(**given)
+    first one's shape: nothing broadcasts."""
     first = next(iter(given))
+    tensors(**{first: given[first]})
     same_shape(given[first].shape, first, **given)
     if "mask" in given:
         boolean_mask(given["mask"])
@@ -128,18 +123,15 @@ def common_device(**given: torch.Tensor | None) -> None:
 
 def logits(logits, tokens, ref_logits, mask) -> None:
     """Raise TypeError or ValueError unless logits [..., V], tokens [...] and, where given, the others fit."""
-    tensors(logits=logits, tokens=tokens)
-    same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
-    same_shape(logits.shape, "logits", ref_logits=ref_logits)
-    _tokens_and_mask(tokens, mask)
+    tensors(logits=logits)
+    _tokens(logits.shape[:-1], "logits", tokens, mask)
+    same_shape(logits.shape, "logits", **optional(ref_logits=ref_logits))
 
 
 def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
     """Raise TypeError or ValueError unless the heads of policy and reference, tokens and mask fit each other."""
-    refs = optional(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    tensors(hidden=hidden, weight=weight, tokens=tokens, **refs)
-    same_shape(hidden.shape[:-1], "hidden without its last axis", tokens=tokens, mask=mask)
-    _tokens_and_mask(tokens, mask)
+    tensors(hidden=hidden, weight=weight, **optional(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias))
+    _tokens(hidden.shape[:-1], "hidden", tokens, mask)
     head(hidden, weight, bias, "")
     if (ref_hidden is None) != (ref_weight is None):
         missing = "ref_weight" if ref_weight is None else "ref_hidden"
@@ -153,10 +145,11 @@ def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) 
             raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
 
 
-def _tokens_and_mask(tokens, mask) -> None:
+def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
+    given = dict(tokens=tokens, **optional(mask=mask))
+    same_shape(shape, f"{name} without its last axis", **given)
     integer_ids(tokens)
-    if mask is not None:
-        boolean_mask(mask)
+    alike(**given)
 
 
 def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str) -> None:
@@ -174,10 +167,10 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         same_shape(weight.shape[:1], f"{prefix}weight's rows", **{f"{prefix}bias": bias})
 
 
-def same_shape(shape: torch.Size, of: str, **given: torch.Tensor | None) -> None:
-    """Raise ValueError unless every argument is None or a tensor of this `shape`, the shape of argument `of`."""
-    for name, tensor in optional(**given).items():
-        tensors(**{name: tensor})
+def same_shape(shape: torch.Size, of: str, **given: torch.Tensor) -> None:
+    """Raise TypeError unless every argument is a tensor, ValueError unless it has this `shape`, that of `of`."""
+    tensors(**given)
+    for name, tensor in given.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have the shape of {of}, {tuple(shape)}, got {tuple(tensor.shape)}")
 
@@ -225,15 +218,12 @@ def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
         )
 
 
-def returns(
-    rewards, values, logprobs, ref_logprobs, mask, trace_weights, *, tau: float, gamma: float, lam: float, alpha: float
-) -> None:
+def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> None:
     """Raise TypeError or ValueError unless these are arguments of `lambda_returns` (but for holes in the mask)."""
     positive(tau=tau)
     unit_interval(gamma=gamma, lam=lam)
     step_size(alpha)
-    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
-    alike(rewards=rewards, **rest, **optional(trace_weights=trace_weights))
+    alike(rewards=rewards, **tensors, **optional(trace_weights=trace_weights))
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
 

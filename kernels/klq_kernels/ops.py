@@ -5,7 +5,7 @@ from torch import Tensor
 
 from klq_kernels import checks, custom, reference
 from klq_kernels.chunked import WORKSPACE_BYTES
-from klq_kernels.reference import LambdaReturns, TokenStats, everywhere, narrow
+from klq_kernels.reference import LambdaReturns, TokenStats, narrow
 
 
 def token_stats(
@@ -39,10 +39,8 @@ def token_stats(
     """
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
-    mask = everywhere(tokens) if mask is None else mask
-    checks.common_device(logits=logits, tokens=tokens, ref_logits=ref_logits, mask=mask)
-    backend = checks.pick_backend(backend, logits=logits, ref_logits=ref_logits)
-    logits, ref_logits = narrow(logits, ref_logits)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    backend, logits, ref_logits = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
     if backend == "reference":
         return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
     ref = None if ref_logits is None else ref_logits.detach()
@@ -80,22 +78,19 @@ def linear_token_stats(
     >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4), stats.kl
     (-1.3863, 1.3863, None)
     """
-    checks.positive(temperature=temperature)
-    checks.positive(workspace_bytes=workspace_bytes)
+    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
     checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    mask = everywhere(tokens) if mask is None else mask
-    refs = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    model = dict(hidden=hidden, weight=weight, bias=bias, **refs)
-    checks.common_device(**model, tokens=tokens, mask=mask)
-    backend = checks.pick_backend(backend, **model)
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = narrow(*model.values())
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    backend, hidden, weight, bias, *ref = _prepare(
+        backend, tokens, mask, hidden=hidden, weight=weight, bias=bias, **ref
+    )
     if backend == "reference":
         return reference.linear_token_stats(
-            hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature,
-            mask=mask,
-        )  # fmt: skip
+            hidden, weight, tokens, *ref[:2], bias=bias, ref_bias=ref[2], temperature=temperature, mask=mask
+        )
     out = custom.linear_token_stats(
-        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(ref_hidden, ref_weight, ref_bias),
+        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(*ref),
         temperature, _flat(mask), workspace_bytes, backend,
     )  # fmt: skip
     return _shaped(out, tokens, ref_hidden is not None)
@@ -136,9 +131,8 @@ def lambda_returns(
     """
     given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
     checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
-    checks.common_device(**given, mask=mask, trace_weights=trace_weights)
-    backend = checks.pick_backend(backend, **given, trace_weights=trace_weights)
-    *tensors, weights = narrow(*(x if x is None else x.detach() for x in (*given.values(), trace_weights)))
+    backend, *tensors = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
+    *tensors, weights = (x if x is None else x.detach() for x in tensors)
     if backend == "reference":
         return reference.lambda_returns(
             *tensors, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha, trace_weights=weights
@@ -182,15 +176,15 @@ def logits_klq_loss(
     per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
     _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
-    checks.common_device(logits=logits, tokens=tokens, mask=mask, **per_token, **old)
-    backend = checks.pick_backend(backend, logits=logits, **per_token, **old)
-    logits, ref_logprobs, values, targets, old_logprobs, old_values = narrow(logits, *per_token.values(), *old.values())
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
+    backend, logits, ref_logprobs, values, targets, *fixed = _prepare(
+        backend, tokens, mask, logits=logits, **per_token, **old
+    )
+    old = dict(zip(old, fixed, strict=True))
     if backend == "reference":
         return reference.logits_klq_loss(
             logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
         )
-    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
     args = (_flat(tokens.long()), values.reshape(-1), *flat, temperature, *variant.values(), backend)
     return custom.InplaceLoss.apply(logits, *args) if inplace else custom.logits_klq_loss(logits, *args)
 
@@ -231,38 +225,39 @@ def linear_klq_loss(
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
     tensor(0.0187)
     """
-    checks.positive(temperature=temperature)
-    checks.positive(workspace_bytes=workspace_bytes)
+    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
     per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
-    refs = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    model = dict(hidden=hidden, weight=weight, bias=bias, **refs)
-    checks.heads(**model, tokens=tokens, mask=mask)
+    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.heads(hidden, weight, tokens, **ref, bias=bias, mask=mask)
     _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
-    checks.common_device(**model, tokens=tokens, mask=mask, **per_token, **old)
-    backend = checks.pick_backend(backend, **model, **per_token, **old)
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *per_token = narrow(
-        *model.values(), *per_token.values(), *old.values()
-    )
-    ref_logprobs, values, targets, old_logprobs, old_values = per_token
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
+    head = dict(hidden=hidden, weight=weight, bias=bias)
+    backend, *narrowed = _prepare(backend, tokens, mask, **head, **ref, **per_token, **old)
+    (hidden, weight, bias), heads = narrowed[:3], dict(zip(ref, narrowed[3:6], strict=True))
+    ref_logprobs, values, targets, *fixed = narrowed[6:]
     if backend == "reference":
         out, stats = reference.linear_klq_loss(
-            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, ref_hidden=ref_hidden,
-            ref_weight=ref_weight, ref_bias=ref_bias, temperature=temperature, **variant, **old,
+            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, **heads, temperature=temperature,
+            **variant, **dict(zip(old, fixed, strict=True)),
         )  # fmt: skip
         return (out, stats) if return_stats else out
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
     out, *stats = custom.linear_klq_loss(
         _rows(hidden), weight, bias, _flat(tokens.long()), values.reshape(-1), *flat,
-        *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
+        *_reference(*heads.values()), temperature, *variant.values(), needed, workspace_bytes, backend,
     )[:5]  # fmt: skip
     return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
+
+
+def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> list:
+    """The backend for these tensors, then the tensors in the dtypes it gets them in."""
+    checks.common_device(**floats, tokens=tokens, mask=mask)
+    return [checks.pick_backend(backend, **floats), *narrow(*floats.values())]
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ def token_stats(
     """`klq_kernels.token_stats` by its formulas, with every [..., V] tensor spelled out."""
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
-    mask = everywhere(tokens) if mask is None else mask
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.token_ids(tokens, mask, logits.shape[-1])
     tokens = torch.where(mask, tokens, 0).long()
 
@@ -71,7 +71,7 @@ def linear_token_stats(
 ) -> TokenStats:
     """`klq_kernels.linear_token_stats` with both [..., V] logits in memory."""
     checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    mask = everywhere(tokens) if mask is None else mask
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     hidden, weight, bias, *ref = narrow(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     logits, ref_logits = _project(hidden, weight, bias, mask), None
     if ref_hidden is not None:
@@ -132,9 +132,8 @@ def lambda_returns(
     trace_weights: Tensor | None = None,
 ) -> LambdaReturns:
     """`klq_kernels.lambda_returns` by its recursion, a Python loop over time."""
-    checks.returns(
-        rewards, values, logprobs, ref_logprobs, mask, trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha
-    )
+    given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    checks.returns(**given, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
     checks.right_padded(mask)
     weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
     r, v, logp, logq, c = clean(mask, rewards, values, logprobs, ref_logprobs, weights)
@@ -245,12 +244,10 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if every floating-point input is float64 (None is none), else float32.
-
-    >>> result_dtype(torch.zeros(1).double(), None), result_dtype(torch.zeros(1).double(), torch.zeros(1))
-    (torch.float64, torch.float32)
-    """
-    dtypes = {x.dtype for x in tensors if x is not None and x.dtype.is_floating_point}
+    """float64 if every floating-point input is float64 (None is none), else float32."""
+    given = checks.optional(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
+    checks.tensors(**given)
+    dtypes = {x.dtype for x in given.values() if x.is_floating_point()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
@@ -264,11 +261,6 @@ def narrow(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, float64 ones in float32 if the result is; 16-bit ones stay, since kernels read them as they are."""
     dtype = result_dtype(*tensors)
     return [x.to(dtype) if x is not None and x.dtype == torch.float64 else x for x in tensors]
-
-
-def everywhere(tokens: Tensor) -> Tensor:
-    """The mask of tokens that are all real."""
-    return torch.ones_like(tokens, dtype=torch.bool)
 
 
 def zero_unless(mask: Tensor, x: Tensor) -> Tensor:
