@@ -2,7 +2,10 @@
 
 import importlib.util
 import math
+import numbers
 import os
+import reprlib
+from collections.abc import Callable
 
 import torch
 
@@ -10,55 +13,88 @@ BACKENDS = ("reference", "torch", "triton")
 
 
 def positive(**values: float) -> None:
-    """Raise ValueError unless every value is a finite number > 0.
+    """Raise ValueError unless every value is a finite number > 0, TypeError if one is no number.
 
     >>> positive(tau=0.0)
     Traceback (most recent call last):
     ValueError: tau must be a finite number > 0, got 0.0
     """
-    for name, value in values.items():
-        if not (0 < value < math.inf):
-            raise ValueError(f"{name} must be a finite number > 0, got {value}")
+    _within("be a finite number > 0", lambda x: 0 < x < math.inf, values)
+
+
+def non_negative(**values: float) -> None:
+    """As `positive`, but 0 will do."""
+    _within("be a finite number >= 0", lambda x: 0 <= x < math.inf, values)
 
 
 def unit_interval(**values: float) -> None:
-    """Raise ValueError unless every value lies in [0, 1] (discounts, λ).
-
-    >>> unit_interval(lam=1.5)
-    Traceback (most recent call last):
-    ValueError: lam must lie in [0, 1], got 1.5
-    """
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    """As `positive`, for values in [0, 1] (discounts, λ)."""
+    _within("lie in [0, 1]", lambda x: 0 <= x <= 1, values)
 
 
 def step_size(alpha: float) -> None:
-    """Raise ValueError unless 0 < alpha <= 1."""
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must lie in (0, 1], got {alpha}: it is the fraction of the way to the λ-return")
+    """As `positive`, for 0 < alpha <= 1."""
+    _within("lie in (0, 1] (the fraction of the way to the λ-return)", lambda x: 0 < x <= 1, dict(alpha=alpha))
 
 
-def pick_backend(backend: str | None, **tensors: torch.Tensor | None) -> str:
+def _within(rule: str, holds: Callable[[float], bool], values: dict) -> None:
+    for name, x in values.items():
+        if isinstance(x, torch.Tensor):
+            number = x.dim() == 0 and x.dtype != torch.bool
+        else:
+            number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        if not number or not holds(x):
+            raise (ValueError if number else TypeError)(f"{name} must {rule}, got {x!r}")
+
+
+def tensors(**given: torch.Tensor) -> None:
+    """Raise TypeError unless every argument is a tensor.
+
+    >>> tensors(logprobs=[-1.0, -2.0])
+    Traceback (most recent call last):
+    TypeError: logprobs must be a torch.Tensor (torch.as_tensor makes one), got list: [-1.0, -2.0]
+    """
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            got = f"{type(x).__name__}: {reprlib.repr(x)}"
+            raise TypeError(f"{name} must be a torch.Tensor (torch.as_tensor makes one), got {got}")
+
+
+def alike(**given: torch.Tensor) -> None:
+    """Raise TypeError unless every argument is a tensor and `mask`, if there, boolean; ValueError unless all have the
+    first one's shape: nothing broadcasts."""
+    first = next(iter(given))
+    tensors(**{first: given[first]})
+    same_shape(given[first].shape, first, **given)
+    if "mask" in given:
+        boolean_mask(given["mask"])
+
+
+def optional(**given: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The arguments that are not None, by name."""
+    return {name: x for name, x in given.items() if x is not None}
+
+
+def pick_backend(backend: str | None, **floats: torch.Tensor | None) -> str:
     """The backend to use: the one asked for, if it can do it, else the best for these tensors.
 
-    None picks `reference` for float64, `triton` on a GPU where Triton is installed, `torch` elsewhere. Raises
-    ValueError for an unknown name, TypeError for float64 or integer tensors that the backend can't take, RuntimeError
-    where Triton can't run.
+    None picks `reference` where every tensor is float64, else `triton` on a GPU where Triton is installed, else
+    `torch`. Raises ValueError for an unknown name, TypeError for an integer tensor and where `triton` is asked for
+    beside any float64 one, RuntimeError where Triton can't run.
 
     >>> pick_backend(None, logits=torch.zeros(1)), pick_backend(None, logits=torch.zeros(1).double())
     ('torch', 'reference')
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    given = {name: x for name, x in tensors.items() if x is not None}
+    given = optional(**floats)
     for name, x in given.items():
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got dtype {x.dtype}")
     doubles = [name for name, x in given.items() if x.dtype == torch.float64]
     on_gpu = next(iter(given.values())).is_cuda
     if backend is None:
-        return "reference" if doubles else "triton" if on_gpu and _has_triton() else "torch"
+        return "reference" if len(doubles) == len(given) else "triton" if on_gpu and _has_triton() else "torch"
     if backend == "triton":
         if doubles:
             raise TypeError(f"backend 'triton' computes in float32, got float64 {doubles[0]}: use backend='reference'")
@@ -76,13 +112,44 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def common_device(**tensors: torch.Tensor | None) -> None:
+def common_device(**given: torch.Tensor | None) -> None:
     """Raise ValueError unless all given tensors are on the same device."""
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    devices = {name: x.device for name, x in optional(**given).items()}
     if len(set(devices.values())) > 1:
         raise ValueError(
             f"all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
         )
+
+
+def logits(logits, tokens, ref_logits, mask) -> None:
+    """Raise TypeError or ValueError unless logits [..., V], tokens [...] and, where given, the others fit."""
+    tensors(logits=logits)
+    _tokens(logits.shape[:-1], "logits", tokens, mask)
+    same_shape(logits.shape, "logits", **optional(ref_logits=ref_logits))
+
+
+def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
+    """Raise TypeError or ValueError unless the heads of policy and reference, tokens and mask fit each other."""
+    tensors(hidden=hidden, weight=weight, **optional(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias))
+    _tokens(hidden.shape[:-1], "hidden", tokens, mask)
+    head(hidden, weight, bias, "")
+    if (ref_hidden is None) != (ref_weight is None):
+        missing = "ref_weight" if ref_weight is None else "ref_hidden"
+        raise ValueError(f"a reference needs both ref_hidden and ref_weight, got no {missing}")
+    if ref_bias is not None and ref_weight is None:
+        raise ValueError("ref_bias was given without ref_hidden and ref_weight")
+    if ref_hidden is not None:
+        same_shape(ref_hidden.shape[:-1], "ref_hidden without its last axis", tokens=tokens)
+        head(ref_hidden, ref_weight, ref_bias, "ref_")
+        if len(ref_weight) != len(weight):
+            raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
+
+
+def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
+    given = dict(tokens=tokens, **optional(mask=mask))
+    same_shape(shape, f"{name} without its last axis", **given)
+    integer_ids(tokens)
+    alike(**given)
 
 
 def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str) -> None:
@@ -100,10 +167,11 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         same_shape(weight.shape[:1], f"{prefix}weight's rows", **{f"{prefix}bias": bias})
 
 
-def same_shape(shape: torch.Size, of: str, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless every given tensor has `shape`, the shape of argument `of`; None is skipped."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != shape:
+def same_shape(shape: torch.Size, of: str, **given: torch.Tensor) -> None:
+    """Raise TypeError unless every argument is a tensor, ValueError unless it has this `shape`, that of `of`."""
+    tensors(**given)
+    for name, tensor in given.items():
+        if tensor.shape != shape:
             raise ValueError(f"{name} must have the shape of {of}, {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
@@ -148,6 +216,16 @@ def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
             f"tokens must lie in [0, {vocab}), the size of the vocabulary, got ids from {int(real.min())} "
             f"to {int(real.max())} on unmasked positions"
         )
+
+
+def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> None:
+    """Raise TypeError or ValueError unless these are arguments of `lambda_returns` (but for holes in the mask)."""
+    positive(tau=tau)
+    unit_interval(gamma=gamma, lam=lam)
+    step_size(alpha)
+    alike(rewards=rewards, **tensors, **optional(trace_weights=trace_weights))
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
 
 
 LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")

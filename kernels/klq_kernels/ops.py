@@ -5,7 +5,7 @@ from torch import Tensor
 
 from klq_kernels import checks, custom, reference
 from klq_kernels.chunked import WORKSPACE_BYTES
-from klq_kernels.reference import LambdaReturns, TokenStats
+from klq_kernels.reference import LambdaReturns, TokenStats, narrow
 
 
 def token_stats(
@@ -38,12 +38,9 @@ def token_stats(
     [-1.3863, 1.3863, -1.3863, 0.0]
     """
     checks.positive(temperature=temperature)
-    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens, mask=mask)
-    if ref_logits is not None:
-        checks.same_shape(logits.shape, "logits", ref_logits=ref_logits)
-    mask = _mask(tokens, mask)
-    checks.common_device(logits=logits, tokens=tokens, ref_logits=ref_logits, mask=mask)
-    backend = checks.pick_backend(backend, logits=logits, ref_logits=ref_logits)
+    checks.logits(logits, tokens, ref_logits, mask)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    backend, logits, ref_logits = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
     if backend == "reference":
         return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
     ref = None if ref_logits is None else ref_logits.detach()
@@ -81,18 +78,19 @@ def linear_token_stats(
     >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4), stats.kl
     (-1.3863, 1.3863, None)
     """
-    checks.positive(temperature=temperature)
-    checks.positive(workspace_bytes=workspace_bytes)
-    mask = _mask(tokens, mask)
-    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden)
+    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
+    checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    backend, hidden, weight, bias, *ref = _prepare(
+        backend, tokens, mask, hidden=hidden, weight=weight, bias=bias, **ref
+    )
     if backend == "reference":
         return reference.linear_token_stats(
-            hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature,
-            mask=mask,
-        )  # fmt: skip
+            hidden, weight, tokens, *ref[:2], bias=bias, ref_bias=ref[2], temperature=temperature, mask=mask
+        )
     out = custom.linear_token_stats(
-        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(ref_hidden, ref_weight, ref_bias),
+        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(*ref),
         temperature, _flat(mask), workspace_bytes, backend,
     )  # fmt: skip
     return _shaped(out, tokens, ref_hidden is not None)
@@ -131,18 +129,10 @@ def lambda_returns(
     >>> out.targets
     tensor([[1., 1.]])
     """
-    checks.positive(tau=tau)
-    checks.unit_interval(gamma=gamma, lam=lam)
-    checks.step_size(alpha)
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
-    rest = dict(values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, trace_weights=trace_weights)
-    checks.same_shape(rewards.shape, "rewards", mask=mask, **rest)
-    checks.boolean_mask(mask)
-    checks.common_device(rewards=rewards, mask=mask, **rest)
-    backend = checks.pick_backend(backend, rewards=rewards, **rest)
-    tensors = tuple(x.detach() for x in (rewards, values, logprobs, ref_logprobs))
-    weights = None if trace_weights is None else trace_weights.detach()
+    given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
+    backend, *tensors = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
+    *tensors, weights = (x if x is None else x.detach() for x in tensors)
     if backend == "reference":
         return reference.lambda_returns(
             *tensors, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha, trace_weights=weights
@@ -180,18 +170,21 @@ def logits_klq_loss(
     tensor(0.0187)
     """
     checks.positive(temperature=temperature)
-    checks.same_shape(logits.shape[:-1], "logits without its last axis", tokens=tokens)
+    checks.logits(logits, tokens, None, mask)
+    checks.tensors(ref_logprobs=ref_logprobs)
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
-    _check_loss_tensors(tokens, variant, **rest)
-    checks.common_device(logits=logits, tokens=tokens, **rest)
-    backend = checks.pick_backend(backend, logits=logits, values=values)
+    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
+    backend, logits, ref_logprobs, values, targets, *fixed = _prepare(
+        backend, tokens, mask, logits=logits, **per_token, **old
+    )
+    old = dict(zip(old, fixed, strict=True))
     if backend == "reference":
         return reference.logits_klq_loss(
             logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
         )
-    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
     args = (_flat(tokens.long()), values.reshape(-1), *flat, temperature, *variant.values(), backend)
     return custom.InplaceLoss.apply(logits, *args) if inplace else custom.logits_klq_loss(logits, *args)
 
@@ -232,39 +225,39 @@ def linear_klq_loss(
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
     tensor(0.0187)
     """
-    checks.positive(temperature=temperature)
-    checks.positive(workspace_bytes=workspace_bytes)
+    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    rest = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
-    _check_loss_tensors(tokens, variant, **rest)
-    _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    checks.common_device(hidden=hidden, **rest)
-    backend = checks.pick_backend(backend, hidden=hidden, weight=weight, ref_hidden=ref_hidden, values=values)
+    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
+    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.heads(hidden, weight, tokens, **ref, bias=bias, mask=mask)
+    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
+    head = dict(hidden=hidden, weight=weight, bias=bias)
+    backend, *narrowed = _prepare(backend, tokens, mask, **head, **ref, **per_token, **old)
+    (hidden, weight, bias), heads = narrowed[:3], dict(zip(ref, narrowed[3:6], strict=True))
+    ref_logprobs, values, targets, *fixed = narrowed[6:]
     if backend == "reference":
         out, stats = reference.linear_klq_loss(
-            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, ref_hidden=ref_hidden,
-            ref_weight=ref_weight, ref_bias=ref_bias, temperature=temperature, **variant, **old,
+            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, **heads, temperature=temperature,
+            **variant, **dict(zip(old, fixed, strict=True)),
         )  # fmt: skip
         return (out, stats) if return_stats else out
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    flat = [_flat(x) for x in (ref_logprobs, targets, old_logprobs, old_values, mask)]
+    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
     out, *stats = custom.linear_klq_loss(
         _rows(hidden), weight, bias, _flat(tokens.long()), values.reshape(-1), *flat,
-        *_reference(ref_hidden, ref_weight, ref_bias), temperature, *variant.values(), needed, workspace_bytes, backend,
+        *_reference(*heads.values()), temperature, *variant.values(), needed, workspace_bytes, backend,
     )[:5]  # fmt: skip
     return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
 
 
-def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask, checked, or one that lets everything through."""
-    checks.integer_ids(tokens)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    checks.boolean_mask(mask)
-    return mask
+def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> list:
+    """The backend for these tensors, then the tensors in the dtypes it gets them in."""
+    checks.common_device(**floats, tokens=tokens, mask=mask)
+    return [checks.pick_backend(backend, **floats), *narrow(*floats.values())]
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -288,25 +281,7 @@ def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenSta
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))
 
 
-def _check_loss_tensors(tokens: Tensor, variant: dict, mask: Tensor, old_logprobs, old_values, **rest) -> None:
+def _check_loss_tensors(tokens: Tensor, variant: dict, old_logprobs, old_values, ref_logprobs=None, **rest) -> None:
     checks.loss_variant(**variant, old_logprobs=old_logprobs, old_values=old_values)
-    checks.same_shape(tokens.shape, "tokens", mask=mask, old_logprobs=old_logprobs, old_values=old_values, **rest)
-    checks.integer_ids(tokens)
-    checks.boolean_mask(mask)
-
-
-def _check_heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
-    checks.same_shape(hidden.shape[:-1], "hidden without its last axis", tokens=tokens, mask=mask)
-    checks.head(hidden, weight, bias, "")
-    if (ref_hidden is None) != (ref_weight is None):
-        missing = "ref_weight" if ref_weight is None else "ref_hidden"
-        raise ValueError(f"a reference needs both ref_hidden and ref_weight, got no {missing}")
-    if ref_bias is not None and ref_weight is None:
-        raise ValueError("ref_bias was given without ref_hidden and ref_weight")
-    if ref_hidden is not None:
-        checks.same_shape(ref_hidden.shape[:-1], "ref_hidden without its last axis", tokens=tokens)
-        checks.head(ref_hidden, ref_weight, ref_bias, "ref_")
-        if len(ref_weight) != len(weight):
-            raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
-    heads = dict(hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
-    checks.common_device(**heads, ref_bias=ref_bias, tokens=tokens, mask=mask)
+    maybe = checks.optional(old_logprobs=old_logprobs, old_values=old_values, ref_logprobs=ref_logprobs)
+    checks.alike(tokens=tokens, **rest, **maybe)

@@ -3,7 +3,7 @@
 Everything here follows the conventions of KLQ (arXiv 2508.17000): index t holds the action a_t = y_{t+1}, the value
 V(s_t) and the reward r_{t+1}; the mask is True on real completion tokens. Masked entries may be NaN, inf or any
 integer: they are replaced before any arithmetic, so they reach neither a result nor a gradient. Results are float64
-when an input is float64, else float32.
+when every floating-point input is float64, else float32; tensors have one shape, nothing broadcasts.
 """
 
 from typing import NamedTuple
@@ -42,6 +42,8 @@ def token_stats(
     mask: Tensor | None = None,
 ) -> TokenStats:
     """`klq_kernels.token_stats` by its formulas, with every [..., V] tensor spelled out."""
+    checks.positive(temperature=temperature)
+    checks.logits(logits, tokens, ref_logits, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.token_ids(tokens, mask, logits.shape[-1])
     tokens = torch.where(mask, tokens, 0).long()
@@ -68,10 +70,12 @@ def linear_token_stats(
     mask: Tensor | None = None,
 ) -> TokenStats:
     """`klq_kernels.linear_token_stats` with both [..., V] logits in memory."""
+    checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    hidden, weight, bias, *ref = narrow(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     logits, ref_logits = _project(hidden, weight, bias, mask), None
     if ref_hidden is not None:
-        ref_logits = _project(ref_hidden.detach(), ref_weight.detach(), ref_bias, mask)
+        ref_logits = _project(*ref, mask).detach()
     return token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
 
@@ -89,6 +93,8 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     >>> round(kl_divergence(p.log(), q.log()).item(), 4)
     0.1438
     """
+    checks.alike(logp=logp, logq=logq)
+    logp, logq = cast(logp, logq)
     p, q = logp.exp(), logq.exp()
     d = torch.where((p > 0) & (logq > -INF), logp - logq, 0.0)
     near = (d.abs() < 1) & (p > 0)
@@ -100,11 +106,14 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
     """Q(s,a) = τ log(π(a|s)/π_b(a|s)) + V(s): a language model and a value head *are* an action-value function (13).
 
-    Any shapes that broadcast; τ > 0 in units of reward per nat.
+    All of one shape; τ > 0 in units of reward per nat.
 
     >>> q_values(torch.tensor(-1.0), torch.tensor(-1.5), torch.tensor(2.0), tau=0.2)
     tensor(2.1000)
     """
+    checks.positive(tau=tau)
+    checks.alike(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    logprobs, ref_logprobs, values = cast(logprobs, ref_logprobs, values)
     return tau * (logprobs - ref_logprobs) + values
 
 
@@ -123,6 +132,8 @@ def lambda_returns(
     trace_weights: Tensor | None = None,
 ) -> LambdaReturns:
     """`klq_kernels.lambda_returns` by its recursion, a Python loop over time."""
+    given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    checks.returns(**given, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
     checks.right_padded(mask)
     weights = torch.ones_like(rewards) if trace_weights is None else trace_weights
     r, v, logp, logq, c = clean(mask, rewards, values, logprobs, ref_logprobs, weights)
@@ -178,9 +189,8 @@ def klq_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     checks.loss_variant(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values)
-    others = dict(ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask)
-    checks.same_shape(logprobs.shape, "logprobs", **others, old_logprobs=old_logprobs, old_values=old_values)
-    checks.boolean_mask(mask)
+    old = checks.optional(old_logprobs=old_logprobs, old_values=old_values)
+    checks.alike(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
     old_logprobs = logprobs if old_logprobs is None else old_logprobs
     old_values = values if old_values is None else old_values
     fixed = (x.detach() for x in (ref_logprobs, targets, old_logprobs, old_values))
@@ -224,38 +234,55 @@ def linear_klq_loss(
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over entries where mask is True; 0 (with zero gradient) where there are none.
+    """Mean of x over entries where mask, of x's shape, is True; 0 (with zero gradient) where there are none.
 
     >>> masked_mean(torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True]))
     tensor(2.)
     """
-    return zero_unless(mask, x).sum() / mask.sum().clamp(min=1)
+    checks.alike(x=x, mask=mask)
+    return clean(mask, x)[0].sum() / mask.sum().clamp(min=1)
 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    """float64 if every floating-point input is float64 (None is none), else float32."""
+    given = checks.optional(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
+    checks.tensors(**given)
+    dtypes = {x.dtype for x in given.values() if x.is_floating_point()}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def cast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in their result dtype."""
+    dtype = result_dtype(*tensors)
+    return [x.to(dtype) for x in tensors]
+
+
+def narrow(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, float64 ones in float32 if the result is; 16-bit ones stay, since kernels read them as they are."""
+    dtype = result_dtype(*tensors)
+    return [x.to(dtype) if x is not None and x.dtype == torch.float64 else x for x in tensors]
 
 
 def zero_unless(mask: Tensor, x: Tensor) -> Tensor:
-    """x where mask, else an exact 0 that passes no gradient, even where x is NaN or inf."""
+    """x, in its own dtype, where mask, else an exact 0 that passes no gradient, even where x is NaN or inf."""
+    checks.alike(mask=mask, x=x)
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in the result dtype (float64 if one of them is, else float32) with masked entries replaced by 0."""
-    dtype = result_dtype(*tensors)
-    return [zero_unless(mask, x.to(dtype)) for x in tensors]
+    """The tensors, all of the mask's shape, in their result dtype with masked entries replaced by 0."""
+    checks.alike(mask=mask, **{f"tensors[{i}]": x for i, x in enumerate(tensors)})
+    return [zero_unless(mask, x) for x in cast(*tensors)]
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """Logits [..., V] of hidden states whose masked rows are replaced by zeros."""
-    return torch.nn.functional.linear(zero_unless(mask.unsqueeze(-1), hidden), weight, bias)
+    return torch.nn.functional.linear(zero_unless(mask.unsqueeze(-1).expand_as(hidden), hidden), weight, bias)
 
 
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
     """log softmax(logits/temperature) with masked rows replaced by the uniform distribution."""
-    z = zero_unless(mask.unsqueeze(-1), logits)
+    z = zero_unless(mask.unsqueeze(-1).expand_as(logits), logits)
     if temperature != 1 and z.numel():
         z = (z - z.detach().amax(-1, keepdim=True)) / temperature  # dividing first would round a common offset
     return torch.log_softmax(z, dim=-1)
@@ -273,9 +300,13 @@ def _entropy(logp: Tensor) -> Tensor:
 
 def shift_left(x: Tensor, steps: int = 1) -> Tensor:
     """x_{t+steps} along the last axis, 0 after the end. Rows are right-padded and zero where masked."""
+    checks.tensors(x=x)
     return torch.nn.functional.pad(x, (0, steps))[..., steps:]
 
 
 def clamp_around(x: Tensor, centre: Tensor, radius: float) -> Tensor:
     """x, but at most `radius` away from `centre`."""
+    checks.positive(radius=radius)
+    checks.alike(x=x, centre=centre)
+    x, centre = cast(x, centre)
     return torch.minimum(torch.maximum(x, centre - radius), centre + radius)

@@ -8,15 +8,18 @@ Names and forms: J. Schulman, "Approximating KL divergence" (2020).
 import torch
 from torch import Tensor
 
+from klq_kernels import checks
+from klq_kernels.reference import cast
+
 
 def k1(log_ratio: Tensor) -> Tensor:
     """k1 = ℓ: unbiased, high variance, often negative for a single sample."""
-    return log_ratio
+    return _checked(log_ratio)
 
 
 def k2(log_ratio: Tensor) -> Tensor:
     """k2 = ½ℓ²: biased, low variance, never negative; the KL penalty hidden in KLQ's square."""
-    return 0.5 * log_ratio**2
+    return 0.5 * _checked(log_ratio) ** 2
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -25,4 +28,11 @@ def k3(log_ratio: Tensor) -> Tensor:
     >>> k3(torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.7183])
     """
+    log_ratio = _checked(log_ratio)
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def _checked(log_ratio: Tensor) -> Tensor:
+    """The log-ratio in its result dtype, or a TypeError."""
+    checks.tensors(log_ratio=log_ratio)
+    return cast(log_ratio)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from klq_kernels import checks
 from klq_kernels.checks import LOSSES
-from klq_kernels.reference import clean, klq_loss, masked_mean
+from klq_kernels.reference import clamp_around, clean, klq_loss, masked_mean
 
 __all__ = ["LOSSES", "klq_loss", "masked_mean", "ppo_clip_loss", "ppo_penalty_loss", "value_loss"]
 
@@ -50,9 +50,8 @@ def ppo_penalty_loss(
     tensor(-1.)
     """
     checks.positive(coef=coef)
-    ratio, log_ratio, gain = _ratio(logprobs, old_logprobs, advantages, mask)
-    kl = ratio * log_ratio - torch.expm1(log_ratio) if kl is None else kl
-    checks.same_shape(logprobs.shape, "logprobs", kl=kl)
+    ratio, log_ratio, gain, *kl = _ratio(logprobs, old_logprobs, advantages, mask, **checks.optional(kl=kl))
+    (kl,) = kl or (ratio * log_ratio - torch.expm1(log_ratio),)
     return masked_mean(coef * kl - ratio * gain, mask)
 
 
@@ -66,8 +65,7 @@ def value_loss(
     >>> value_loss(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([True]))
     tensor(2.)
     """
-    checks.same_shape(values.shape, "values", returns=returns, mask=mask, old_values=old_values)
-    checks.boolean_mask(mask)
+    checks.alike(values=values, returns=returns, mask=mask, **checks.optional(old_values=old_values))
     old_values = values if old_values is None and clip is None else old_values
     if old_values is None:
         raise ValueError("value_loss with clip needs old_values, got None")
@@ -75,14 +73,12 @@ def value_loss(
     squares = (values - returns) ** 2
     if clip is not None:
         checks.positive(clip=clip)
-        clamped = torch.minimum(torch.maximum(values, centre - clip), centre + clip)
-        squares = torch.maximum(squares, (clamped - returns) ** 2)
+        squares = torch.maximum(squares, (clamp_around(values, centre, clip) - returns) ** 2)
     return masked_mean(0.5 * squares, mask)
 
 
-def _ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ρ = π/π_old, log ρ and Â (1, 0 and 0 where masked), after checking shapes."""
-    checks.same_shape(logprobs.shape, "logprobs", old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    checks.boolean_mask(mask)
-    new, old, gain = clean(mask, logprobs, old_logprobs.detach(), advantages.detach())
-    return (new - old).exp(), new - old, gain
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, **more: Tensor) -> list[Tensor]:
+    """ρ = π/π_old, log ρ, Â (1, 0 and 0 where masked) and any more per-token tensors, after checking shapes."""
+    checks.alike(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, **more)
+    new, old, *rest = clean(mask, logprobs, old_logprobs.detach(), advantages.detach(), *more.values())
+    return [(new - old).exp(), new - old, *rest]

@@ -1,19 +1,22 @@
 """TD errors, λ-returns and GAE in the forms a reader meets them in; the recursion itself is `lambda_returns`.
 
-Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_returns`.
+Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_returns`; nothing broadcasts, and results
+are float64 if every tensor is.
 """
 
 import torch
 from torch import Tensor
 
 from klq_kernels import LambdaReturns, checks, lambda_returns
-from klq_kernels.reference import clean, masked_mean, q_values
+from klq_kernels.reference import cast, clean, masked_mean, q_values
 
 __all__ = ["LambdaReturns", "lambda_returns", "gae", "kl_shaped_rewards", "forward_view", "retrace_weights", "whiten"]
 
 
 def kl_shaped_rewards(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, tau: float) -> Tensor:
     """RLHF's reward with its KL penalty: r_{t+1} − τ log(π(a_t|s_t)/π_b(a_t|s_t))."""
+    checks.alike(rewards=rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    rewards, logprobs, ref_logprobs = cast(rewards, logprobs, ref_logprobs)
     return rewards - q_values(logprobs, ref_logprobs, torch.zeros_like(rewards), tau)
 
 
@@ -28,8 +31,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     tensor([[0.5000, 0.5000]])
     """
     checks.unit_interval(gamma=gamma, lam=lam)
-    checks.same_shape(rewards.shape, "rewards", values=values, mask=mask)
-    checks.boolean_mask(mask)
+    checks.alike(rewards=rewards, values=values, mask=mask)
     checks.right_padded(mask)
     rewards, values = clean(mask, rewards, values)
     advantages, tail, next_value = torch.zeros_like(rewards), 0.0, 0.0
@@ -46,17 +48,19 @@ def forward_view(td_errors: Tensor, mask: Tensor, *, gamma: float, lam: float) -
     [B, T] -> [B, T]; γ, λ in [0, 1]. Raises ValueError for shapes that disagree or a mask with holes.
     """
     checks.unit_interval(gamma=gamma, lam=lam)
-    checks.same_shape(td_errors.shape, "td_errors", mask=mask)
-    checks.boolean_mask(mask)
+    checks.alike(td_errors=td_errors, mask=mask)
     checks.right_padded(mask)
+    (td_errors,) = clean(mask, td_errors)
     steps = torch.arange(td_errors.shape[1], device=td_errors.device)
     gap = steps[None, :] - steps[:, None]  # [t, t+k] -> k
     weights = torch.where(gap >= 0, (gamma * lam) ** gap.clamp(min=0).to(td_errors.dtype), 0.0)
-    return torch.where(mask, torch.where(mask, td_errors, 0.0) @ weights.T, 0.0)
+    return torch.where(mask, td_errors @ weights.T, 0.0)
 
 
 def retrace_weights(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
     """c_t = min(1, π(a_t|s_t)/μ(a_t|s_t)) for tokens drawn from an older policy μ (Retrace, Munos et al. 2016)."""
+    checks.alike(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
+    logprobs, behaviour_logprobs = cast(logprobs, behaviour_logprobs)
     return (logprobs - behaviour_logprobs).exp().clamp(max=1.0)
 
 
@@ -65,6 +69,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     A PPO habit offered here as an ablation: centring Δ breaks the equivalence of KLQ and PPO.
     """
+    checks.alike(x=x, mask=mask)
     (x,) = clean(mask, x)
     centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
     return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)

@@ -106,17 +106,21 @@ class TokenTree:
 
         Raises ValueError unless each row is a distribution over tokens that the tree follows.
         """
-        self._check_policy(ref=ref)
-        ref = ref.to(torch.float64)
+        ref = self._distribution(ref=ref)
         return replace(self, ref=ref / ref.sum(1, keepdim=True))
 
-    def _check_policy(self, **policies: Tensor) -> None:
-        """Each is a distribution over the tree's own tokens in every state, or a ValueError says which is not."""
-        checks.same_shape(self.ref.shape, "the tree's states x tokens", **policies)
-        for name, policy in policies.items():
-            worst = (policy.sum(1) - 1).abs().max().item()
-            if not worst <= 1e-6 or (policy < 0).any() or (policy[self.ref == 0] > 0).any():
-                raise ValueError(f"{name} must be probabilities of the tree's own tokens; a sum is {worst:.2g} off 1")
+    def _table(self, **policy: Tensor) -> Tensor:
+        """The named policy in float64; TypeError unless it is a tensor, ValueError unless it is [S, V]."""
+        checks.same_shape(self.ref.shape, "the tree's states x tokens", **policy)
+        return next(iter(policy.values())).to(torch.float64)
+
+    def _distribution(self, **policy: Tensor) -> Tensor:
+        """`_table`, and a ValueError unless it is a distribution over the tree's own tokens in every state."""
+        table, (name,) = self._table(**policy), policy
+        worst = (table.sum(1) - 1).abs().max().item()
+        if not worst <= 1e-6 or (table < 0).any() or (table[self.ref == 0] > 0).any():
+            raise ValueError(f"{name} must be probabilities of the tree's own tokens; a sum is {worst:.2g} off 1")
+        return table
 
     @cached_property
     def levels(self) -> list[Tensor]:
@@ -142,7 +146,7 @@ class TokenTree:
 
         policy [S, V] -> (Q [S, V], V [S]). Raises ValueError for τ ≤ 0, γ outside [0, 1] or a policy of another shape.
         """
-        self._check_policy(policy=policy)
+        policy = self._distribution(policy=policy)
         kl = self.state_kl(policy)
         return self._backup(lambda s, q: (policy[s] * q).sum(-1) - tau * kl[s], tau, gamma)
 
@@ -179,10 +183,11 @@ class TokenTree:
 
     def state_kl(self, policy: Tensor) -> Tensor:
         """Exact D(π ‖ π_b)(s) for every state, [S], in nats (2)."""
-        return kl_divergence(policy.log(), self.ref.log())
+        return kl_divergence(self._table(policy=policy).log(), self.ref.log())
 
     def visits(self, policy: Tensor) -> Tensor:
         """Probability of passing through each state, [S]."""
+        policy = self._table(policy=policy)
         visits = torch.zeros(len(self.ref), dtype=torch.float64)
         visits[self.roots] = 1 / len(self.roots)
         for level in self.levels:
@@ -207,7 +212,7 @@ class TokenTree:
 
     def rollout(self, policy: Tensor, n: int, generator: torch.Generator | None = None) -> Episodes:
         """Sample n completions; steps after the end are masked, with state, token and reward 0."""
-        length = len(self.levels)
+        policy, length = self._table(policy=policy), len(self.levels)
         states, tokens = (torch.zeros(n, length, dtype=torch.long) for _ in range(2))
         rewards, mask = torch.zeros(n, length, dtype=torch.float64), torch.zeros(n, length, dtype=torch.bool)
         state = self.roots[torch.randint(len(self.roots), (n,), generator=generator)]

@@ -281,7 +281,10 @@ BAD = {
     "penalty_coefficient, alpha 0": (lambda: penalty_coefficient(TAU, 0.0), "alpha must"),
     "penalty_coefficient, tau 0": (lambda: penalty_coefficient(0.0, 0.5), "tau must be"),
     "ppo_penalty_step, tau 0": (lambda: ppo_penalty_step(P, D, R, 0.0, 1.0), "tau must be"),
-    "ppo_penalty_step, negative beta": (lambda: ppo_penalty_step(P, D, R, TAU, -0.1), "must be >= 0"),
+    "ppo_penalty_step, negative beta": (
+        lambda: ppo_penalty_step(P, D, R, TAU, -0.1),
+        "beta must be a finite number >= 0",
+    ),
     "kl_penalised_argmax, no penalty": (lambda: kl_penalised_argmax(D, (R, 0.0)), "penalty must be"),
 }
 
