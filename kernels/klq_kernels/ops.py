@@ -9,15 +9,9 @@ from klq_kernels.reference import LambdaReturns, TokenStats, narrow
 
 
 def token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    inplace_backward: bool = False,
-    backend: str | None = None,
-) -> TokenStats:
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None = None, *, temperature: float = 1.0,
+    mask: Tensor | None = None, inplace_backward: bool = False, backend: str | None = None,
+) -> TokenStats:  # fmt: skip
     """Log-probability of each token, entropy, and exact KL(policy ‖ reference) of the distribution it was drawn from.
 
     With z = logits/temperature and p = softmax(z), q = softmax(ref_logits/temperature):
@@ -50,19 +44,11 @@ def token_stats(
 
 
 def linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None, *, bias: Tensor | None = None, ref_bias: Tensor | None = None,
+    temperature: float = 1.0, mask: Tensor | None = None, workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
-) -> TokenStats:
+) -> TokenStats:  # fmt: skip
     """`token_stats` of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
 
     Shapes: hidden [..., H], weight [V, H], bias [V]; ref_hidden [..., H'], ref_weight [V, H'] (the same tensor as
@@ -97,19 +83,10 @@ def linear_token_stats(
 
 
 def lambda_returns(
-    rewards: Tensor,
-    values: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
-    *,
-    tau: float,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    alpha: float = 1.0,
-    trace_weights: Tensor | None = None,
+    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, tau: float,
+    gamma: float = 1.0, lam: float = 0.95, alpha: float = 1.0, trace_weights: Tensor | None = None,
     backend: str | None = None,
-) -> LambdaReturns:
+) -> LambdaReturns:  # fmt: skip
     """KLQ's regression targets: one backward recursion over the tokens of each completion.
 
         Q_t = τ (logprob_t − ref_logprob_t) + V_t
@@ -141,24 +118,11 @@ def lambda_returns(
 
 
 def logits_klq_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    *,
-    tau: float,
-    temperature: float = 1.0,
-    loss: str = "l2",
-    clip: float | None = None,
-    log_ratio_clip: float | None = None,
-    delta: float | None = None,
-    old_logprobs: Tensor | None = None,
-    old_values: Tensor | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
-) -> Tensor:
+    logits: Tensor, tokens: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *,
+    tau: float, temperature: float = 1.0, loss: str = "l2", clip: float | None = None,
+    log_ratio_clip: float | None = None, delta: float | None = None, old_logprobs: Tensor | None = None,
+    old_values: Tensor | None = None, inplace: bool = False, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Masked mean of the KLQ loss (see `klq_kernels.reference.klq_loss` for its variants) from logits [..., V].
 
     Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
@@ -190,30 +154,13 @@ def logits_klq_loss(
 
 
 def linear_klq_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_logprobs: Tensor | None,
-    values: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    *,
-    tau: float,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    loss: str = "l2",
-    clip: float | None = None,
-    log_ratio_clip: float | None = None,
-    delta: float | None = None,
-    old_logprobs: Tensor | None = None,
-    old_values: Tensor | None = None,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    return_stats: bool = False,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, TokenStats]:
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_logprobs: Tensor | None, values: Tensor, targets: Tensor,
+    mask: Tensor, *, tau: float, bias: Tensor | None = None, temperature: float = 1.0, loss: str = "l2",
+    clip: float | None = None, log_ratio_clip: float | None = None, delta: float | None = None,
+    old_logprobs: Tensor | None = None, old_values: Tensor | None = None, ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, return_stats: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
     """Masked mean of the KLQ loss from hidden states: loss and gradients in one pass over the vocabulary.
 
     Give either ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with

@@ -58,17 +58,10 @@ def token_stats(
 
 
 def linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-) -> TokenStats:
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None, *, bias: Tensor | None = None, ref_bias: Tensor | None = None,
+    temperature: float = 1.0, mask: Tensor | None = None,
+) -> TokenStats:  # fmt: skip
     """`klq_kernels.linear_token_stats` with both [..., V] logits in memory."""
     checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -119,18 +112,9 @@ def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float)
 
 @torch.no_grad()
 def lambda_returns(
-    rewards: Tensor,
-    values: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
-    *,
-    tau: float,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    alpha: float = 1.0,
-    trace_weights: Tensor | None = None,
-) -> LambdaReturns:
+    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, tau: float,
+    gamma: float = 1.0, lam: float = 0.95, alpha: float = 1.0, trace_weights: Tensor | None = None,
+) -> LambdaReturns:  # fmt: skip
     """`klq_kernels.lambda_returns` by its recursion, a Python loop over time."""
     given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     checks.returns(**given, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
@@ -150,21 +134,10 @@ def lambda_returns(
 
 
 def klq_loss(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    *,
-    tau: float,
-    loss: str = "l2",
-    clip: float | None = None,
-    log_ratio_clip: float | None = None,
-    delta: float | None = None,
-    old_logprobs: Tensor | None = None,
-    old_values: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
+    logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *, tau: float,
+    loss: str = "l2", clip: float | None = None, log_ratio_clip: float | None = None, delta: float | None = None,
+    old_logprobs: Tensor | None = None, old_values: Tensor | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """The KLQ regression loss ½(Q_θ − Ĝ)² and its robust and clipped variants, averaged over unmasked tokens.
 
     With ℓ = logprob − ref_logprob, Q = τℓ + V, e = Q − Ĝ and, from the old policy, ℓ_old and Q_old = τℓ_old + V_old:

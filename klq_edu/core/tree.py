@@ -48,14 +48,10 @@ class TokenTree:
 
     @classmethod
     def grow(
-        cls,
-        vocab: int,
-        depth: int,
-        ref: Callable[[tuple[int, ...]], Tensor],
-        reward: Callable[[tuple[int, ...]], float],
-        eos: int | None = None,
+        cls, vocab: int, depth: int, ref: Callable[[tuple[int, ...]], Tensor],
+        reward: Callable[[tuple[int, ...]], float], eos: int | None = None,
         prompts: tuple[tuple[int, ...], ...] = ((),),
-    ) -> "TokenTree":
+    ) -> "TokenTree":  # fmt: skip
         """Enumerate every completion of up to `depth` tokens; `eos` ends one early, `depth` ends it anyway.
 
         `ref` maps a prefix (prompt included) to V probabilities, `reward` a whole completion to its score R(x, y).

@@ -39,9 +39,10 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     for completion, s in zip(rollout.completions, scores, strict=True):
         if not _finite_number(s):
             raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
-    scores = torch.tensor([float(s) for s in scores], device=rollout.mask.device)  # finite in float32 as well
+    kind = {"device": rollout.mask.device, "dtype": rollout.logprobs.dtype}
+    scores = torch.tensor([float(s) for s in scores], **kind)  # finite in float32 as well
     last = rollout.mask.sum(1, keepdim=True) - 1
-    rollout.rewards = torch.zeros(rollout.mask.shape, device=scores.device).scatter(1, last, scores[:, None])
+    rollout.rewards = torch.zeros(rollout.mask.shape, **kind).scatter(1, last, scores[:, None])
     return scores
 
 
