@@ -31,7 +31,6 @@ BASE = {
 TOLERANCE = 1e-3  # relative: of each metric, and of the change of all weights of policy and critic
 LINEAR = {"max_grad_norm": 1e-7}  # far below Adam's ε: steps are proportional to the clipped gradients
 KLQ, CLIP, PENALTY = "klq", "ppo_clip", "ppo_penalty"
-DOUBLE = {"loss": "double_clipped", "clip": 0.1, "log_ratio_clip": 0.1}
 FOR_ALL = LINEAR | {
     "updates": 3, "batch_size": 3, "epochs": 3, "learning_rate": 1e-3, "warmup_updates": 1, "final_lr_fraction": 0.1,
     "tau": 0.1, "gamma": 0.5, "lam": 0.3, "value_grad_scale": 0.1, "critic": "separate", "temperature": 1.5,
@@ -49,8 +48,8 @@ CASES = [(field, value, ALGORITHMS, {}) for field, value in FOR_ALL.items()] + [
     ("loss", "ratio_clipped", [KLQ], {"log_ratio_clip": 0.1}),
     ("loss", "double_clipped", [KLQ], {"clip": 0.03, "log_ratio_clip": 0.2}),
     ("delta", 0.8, [KLQ], {"loss": "huber", "delta": 0.4}),
-    ("clip", 0.03, [KLQ], DOUBLE),
-    ("log_ratio_clip", 0.2, [KLQ], DOUBLE),
+    ("clip", 0.02, [KLQ], {"loss": "value_clipped", "clip": 0.1}),
+    ("log_ratio_clip", 0.02, [KLQ], {"loss": "ratio_clipped", "log_ratio_clip": 0.1}),
 ]
 
 
@@ -255,33 +254,33 @@ def metrics(u, old, fixed, scores, steps, c):
 
 
 @pytest.fixture(scope="module")
-def base(tiny_lm, tokenizer, tmp_path_factory):
-    """A function: changes to BASE -> (outcome, given) of that run, each trained once."""
+def run(tiny_lm, tokenizer, tmp_path_factory):
+    """A function: changes to BASE, options -> what `trained` returns; the same run is trained once."""
 
     @functools.cache
-    def run(items):
-        return trained(tiny_lm, tokenizer, tmp_path_factory.mktemp("base"), dict(items))
+    def once(changes, options):
+        return trained(tiny_lm, tokenizer, tmp_path_factory.mktemp("run"), dict(changes), **dict(options))
 
-    return lambda **changes: run(tuple(changes.items()))
+    return lambda changes, **options: once(tuple(changes.items()), tuple(options.items()))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_algorithm_follows_its_formulas_and_no_other(base, algorithm):
-    got, given = base(algorithm=algorithm)
+def test_algorithm_follows_its_formulas_and_no_other(run, algorithm):
+    got, given = run({"algorithm": algorithm})
     assert len({len(text.split()) for _, texts, _ in given.batches for text in texts}) > 1  # lengths differ
     assert agree(got, oracle(given))
-    assert all(differ(got, base(algorithm=other)[0]) for other in ALGORITHMS if other != algorithm)
+    assert all(differ(got, run({"algorithm": other})[0]) for other in ALGORITHMS if other != algorithm)
 
 
 @pytest.mark.parametrize(
     "field, value, algorithm, rest",
     [pytest.param(f, v, a, rest, id=f"{f}={v}-{a}") for f, v, algorithms, rest in CASES for a in algorithms],
 )
-def test_each_field_does_what_the_formulas_say(tmp_path, tiny_lm, tokenizer, base, field, value, algorithm, rest):
-    got, given = trained(tiny_lm, tokenizer, tmp_path, {"algorithm": algorithm, **rest, field: value})
+def test_each_field_does_what_the_formulas_say(run, field, value, algorithm, rest):
+    got, given = run({"algorithm": algorithm, **rest, field: value})
     assert agree(got, oracle(given))
     before = {} if field == "loss" else rest  # a threshold without its loss is refused
-    assert differ(got, base(algorithm=algorithm, **before)[0])
+    assert differ(got, run({"algorithm": algorithm} | before)[0])
 
 
 def test_every_field_has_a_case_or_a_test_of_its_own():
@@ -290,42 +289,40 @@ def test_every_field_has_a_case_or_a_test_of_its_own():
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_frozen_blocks_and_a_fresh_value_head_follow_the_formulas(tmp_path, tiny_lm, tokenizer, algorithm):
+def test_frozen_blocks_and_a_fresh_value_head_follow_the_formulas(run, algorithm):
     """A fresh V starts at the first batch's mean reward; frozen blocks are replayed, not run again."""
-    got, given = trained(tiny_lm, tokenizer, tmp_path, {"algorithm": algorithm}, blocks=2, value_is_set=False)
+    got, given = run({"algorithm": algorithm}, blocks=2, value_is_set=False)
     assert agree(got, oracle(given))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_minibatches_part_the_batch_in_each_epoch(tmp_path, tiny_lm, tokenizer, algorithm):
+def test_minibatches_part_the_batch_in_each_epoch(run, algorithm):
     """Which rows meet is left to chance: exactly one of the ways to part three rows, twice, explains the run."""
-    changes = {"algorithm": algorithm, "minibatches": 2, "batch_size": 3, "updates": 1}
-    got, given = trained(tiny_lm, tokenizer, tmp_path, changes)
+    got, given = run({"algorithm": algorithm, "minibatches": 2, "batch_size": 3, "updates": 1})
     parts = [[[1, 2], [0]], [[0, 2], [1]], [[0, 1], [2]]]
     guesses = [oracle(given, [first + second]) for first, second in itertools.product(parts, repeat=2)]
     assert sum(max(differences(got, guess).values()) < TOLERANCE for guess in guesses) == 1
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_dtype_bfloat16_rounds_but_keeps_the_formulas(tmp_path, tiny_lm, tokenizer, algorithm):
-    changes = {"algorithm": algorithm, "dtype": "bfloat16", "updates": 1, "epochs": 1} | LINEAR
-    got, given = trained(tiny_lm, tokenizer, tmp_path, changes)
-    assert agree(got, oracle(given), 0.1) and differ(got, oracle(given))
+def test_dtype_bfloat16_rounds_but_keeps_the_formulas(run, algorithm):
+    got, given = run({"algorithm": algorithm, "dtype": "bfloat16", "updates": 1, "epochs": 1} | LINEAR)
+    assert agree(got, oracle(given), 0.2) and differ(got, oracle(given))
 
 
 VARIANTS = [{"algorithm": a} for a in ALGORITHMS] + [{f: v} | rest for f, v, _, rest in CASES if f == "loss"]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: c.get("loss", c.get("algorithm")))
-def test_a_constraint_that_allows_everything_changes_nothing(tmp_path, tiny_lm, tokenizer, changes):
+def test_a_constraint_that_allows_everything_changes_nothing(run, changes):
     """The fused path (no logits) and the constrained path (masked logits) are the same mathematics."""
-    fused, sampled = trained(tiny_lm, tokenizer, tmp_path / "fused", changes)
-    constrained, again = trained(tiny_lm, tokenizer, tmp_path / "constrained", changes, constraint=Everything())
+    fused, sampled = run(changes)
+    constrained, again = run(changes, constraint=Everything())
     assert sampled.batches == again.batches and agree(fused, constrained)
 
 
-def test_each_update_samples_afresh(tmp_path, tiny_lm, tokenizer):
-    _, given = trained(tiny_lm, tokenizer, tmp_path, {"learning_rate": 1e-12})
+def test_each_update_samples_afresh(run):
+    _, given = run({"learning_rate": 1e-12})
     first, second = (dict(zip(prompts, texts, strict=True)) for prompts, texts, _ in given.batches)
     assert first.keys() == second.keys() and first != second
 
@@ -352,6 +349,6 @@ def test_checkpoint_every_so_many_updates(tmp_path, tiny_lm, tokenizer, every, k
     assert [row["update"] for row in done] == list(range(kept, 4))
 
 
-def test_device_auto_trains_where_it_says(tmp_path, tiny_lm, tokenizer):
-    got, given = trained(tiny_lm, tokenizer, tmp_path, {"device": "auto"})
+def test_device_auto_trains_where_it_says(run):
+    got, given = run({"device": "auto"})
     assert agree(got, oracle(given))
