@@ -82,7 +82,7 @@ class Everything:
         return state
 
 
-def trained(tiny_lm, tokenizer, folder, changes, blocks=None, value_is_set=True, constraint=None):
+def trained(tiny_lm, tokenizer, folder, changes, blocks=None, value_is_set=True, constraint=None, prompts=PROMPTS):
     """Train; returns (rows, how far the weights moved), and what the oracle needs to predict both."""
     config, batches = TrainConfig(**(BASE | changes)), []
 
@@ -93,7 +93,7 @@ def trained(tiny_lm, tokenizer, folder, changes, blocks=None, value_is_set=True,
     policy, reference = models(tiny_lm, config.critic, blocks)
     policy.value_is_set = value_is_set
     start, run = copy.deepcopy(policy).double(), Run(folder, config.to_dict())
-    rows = train(policy, tokenizer, PROMPTS, reward, config, run=run, constraint=constraint)
+    rows = train(policy, tokenizer, prompts, reward, config, run=run, constraint=constraint)
     given = SimpleNamespace(policy=start, reference=reference, batches=batches, config=config, tokenizer=tokenizer)
     return outcome(rows, start.trainable(), policy.trainable()), given
 
@@ -321,10 +321,11 @@ def test_a_constraint_that_allows_everything_changes_nothing(run, changes):
     assert sampled.batches == again.batches and agree(fused, constrained)
 
 
-def test_each_update_samples_afresh(run):
-    _, given = run({"learning_rate": 1e-12})
-    first, second = (dict(zip(prompts, texts, strict=True)) for prompts, texts, _ in given.batches)
-    assert first.keys() == second.keys() and first != second
+def test_each_update_and_each_seed_samples_afresh(run):
+    """Four completions of one prompt by an unchanging policy, twice and from another seed: no two batches alike."""
+    still, one = {"learning_rate": 1e-12}, PROMPTS.select([0])
+    batches = run(still, prompts=one)[1].batches + run(still | {"seed": 1}, prompts=one)[1].batches
+    assert len({tuple(texts) for _, texts, _ in batches}) == 4
 
 
 @pytest.mark.parametrize("every, evaluated", [(2, [1, 3, 4]), (9, [4])])
