@@ -28,17 +28,18 @@ BASE = {
     "tau": 0.3, "gamma": 0.9, "lam": 0.8, "alpha": 0.6, "temperature": 0.7, "vf_coef": 0.7, "max_new_tokens": 5,
     "device": "cpu",
 }  # fmt: skip
-TOLERANCE = 1e-3  # relative: of each metric, and of the change of all weights of policy and critic
+TOLERANCE = 2e-3  # relative: of each metric, and of the change of all weights of policy and critic
 LINEAR = {"max_grad_norm": 1e-7}  # far below Adam's ε: steps are proportional to the clipped gradients
 KLQ, CLIP, PENALTY = "klq", "ppo_clip", "ppo_penalty"
 FOR_ALL = LINEAR | {
     "updates": 3, "batch_size": 3, "epochs": 3, "learning_rate": 1e-3, "warmup_updates": 1, "final_lr_fraction": 0.1,
-    "tau": 0.1, "gamma": 0.5, "lam": 0.3, "value_grad_scale": 0.1, "critic": "separate", "temperature": 1.5,
+    "tau": 0.1, "gamma": 0.5, "lam": 0.3, "value_grad_scale": 0.1, "temperature": 1.5,
     "max_new_tokens": 3, "seed": 1,
 }  # fmt: skip
 CASES = [(field, value, ALGORITHMS, {}) for field, value in FOR_ALL.items()] + [
     # field, its new value, the algorithms it concerns, what else is set before and after the change
     ("whiten", True, ALGORITHMS, LINEAR),  # whitened gains have no mean, so the gradient of V's bias has no sign
+    ("critic", "separate", ALGORITHMS, LINEAR),  # weights that hardly reach V have gradients without a sign
     ("alpha", 0.3, [KLQ, PENALTY], {}),
     ("vf_coef", 2.0, [CLIP, PENALTY], {}),
     ("clip", 0.05, [CLIP, PENALTY], {}),
@@ -87,8 +88,8 @@ def trained(tiny_lm, tokenizer, folder, changes, blocks=None, value_is_set=True,
     config, batches = TrainConfig(**(BASE | changes)), []
 
     def reward(prompts, completions, worth):
-        batches.append((prompts, completions, score(prompts, completions, worth)))
-        return batches[-1][-1]
+        batches.append((prompts, completions))
+        return score(prompts, completions, worth)
 
     policy, reference = models(tiny_lm, config.critic, blocks)
     policy.value_is_set = value_is_set
@@ -127,16 +128,17 @@ def agree(got, expected, tolerance=TOLERANCE):
 
 
 def differ(got, expected):
-    return max(differences(got, expected).values()) > 10 * TOLERANCE
+    return max(differences(got, expected).values()) > 5 * TOLERANCE
 
 
 def oracle(given, orders=None):
     """Every update from the texts sampled in it; `orders` [update][step] are the rows of each optimiser step."""
     c, policy, moments, rows = given.config, copy.deepcopy(given.policy), {}, []
     params = policy.trainable()
-    for u, (prompts, completions, scores) in enumerate(given.batches):
+    worth = dict(zip(PROMPTS["prompt"], PROMPTS["worth"], strict=True))
+    for u, (prompts, completions) in enumerate(given.batches):
         pairs = [read(given.tokenizer, *texts, c.max_new_tokens) for texts in zip(prompts, completions, strict=True)]
-        scores = torch.tensor(scores, dtype=torch.float64)
+        scores = torch.tensor(score(prompts, completions, [worth[p] for p in prompts]), dtype=torch.float64)
         if u == 0 and not given.policy.value_is_set:
             policy.value_head.weight.data.zero_()
             policy.value_head.bias.data.fill_(scores.mean())
@@ -267,7 +269,7 @@ def run(tiny_lm, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_algorithm_follows_its_formulas_and_no_other(run, algorithm):
     got, given = run({"algorithm": algorithm})
-    assert len({len(text.split()) for _, texts, _ in given.batches for text in texts}) > 1  # lengths differ
+    assert len({len(text.split()) for _, texts in given.batches for text in texts}) > 1  # lengths differ
     assert agree(got, oracle(given))
     assert all(differ(got, run({"algorithm": other})[0]) for other in ALGORITHMS if other != algorithm)
 
@@ -325,7 +327,7 @@ def test_each_update_and_each_seed_samples_afresh(run):
     """Four completions of one prompt by an unchanging policy, twice and from another seed: no two batches alike."""
     still, one = {"learning_rate": 1e-12}, PROMPTS.select([0])
     batches = run(still, prompts=one)[1].batches + run(still | {"seed": 1}, prompts=one)[1].batches
-    assert len({tuple(texts) for _, texts, _ in batches}) == 4
+    assert len({tuple(texts) for _, texts in batches}) == 4
 
 
 @pytest.mark.parametrize("every, evaluated", [(2, [1, 3, 4]), (9, [4])])
