@@ -1,22 +1,22 @@
 """Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, by name."""
 
-import math
 import signal
-import textwrap
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map_only
 
 TRIALS = 5
 SECONDS = 10.0  # for all trials of an answer together
+ALARM = getattr(signal, "SIGALRM", None)  # not on Windows
 NOT_ATTEMPTED = "not attempted yet"
 
 
@@ -39,19 +39,13 @@ class Wrong(Exception):
     """What is wrong with an answer, in words for whoever wrote it; raised by probes."""
 
 
-class _TimeUp(BaseException):
-    """No Exception, so that an answer's own `except Exception` lets it through."""
-
-
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.
 
     Attributes:
-        number: "1.2", chapter and place.
-        title: a few words.
-        level: difficulty, 1 to 3.
-        minutes: for a first attempt.
+        number, title: "1.2" for chapter and place, a few words.
+        level, minutes: difficulty, 1 to 3; time for a first attempt.
         solution: the right answer, a function (of no arguments where the answer is a value).
         inputs: generator -> arguments to try an answer on.
         mistakes: at least three wrong answers with a message each.
@@ -72,15 +66,14 @@ class Exercise:
     tol: float = 1e-8
 
     def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:
-        """What this answer gives for these arguments: float64 tensors of their own, by name; Wrong for anything else."""
+        """What this answer gives for these arguments, as float64 tensors by name; Wrong for anything else."""
         answer = partial(_call, answer)
         if self.probe is not None:
-            found = self.probe(answer, *arguments)
-        else:
-            result = answer(*arguments)
-            parts = result if isinstance(result, tuple | list) else (result,)
-            found = {f"result {i} of {len(parts)}" if len(parts) > 1 else "": x for i, x in enumerate(parts, 1)}
-        return {name: _numbers(x, self.tol) for name, x in found.items()}
+            return {name: _numbers(x) for name, x in self.probe(answer, *arguments).items()}
+        result = answer(*arguments)
+        parts = result if isinstance(result, tuple | list) else (result,)
+        names = [f"result {i} of {len(parts)}: " for i in range(1, len(parts) + 1)] if len(parts) > 1 else [""]
+        return {name: _numbers(x) for name, x in zip(names, parts)}
 
 
 @contextmanager
@@ -100,158 +93,136 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     """Compare an answer with the solution on fresh random inputs; where it is wrong, find out which mistake it is.
 
     A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt. Whatever
-    the answer is, raises or does to its arguments, there is a verdict; only a real Ctrl-C gets through. In the main
-    thread of a system with SIGALRM it is stopped after 10 seconds; elsewhere (Windows, other threads) nothing stops it.
+    an answer is, raises or does to its arguments, it gets a verdict; only a real Ctrl-C gets through. After 10 seconds
+    it is stopped, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it.
     """
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
-    try:
-        with _watched() as pressed:
-            results = [exercise.outcome(answer, x) for x in trials]
-    except BaseException as error:
-        if pressed:
-            raise KeyboardInterrupt from None
-        message = _complaint(error)
-    else:
-        if pressed:
-            raise KeyboardInterrupt  # the answer swallowed it
-        message = _judge(exercise, results, trials)
+    results, message = [], None
+    with _watched() as rung:
+        try:
+            results += (exercise.outcome(answer, x) for x in trials)
+        except BaseException as error:
+            message = _complaint(error)
+    if signal.SIGINT in rung:  # whatever the answer made of it
+        raise KeyboardInterrupt
+    if rung:
+        message = f"your answer was stopped after {SECONDS:g} seconds; is there a loop that never ends?"
+    message = message or _judge(exercise, results, trials)
     if message == NOT_ATTEMPTED:
         return Verdict(None, f"· Exercise {exercise.number}: {message}.")
-    if message is None:
-        return Verdict(True, f"✔ Exercise {exercise.number} passed on {TRIALS} random inputs.")
-    return Verdict(False, f"✘ Exercise {exercise.number}: {message}")
+    if message:
+        return Verdict(False, f"✘ Exercise {exercise.number}: {message}")
+    return Verdict(True, f"✔ Exercise {exercise.number} passed on {TRIALS} random inputs.")
 
 
-@_isolated()
 def _call(answer, *arguments):
     """The answer's result on copies of the arguments, itself copied: nobody's memory is shared."""
     if callable(answer):
-        answer = answer(*_copied(arguments))
+        with _isolated():
+            answer = answer(*tree_map_only(Tensor, torch.clone, arguments))
     elif arguments and answer is not ...:
         raise Wrong(f"a function is expected, yours is a {type(answer).__name__}.")
     if answer is ...:
         raise NotImplementedError
     if answer is None:
         raise Wrong("it returned None; is a `return` missing?")
-    return _copied(answer)
+    return tree_map_only(Tensor, torch.clone, answer)
 
 
-def _copied(x):
-    if isinstance(x, tuple | list):
-        return [_copied(y) for y in x] if isinstance(x, list) else tuple(_copied(y) for y in x)
-    return x.clone() if isinstance(x, Tensor) else x
-
-
-def _numbers(x, tol: float) -> Tensor:
-    """A result as a float64 tensor; Wrong for what is no real number, or too coarse to be compared within `tol`."""
-    if isinstance(x, Tensor) and x.is_floating_point() and torch.finfo(x.dtype).eps > tol:
-        raise Wrong(f"your result is in {x.dtype}, which is too coarse to be compared: compute in torch.float64.")
+def _numbers(x) -> Tensor:
+    """A result as a float64 tensor; Wrong for what is no real number, or rounded to another precision."""
+    kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
     try:
         values = torch.tensor(x.tolist() if isinstance(x, Tensor) else x, dtype=torch.float64)
-        return values.reshape(x.shape) if isinstance(x, Tensor) else values
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
         raise Wrong(f"your answer stopped with a {kind}; real numbers in a tensor are expected.") from None
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+        raise Wrong(f"your result is a {kind}; checks are in torch.float64, so compute in that.")
+    return values.reshape(x.shape) if isinstance(x, Tensor) else values
 
 
 @contextmanager
 def _watched():
-    """In the main thread: ends what takes too long, and yields a list that is empty until somebody presses Ctrl-C."""
-    pressed, begun = [], time.monotonic()
+    """In the main thread: ends what takes too long, yields a list of the signals that came, and puts all back."""
+    rung, begun, main = [], time.monotonic(), threading.current_thread() is threading.main_thread()
 
-    def press(number, frame):
-        pressed.append(number)
+    def ring(number, frame):
+        rung.append(number)
         raise KeyboardInterrupt
 
-    def stop(number, frame):
-        raise _TimeUp
-
-    with ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            if callable(signal.getsignal(signal.SIGINT)):
-                undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, press))
-            if hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) is not None:
-                left, every = signal.getitimer(signal.ITIMER_REAL)
-                undo.callback(lambda: signal.setitimer(
-                    signal.ITIMER_REAL, left and max(left - time.monotonic() + begun, 1e-3), every))  # fmt: skip
-                undo.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
-                undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-                signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)  # again and again: an `except:` may swallow one
-        yield pressed
+    known = [n for n in (signal.SIGINT, ALARM) if main and n and signal.getsignal(n) is not None]
+    handlers = {n: signal.signal(n, ring) for n in known}
+    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1) if ALARM in handlers else (0, 0)
+    try:
+        yield rung
+    finally:
+        if ALARM in handlers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + begun, 1e-3), every)
 
 
 def _complaint(error: BaseException) -> str:
     """What to say to an answer that stopped."""
-    if isinstance(error, NotImplementedError) and error.args in ((), (NOT_ATTEMPTED,)):
+    if isinstance(error, NotImplementedError) and error.args in ((), (NOT_ATTEMPTED,)):  # torch raises others
         return NOT_ATTEMPTED
-    if isinstance(error, _TimeUp):
-        return f"your answer was stopped after {SECONDS:g} seconds; is there a loop that never ends?"
-    if isinstance(error, Wrong):
-        return str(error)
-    said = textwrap.shorten(traceback.format_exception_only(error)[0], 300)
-    return f"your answer stopped with {said}".encode(errors="backslashreplace").decode()
+    said = traceback.format_exception_only(error)[0].strip()[:300].encode(errors="backslashreplace").decode()
+    return str(error) if isinstance(error, Wrong) else f"your answer stopped with {said}"
 
 
 def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str | None:
-    """None where all results are right, else the message of the mistake that gives just these, or where they differ."""
+    """None where all results are right, else the message of the mistake that gives just these, or how they differ."""
     right = [exercise.outcome(exercise.solution, x) for x in trials]
-    differ = [not _same(got, want, exercise.tol) for got, want in zip(results, right, strict=True)]
-    if not any(differ):
+    gaps = [_gap(got, want, exercise.tol) for got, want in zip(results, right, strict=True)]
+    if not any(gaps):
         return None
     for mistake in exercise.mistakes:
-        if all(_same(got, exercise.outcome(mistake.answer, x), exercise.tol) for got, x in zip(results, trials)):
+        if not any(_gap(got, exercise.outcome(mistake.answer, x), exercise.tol) for got, x in zip(results, trials)):
             return mistake.message
-    first, often = differ.index(True), sum(differ)
-    message = _difference(results[first], right[first], trials[first], exercise.tol)
-    return message + f" (Wrong on {often} of {TRIALS} random inputs.)" * (often < TRIALS)
+    i, often = next(i for i, gap in enumerate(gaps) if gap), sum(map(bool, gaps))
+    some = f" (Wrong on {often} of {TRIALS} random inputs.)" if often < TRIALS else ""
+    return _difference(results[i], right[i], *gaps[i], trials[i]) + some
 
 
-def _close(got: Tensor, want: Tensor, tol: float) -> Tensor:
-    scale = want.nan_to_num(posinf=0.0, neginf=0.0).abs().amax().clamp(1e-4) if want.numel() else 1.0
-    return torch.isclose(got, want, rtol=0.0, atol=tol * float(scale), equal_nan=True)
-
-
-def _same(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> bool:
-    return got.keys() == want.keys() and all(
-        got[k].shape == want[k].shape and bool(_close(got[k], want[k], tol).all()) for k in want
-    )
-
-
-def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, tol: float) -> str:
-    """In words: the first place that differs, what kind of place that is, and in which direction."""
+def _gap(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> tuple[str | None, tuple | None] | None:
+    """The first place that differs: which result, and the index in it (None: shapes, or the number of results)."""
     if got.keys() != want.keys():
+        return None, None
+    for name, right in want.items():
+        if got[name].shape != right.shape:
+            return name, None
+        scale = max([1e-4, *right[right.isfinite()].abs().tolist()])
+        off = ~torch.isclose(got[name], right, rtol=0.0, atol=tol * scale, equal_nan=True)
+        if off.any():
+            return name, tuple(off.nonzero()[0].tolist())
+    return None
+
+
+def _difference(got: dict, want: dict, name: str | None, index: tuple | None, arguments: tuple) -> str:
+    """In words: a gap, what kind of place that is, and in which direction."""
+    if name is None:
         return f"{len(want)} results are expected, yours gives {len(got)}."
-    name = next(k for k in want if not _same({k: got[k]}, {k: want[k]}, tol))
     g, w = got[name], want[name]
-    where = f"{name}: " if name else ""
-    if g.shape != w.shape:
-        return f"{where}a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
-    index = tuple((~_close(g, w, tol)).nonzero()[0].tolist())
+    if index is None:
+        return f"{name}a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
     x, y = g[index].item(), w[index].item()
-    where += f"at {list(index)}{_kind(index, w.shape, mask_of(arguments))} " if index else ""
-    return f"{where}yours gives {x:.7g} where {y:.7g} is expected: {_direction(x, y)}."
+    way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, or padding that got in"
+    way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
+    at = f"at {list(index)}{_kind(index, w.shape, arguments)} " if index else ""
+    return f"{name}{at}yours gives {x:.7g} where {y:.7g} is expected: {way}.".replace("nan", "NaN (not a number)")
 
 
-def mask_of(arguments: tuple) -> Tensor | None:
-    return next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
-
-
-def _kind(index: tuple, shape: torch.Size, mask: Tensor | None) -> str:
-    """What stands at this index of a result, if there is a mask to tell."""
-    if mask is None or shape not in (mask.shape, mask.shape[:1]):
+def _kind(index: tuple, shape: torch.Size, arguments: tuple) -> str:
+    """What stands at this index of a result, if a mask among the arguments tells."""
+    mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), torch.empty(0, 0))
+    if shape not in (mask.shape, mask.shape[:1]):
         return ""
     length = int(mask[index[0]].sum())
-    if shape != mask.shape:
+    if len(index) == 1:
         return f" (a row of length {length})"
     place = "on padding" if not mask[index] else "the last token" if index[1] == length - 1 else "a real token"
     return f" ({place}, in a row of length {length})"
-
-
-def _direction(x: float, y: float) -> str:
-    if math.isnan(x):
-        return "NaN (not a number), so look for 0/0, log 0, ∞ − ∞, or padding that got in"
-    if y and math.isclose(x, -y, rel_tol=1e-6):
-        return "the sign is wrong"
-    return f"too {'large' if x > y else 'small'}" + ", without bound" * math.isinf(x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klq_edu.course.exercises import Exercise, Wrong, mask_of
+from klq_edu.course.exercises import Exercise, Wrong
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,18 @@ def load_all() -> list[Chapter]:
 
 def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:
     """A probe: the answer with padding as it is (NaN), and with padding of leftovers. One argument is the mask."""
-    mask = mask_of(arguments)
+    mask = next(x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool)
     leftovers = (torch.where(mask, x, 7.0) if isinstance(x, Tensor) and x is not mask else x for x in arguments)
-    return {"with padding of NaN": answer(*arguments), "with padding of leftovers": answer(*leftovers)}
+    return {"with padding of NaN: ": answer(*arguments), "with padding of leftovers: ": answer(*leftovers)}
 
 
 def differentiate(loss, *inputs: Tensor) -> list[Tensor]:
-    """Gradients of an answer's loss, 0 for an input that it does not use, to be differentiated again; Wrong without any."""
-    if not isinstance(loss, Tensor) or loss.shape != ():
-        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise Wrong(f"a loss is one number in a tensor of shape (), so that it can be differentiated; yours is {kind}.")
+    """Gradients of an answer's loss, to be differentiated again, 0 for an input without; Wrong where there is none."""
+    if not isinstance(loss, Tensor) or loss.shape != () or loss.dtype != torch.float64:
+        kind = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise Wrong(
+            f"a loss is a tensor with one number, torch.float64 of shape (), to be differentiated; yours is {kind}."
+        )
     if not loss.requires_grad:
         raise Wrong("your loss carries no gradient at all: everything in it is detached, so nothing would be learnt.")
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=True)

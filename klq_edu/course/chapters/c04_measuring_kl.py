@@ -88,7 +88,7 @@ def _gradient(answer, logits: Tensor, ref: Tensor) -> dict[str, Tensor]:
                 "the gradient is right, but the weights π(a) are not held fixed: part of it flows through them. With "
                 "sampled tokens nothing can flow through the sampling, so detach them."
             )
-    return {"the gradient": grad}
+    return {"the gradient: ": grad}
 
 
 def _small_and_large(generator: Generator) -> tuple:
@@ -108,7 +108,7 @@ def _right_even_where_tiny(answer, x: Tensor) -> dict[str, Tensor]:
         return {"": ordinary}
     wrong = not torch.allclose(ordinary, my_k3(x[4:]))
     near = (tiny / my_k3(x[:4]) - 1).abs() < 1e-3
-    return {"at ordinary ℓ": ordinary, "three digits right at ℓ = ±1e-7 (1: yes, 0: no)": near | wrong}
+    return {"at ordinary ℓ: ": ordinary, "three digits right at ℓ = ±1e-7 (1: yes, 0: no): ": near | wrong}
 
 
 EXERCISES = {

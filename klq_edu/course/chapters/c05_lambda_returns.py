@@ -134,7 +134,7 @@ class _FewOperations(TorchDispatchMode):
         self.left -= 1
         if self.left < 0:
             raise Wrong(
-                f"right for small T, but you went one step at a time: more than {OPERATIONS} operations a round for "
+                f"right for small T, but in too many steps: more than {OPERATIONS} operations a round for "
                 f"T = {self.length}. In each round, let every position reach twice as far."
             )
         return func(*args, **(kwargs or {}))
@@ -146,14 +146,16 @@ class _NumbersStay(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, STAYS):
-            name = getattr(func, "__name__", str(func))
-            raise Wrong(f"right for small T, but `{name}` takes numbers out of the tensor, to be handled one by one.")
+            name = getattr(func, "__name__", func)
+            raise Wrong(
+                f"right for small T, but `{name}` takes numbers out of the tensor, and a loop over them is slow."
+            )
         return result
 
 
 def _every_length(answer, delta: Tensor, decay: Tensor) -> dict[str, Tensor]:
     """Results for the end of a row, of several lengths; if those are right, for all of it with few operations."""
-    parts = {f"for T = {n}": (delta[-n:], decay[-n:]) for n in LENGTHS}
+    parts = {f"for T = {n}: ": (delta[-n:], decay[-n:]) for n in LENGTHS}
     found = {name: answer(*part) for name, part in parts.items()}
     pairs = [(found[name], scan(*part)) for name, part in parts.items()]
     right = all(isinstance(x, Tensor) and x.shape == y.shape and torch.allclose(x, y) for x, y in pairs)
@@ -161,7 +163,7 @@ def _every_length(answer, delta: Tensor, decay: Tensor) -> dict[str, Tensor]:
     if right:
         with _FewOperations(len(delta)), _NumbersStay():
             long = answer(delta, decay)
-    return found | {f"for T = {len(delta)}": long}
+    return found | {f"for T = {len(delta)}: ": long}
 
 
 def _steps(generator: Generator) -> tuple[Tensor, Tensor]:

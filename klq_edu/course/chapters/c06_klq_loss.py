@@ -112,7 +112,7 @@ def _loss_and_gradients(answer, logprobs, ref_logprobs, values, extra, mask, tau
     targets = tau * (logprobs - ref_logprobs) + values + extra
     loss = answer(logprobs, ref_logprobs, values, targets, mask, tau)
     by_logprobs, by_values = differentiate(loss, logprobs, values)
-    return {"the loss": loss, "its gradient in logprobs": by_logprobs, "its gradient in values": by_values}
+    return {"the loss: ": loss, "its gradient in logprobs: ": by_logprobs, "its gradient in values: ": by_values}
 
 
 def _batch(generator: Generator) -> tuple:

@@ -211,7 +211,7 @@ def _gradients_near_old(answer, old_logprobs, old_values, advantages, moves, tau
         values = (old_values + step * moves[1]).requires_grad_()
         loss = answer(logprobs, old_logprobs, values, old_values, advantages, tau)
         by_logprobs, by_values = differentiate(loss, logprobs, values)
-        found |= {f"the gradient in logprobs {where}": by_logprobs, f"the gradient in values {where}": by_values}
+        found |= {f"the gradient in logprobs {where}: ": by_logprobs, f"the gradient in values {where}: ": by_values}
     return found
 
 
