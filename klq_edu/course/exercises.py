@@ -94,7 +94,7 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
 
     A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt. Whatever
     an answer is, raises or does to its arguments, it gets a verdict; only a real Ctrl-C gets through. After 10 seconds
-    it is stopped, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it.
+    it is interrupted, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it.
     """
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -152,16 +152,15 @@ def _watched():
         rung.append(number)
         raise KeyboardInterrupt
 
-    known = [n for n in (signal.SIGINT, ALARM) if main and n and signal.getsignal(n) is not None]
-    handlers = {n: signal.signal(n, ring) for n in known}
-    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1) if ALARM in handlers else (0, 0)
+    handlers = {n: signal.signal(n, ring) for n in (signal.SIGINT, ALARM) if main and n}
+    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0) if ALARM in handlers else (0, 0)
     try:
         yield rung
     finally:
         if ALARM in handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
         if left:
             signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + begun, 1e-3), every)
 
@@ -184,8 +183,12 @@ def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str 
         if not any(_gap(got, exercise.outcome(mistake.answer, x), exercise.tol) for got, x in zip(results, trials)):
             return mistake.message
     i, often = next(i for i, gap in enumerate(gaps) if gap), sum(map(bool, gaps))
-    some = f" (Wrong on {often} of {TRIALS} random inputs.)" if often < TRIALS else ""
-    return _difference(results[i], right[i], *gaps[i], trials[i]) + some
+    shown = (
+        str(list(x.shape)) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else str(x)
+        for x in trials[i]
+    )
+    where = f" (Wrong on {often} of {TRIALS} random inputs, first with arguments {', '.join(shown)}.)"
+    return _difference(results[i], right[i], *gaps[i], trials[i]) + where
 
 
 def _gap(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> tuple[str | None, tuple | None] | None:
@@ -203,26 +206,20 @@ def _gap(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> tuple[s
 
 
 def _difference(got: dict, want: dict, name: str | None, index: tuple | None, arguments: tuple) -> str:
-    """In words: a gap, what kind of place that is, and in which direction."""
+    """In words: a gap, what stands there if a mask among the arguments tells, and in which direction it is."""
     if name is None:
         return f"{len(want)} results are expected, yours gives {len(got)}."
-    g, w = got[name], want[name]
+    g, w, at = got[name], want[name], ""
     if index is None:
         return f"{name}a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
+    mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
+    if index and mask is not None and w.shape in (mask.shape, mask.shape[:1]):
+        length = int(mask[index[0]].sum())
+        kind = "a real token, in " if mask[index].all() else "on padding, in "
+        kind = "the last token, in " if index[1:] == (length - 1,) else kind if len(index) > 1 else ""
+        at = f" ({kind}a row of length {length})"
+    at = f"at {list(index)}{at} " if index else ""
     x, y = g[index].item(), w[index].item()
     way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, or padding that got in"
     way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
-    at = f"at {list(index)}{_kind(index, w.shape, arguments)} " if index else ""
     return f"{name}{at}yours gives {x:.7g} where {y:.7g} is expected: {way}.".replace("nan", "NaN (not a number)")
-
-
-def _kind(index: tuple, shape: torch.Size, arguments: tuple) -> str:
-    """What stands at this index of a result, if a mask among the arguments tells."""
-    mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), torch.empty(0, 0))
-    if shape not in (mask.shape, mask.shape[:1]):
-        return ""
-    length = int(mask[index[0]].sum())
-    if len(index) == 1:
-        return f" (a row of length {length})"
-    place = "on padding" if not mask[index] else "the last token" if index[1] == length - 1 else "a real token"
-    return f" ({place}, in a row of length {length})"

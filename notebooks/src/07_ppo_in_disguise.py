@@ -401,17 +401,15 @@ check.inequality("7.12", surrogate, (rho * D)[mask].mean())
 #
 # $$\hat A^{white}_t = \frac{\Delta_t - \bar\Delta}{\sigma} \tag{7.13}$$
 #
-# Dividing is another step size. Subtracting is worse: tokens that went better than expected, but not better than the batch's mean, are now
-# made less likely.
+# Dividing is another step size. Subtracting is worse, for it moves the zero. Here the mean is negative, so tokens that went worse than
+# expected, but not as badly as the average token, are now made *more* likely.
 
 # %%
 real, white = D[mask], whiten(D, mask)[mask]
-typed = (real - real.mean()) / real.std(correction=0)
-check.equation("7.13", white, typed, tol=1e-6)  # 1e-8 is added to σ, lest it be 0
+sigma = real.std(correction=0)
+check.equation("7.13", white, (real - real.mean()) / (sigma + 1e-8))  # σ may be 0
 turned = (white.sign() != real.sign()).double().mean()
-print(
-    f"mean of Δ {real.mean():.2f}, σ {real.std():.2f}: {turned:.0%} change their sign"
-)
+print(f"mean {real.mean():.2f}, σ {sigma:.2f}: {turned:.0%} of the signs change")
 
 # %% [markdown]
 # > **People ask: so is KLQ just PPO?**

@@ -363,7 +363,11 @@ def spoilt(number, where, change):
         ("0.2", spoilt("0.2", lambda m: m, lambda x: x + torch.inf), "yours gives inf where"),
         ("2.2", lambda *a: (EXERCISES["2.2"].solution(*a)[0], 9.0), "result 2 of 2: yours gives 9 where"),
         ("6.1", lambda *a: EXERCISES["6.1"].solution(*a) - 9, "the loss: yours gives"),
-        ("1.2", lambda q, r, t: EXERCISES["1.2"].solution(q, r, t) * (1 + (q[0] > 0)), "of 5 random inputs.)"),
+        (
+            "1.2",
+            lambda q, r, t: EXERCISES["1.2"].solution(q, r, t) * (1 + (q[0] > 0)),
+            "of 5 random inputs, first with arguments [5], [5], 0.",
+        ),
     ],
 )
 def test_an_unknown_mistake_is_told_where_it_is_and_in_which_direction(number, answer, says):

@@ -226,7 +226,8 @@ def _two_anchors(generator: Generator) -> tuple:
 
 
 def _old_batch(generator: Generator) -> tuple:
-    a, b, c, *moves = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    a, b, c = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    moves = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     return -a.abs() - 0.1, b, c + 0.5, moves, _tau_alpha(generator)[0]
 
 
