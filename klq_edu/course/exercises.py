@@ -78,9 +78,9 @@ class Exercise:
 
 @contextmanager
 def _isolated():
-    """float64 and gradients on; what is done to torch's precision, gradient mode and random numbers is undone."""
+    """float64 and gradients on; precision, gradient mode and random numbers of torch are put back afterwards."""
     before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.set_default_dtype(torch.float64)
         try:
             yield

@@ -72,6 +72,15 @@ def zeroing(*, first):
     return maker
 
 
+def reusing(solution):
+    buffers = {}
+
+    def keep(x):
+        return buffers.setdefault(x.shape, torch.empty_like(x)).copy_(x)
+
+    return each(keep)(solution)
+
+
 def instead(act):
     """solution -> an answer that does something else, whatever is asked."""
     return lambda solution: lambda *arguments: act()
@@ -132,6 +141,7 @@ WRONG = {
     "recursion": (instead(endless_recursion), set()),
 }
 RIGHT = {
+    "in memory that the next call reuses": (reusing, DIFFERENTIATED | {"7.1"}),  # whose results have one shape
     "not contiguous": (each(lambda x: torch.stack([x, x], -1)[..., 0]), set()),
     "with gradient": (each(lambda x: x + torch.zeros((), requires_grad=True)), set()),
     "NumPy": (each(lambda x: x.numpy()), DIFFERENTIATED | {"4.1", "5.2"}),
@@ -210,7 +220,8 @@ def test_other_threads_grade_without_a_limit():
 
 
 def test_what_an_answer_does_to_torch_is_undone():
-    exercise, (state, dtype) = EXERCISES["6.1"], (torch.get_rng_state(), torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    exercise, state = EXERCISES["6.1"], torch.get_rng_state()
 
     def meddling(*arguments):
         loss = exercise.solution(*arguments)
@@ -220,10 +231,11 @@ def test_what_an_answer_does_to_torch_is_undone():
         return loss
 
     assert grade(exercise, meddling).passed
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_default_dtype() is dtype and torch.is_grad_enabled()
-    torch.set_default_dtype(torch.float32)
-    with torch.inference_mode():
-        assert grade(exercise, exercise.solution).passed, "whatever mode it is called in"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert grade(exercise, exercise.solution).passed, "whatever mode it is called in"
 
 
 def test_a_broken_progress_file_costs_the_memory_not_the_check(tmp_path, capsys):
@@ -362,6 +374,8 @@ def spoilt(number, where, change):
         ("3.2", spoilt("3.2", lambda m: m.sum(1) == 1, lambda x: x - 1), "with padding of NaN: at ["),
         ("0.2", spoilt("0.2", lambda m: m, lambda x: x + torch.inf), "yours gives inf where"),
         ("2.2", lambda *a: (EXERCISES["2.2"].solution(*a)[0], 9.0), "result 2 of 2: yours gives 9 where"),
+        ("1.2", lambda *a: 2 * EXERCISES["1.2"].solution(*a), "at [0] yours gives"),
+        ("1.2", 1.0, "a function is expected, yours is a float"),
         ("6.1", lambda *a: EXERCISES["6.1"].solution(*a) - 9, "the loss: yours gives"),
         (
             "1.2",
