@@ -2,6 +2,7 @@
 
 Sources are jupytext percent files. Lines between `# BEGIN SOLUTION` and `# END SOLUTION` are a hole in the student
 edition, cells tagged "solution" are left out of it, and `<!-- hints 1.2 -->` becomes that exercise's folded hints.
+Exercises of the full edition are tagged, so that `pytest --nbval-lax` compares their verdicts.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
     for chapter in chosen(only):
         print(f"{chapter.name} …", flush=True)
         build(folder, chapter)
-    (folder / "README.md").write_text(html.course_map(load_all(), folder))
+    (folder / "README.md").write_text(html.course_map(load_all(), folder), encoding="utf-8")
 
 
 def stale(folder: Path, only: tuple[str, ...] = ()) -> list[Path]:
@@ -55,6 +56,8 @@ def build(folder: Path, chapter: Chapter) -> None:
     full, student = editions(folder, chapter)
     with tempfile.TemporaryDirectory() as frames:
         execute(full, folder, {FRAMES: frames, "KLQ_PROGRESS": f"{frames}/progress.json"})
+        if failed := failures(full, chapter):
+            raise RuntimeError("\n".join([f"{chapter.name} is not written:", *failed]))
         page = html.page(full, chapter, load_all(), Path(frames))
     for path, text in (
         (folder / f"{chapter.name}.ipynb", nbformat.writes(full) + "\n"),
@@ -62,7 +65,7 @@ def build(folder: Path, chapter: Chapter) -> None:
         (folder / "html" / f"{chapter.name}.html", page),
     ):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode]:
@@ -81,6 +84,14 @@ def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], t
         client.execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
+
+
+def failures(full: NotebookNode, chapter: Chapter) -> list[str]:
+    """Exercises whose verdict in an executed notebook is not a pass, or that have none."""
+    outputs = (o for cell in full.cells if cell.cell_type == "code" for o in cell.outputs)
+    said = "".join(o.text for o in outputs if o.output_type == "stream")
+    bad = [f"Exercise {n}: no verdict" for n in chapter.exercises if f" Exercise {n}" not in said]
+    return bad + re.findall(r"^[✘·] Exercise .*$", said, re.MULTILINE)
 
 
 def drift(folder: Path, chapter: Chapter) -> list[Path]:
@@ -106,7 +117,7 @@ def _cells(notebook: NotebookNode) -> list[tuple]:
 def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student: bool) -> NotebookNode:
     made, seen = [], Counter()
     for cell in cells:
-        tags = cell.metadata.get("tags", [])
+        tags = list(cell.metadata.get("tags", []))
         if student and "solution" in tags:
             continue
         text = with_holes(cell.source) if student else without_markers(cell.source)
@@ -115,7 +126,8 @@ def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student:
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         new.id = f"{digest}-{seen[digest]}"
         seen[digest] += 1
-        new.metadata = nbformat.from_dict({"tags": list(tags)} if tags else {})
+        tags += ["nbval-check-output"] if not student and "check.exercise(" in text else []
+        new.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         made.append(new)
     return nbformat.v4.new_notebook(cells=made, metadata=METADATA)
 

@@ -1,13 +1,22 @@
 """Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, by name."""
 
+import signal
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map_only
 
 TRIALS = 5
+SECONDS = 10.0  # for all trials of an answer together
+ALARM = getattr(signal, "SIGALRM", None)  # not on Windows
 NOT_ATTEMPTED = "not attempted yet"
 
 
@@ -26,21 +35,23 @@ class Verdict(NamedTuple):
     message: str
 
 
+class Wrong(Exception):
+    """What is wrong with an answer, in words for whoever wrote it; raised by probes."""
+
+
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.
 
     Attributes:
-        number: "1.2", chapter and place.
-        title: a few words.
-        level: difficulty, 1 to 3.
-        minutes: for a first attempt.
+        number, title: "1.2" for chapter and place, a few words.
+        level, minutes: difficulty, 1 to 3; time for a first attempt.
         solution: the right answer, a function (of no arguments where the answer is a value).
         inputs: generator -> arguments to try an answer on.
         mistakes: at least three wrong answers with a message each.
         hints: three, each more telling than the one before.
-        probe: (answer, *arguments) -> what to compare, where that is not the answer's result.
-        tol: relative tolerance.
+        probe: (answer, *arguments) -> what to compare, by name, where that is not the answer's result.
+        tol: tolerance, relative to the largest number of a result.
     """
 
     number: str
@@ -51,72 +62,164 @@ class Exercise:
     inputs: Callable[[Generator], tuple]
     mistakes: tuple[Mistake, ...]
     hints: tuple[str, str, str]
-    probe: Callable | None = None
+    probe: Callable[..., dict[str, Tensor]] | None = None
     tol: float = 1e-8
 
-    def outcome(self, answer: Callable, arguments: tuple) -> list[Tensor]:
-        """What this answer gives for these arguments (copies, so that it may overwrite them), as float64 tensors."""
-        copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
-        result = answer(*copies) if self.probe is None else self.probe(answer, *copies)
-        if result is None:
-            raise TypeError("it returned None; is a `return` missing?")
+    def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:
+        """What this answer gives for these arguments, as float64 tensors by name; Wrong for anything else."""
+        answer = partial(_call, answer)
+        if self.probe is not None:
+            return {name: _numbers(x) for name, x in self.probe(answer, *arguments).items()}
+        result = answer(*arguments)
         parts = result if isinstance(result, tuple | list) else (result,)
-        return [torch.as_tensor(x).detach().to(torch.float64) for x in parts]
+        names = [f"result {i} of {len(parts)}: " for i in range(1, len(parts) + 1)] if len(parts) > 1 else [""]
+        return {name: _numbers(x) for name, x in zip(names, parts)}
 
 
+@contextmanager
+def _isolated():
+    """float64 and gradients on; precision, gradient mode and random numbers of torch are put back afterwards."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@_isolated()
 def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     """Compare an answer with the solution on fresh random inputs; where it is wrong, find out which mistake it is.
 
-    A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt.
+    A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt. Whatever
+    an answer is, raises or does to its arguments, it gets a verdict; only a real Ctrl-C gets through. After 10 seconds
+    it is interrupted, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it.
     """
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    given, head = answer if callable(answer) else lambda: answer, f"Exercise {exercise.number}"
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
+    results, message = [], None
+    with _watched() as rung:
+        try:
+            results += (exercise.outcome(answer, x) for x in trials)
+        except BaseException as error:
+            message = _complaint(error)
+    if signal.SIGINT in rung:  # whatever the answer made of it
+        raise KeyboardInterrupt
+    if rung:
+        message = f"your answer was stopped after {SECONDS:g} seconds; is there a loop that never ends?"
+    message = message or _judge(exercise, results, trials)
+    if message == NOT_ATTEMPTED:
+        return Verdict(None, f"· Exercise {exercise.number}: {message}.")
+    if message:
+        return Verdict(False, f"✘ Exercise {exercise.number}: {message}")
+    return Verdict(True, f"✔ Exercise {exercise.number} passed on {TRIALS} random inputs.")
+
+
+def _call(answer, *arguments):
+    """The answer's result on copies of the arguments, itself copied: nobody's memory is shared."""
+    if callable(answer):
+        with _isolated():
+            answer = answer(*tree_map_only(Tensor, torch.clone, arguments))
+    elif arguments and answer is not ...:
+        raise Wrong(f"a function is expected, yours is a {type(answer).__name__}.")
+    if answer is ...:
+        raise NotImplementedError
+    if answer is None:
+        raise Wrong("it returned None; is a `return` missing?")
+    return tree_map_only(Tensor, torch.clone, answer)
+
+
+def _numbers(x) -> Tensor:
+    """A result as a float64 tensor; Wrong for what is no real number, or rounded to another precision."""
+    kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
     try:
-        results = [exercise.outcome(given, x) for x in trials] if answer is not ... else None
-    except NotImplementedError:
-        results = None
-    except Exception as error:
-        return Verdict(False, f"✘ {head}: your answer stopped with {type(error).__name__}: {error}")
-    if results is None:
-        return Verdict(None, f"· {head}: {NOT_ATTEMPTED}.")
-    if _agree(exercise, results, exercise.solution, trials):
-        return Verdict(True, f"✔ {head} passed on {TRIALS} random inputs.")
+        values = torch.tensor(x.tolist() if isinstance(x, Tensor) else x, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise Wrong(f"your answer stopped with a {kind}; real numbers in a tensor are expected.") from None
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+        raise Wrong(f"your result is a {kind}; checks are in torch.float64, so compute in that.")
+    return values.reshape(x.shape) if isinstance(x, Tensor) else values
+
+
+@contextmanager
+def _watched():
+    """In the main thread: ends what takes too long, yields a list of the signals that came, and puts all back."""
+    rung, begun, main = [], time.monotonic(), threading.current_thread() is threading.main_thread()
+
+    def ring(number, frame):
+        rung.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {n: signal.signal(n, ring) for n in (signal.SIGINT, ALARM) if main and n}
+    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0) if ALARM in handlers else (0, 0)
+    try:
+        yield rung
+    finally:
+        if ALARM in handlers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + begun, 1e-3), every)
+
+
+def _complaint(error: BaseException) -> str:
+    """What to say to an answer that stopped."""
+    if isinstance(error, NotImplementedError) and error.args in ((), (NOT_ATTEMPTED,)):  # torch raises others
+        return NOT_ATTEMPTED
+    said = traceback.format_exception_only(error)[0].strip()[:300].encode(errors="backslashreplace").decode()
+    return str(error) if isinstance(error, Wrong) else f"your answer stopped with {said}"
+
+
+def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str | None:
+    """None where all results are right, else the message of the mistake that gives just these, or how they differ."""
+    right = [exercise.outcome(exercise.solution, x) for x in trials]
+    gaps = [_gap(got, want, exercise.tol) for got, want in zip(results, right, strict=True)]
+    if not any(gaps):
+        return None
     for mistake in exercise.mistakes:
-        if _agree(exercise, results, mistake.answer, trials):
-            return Verdict(False, f"✘ {head}: {mistake.message}")
-    return Verdict(False, f"✘ {head}: {_difference(results[0], exercise.outcome(exercise.solution, trials[0]))}")
-
-
-def on_any_padding(answer: Callable, *arguments) -> tuple:
-    """A probe: the answer with padding as it is (NaN), and with padding of leftovers. One argument is the mask."""
-    mask = next(x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool)
-    leftovers = (torch.where(mask, x, 7.0) if isinstance(x, Tensor) and x is not mask else x for x in arguments)
-    return answer(*arguments), answer(*leftovers)
-
-
-def _agree(exercise: Exercise, results: list[list[Tensor]], other: Callable, trials: list[tuple]) -> bool:
-    return all(_same(r, exercise.outcome(other, x), exercise.tol) for r, x in zip(results, trials, strict=True))
-
-
-def _same(got: list[Tensor], want: list[Tensor], tol: float) -> bool:
-    return len(got) == len(want) and all(
-        g.shape == w.shape and torch.allclose(g, w, rtol=tol, atol=tol, equal_nan=True)
-        for g, w in zip(got, want, strict=True)
+        if not any(_gap(got, exercise.outcome(mistake.answer, x), exercise.tol) for got, x in zip(results, trials)):
+            return mistake.message
+    i, often = next(i for i, gap in enumerate(gaps) if gap), sum(map(bool, gaps))
+    shown = (
+        str(list(x.shape)) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else str(x)
+        for x in trials[i]
     )
+    where = f" (Wrong on {often} of {TRIALS} random inputs, first with arguments {', '.join(shown)}.)"
+    return _difference(results[i], right[i], *gaps[i], trials[i]) + where
 
 
-def _difference(got: list[Tensor], want: list[Tensor]) -> str:
-    """In words, where the first result differs."""
-    if len(got) != len(want):
+def _gap(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> tuple[str | None, tuple | None] | None:
+    """The first place that differs: which result, and the index in it (None: shapes, or the number of results)."""
+    if got.keys() != want.keys():
+        return None, None
+    for name, right in want.items():
+        if got[name].shape != right.shape:
+            return name, None
+        scale = max([1e-4, *right[right.isfinite()].abs().tolist()])
+        off = ~torch.isclose(got[name], right, rtol=0.0, atol=tol * scale, equal_nan=True)
+        if off.any():
+            return name, tuple(off.nonzero()[0].tolist())
+    return None
+
+
+def _difference(got: dict, want: dict, name: str | None, index: tuple | None, arguments: tuple) -> str:
+    """In words: a gap, what stands there if a mask among the arguments tells, and in which direction it is."""
+    if name is None:
         return f"{len(want)} results are expected, yours gives {len(got)}."
-    g, w = next((g, w) for g, w in zip(got, want, strict=True) if not _same([g], [w], 1e-12))
-    if g.shape != w.shape:
-        return f"a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
-    if g.isnan().any():
-        return "your result contains NaN (not a number): look for 0/0, log 0, ∞ − ∞, or padding that got in."
-    gap, at = (g - w).abs().view(-1).max(0) if g.numel() else (0, 0)
-    return (
-        f"on a random input yours gives {g.view(-1)[at]:.6g} where {w.view(-1)[at]:.6g} is expected (off by {gap:.2g})."
-    )
+    g, w, at = got[name], want[name], ""
+    if index is None:
+        return f"{name}a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
+    mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
+    if index and mask is not None and w.shape in (mask.shape, mask.shape[:1]):
+        length = int(mask[index[0]].sum())
+        kind = "a real token, in " if mask[index].all() else "on padding, in "
+        kind = "the last token, in " if index[1:] == (length - 1,) else kind if len(index) > 1 else ""
+        at = f" ({kind}a row of length {length})"
+    at = f"at {list(index)}{at} " if index else ""
+    x, y = g[index].item(), w[index].item()
+    way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, or padding that got in"
+    way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
+    return f"{name}{at}yours gives {x:.7g} where {y:.7g} is expected: {way}.".replace("nan", "NaN (not a number)")

@@ -17,7 +17,7 @@ class Progress:
         """All that passed; nothing where the file is missing or broken."""
         try:
             return dict(json.loads(self.path.read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}
 
     def passed(self, number: str) -> bool:

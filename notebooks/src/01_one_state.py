@@ -286,8 +286,8 @@ check.exercise("1.2", my_best_policy)
 # ### Exercise 1.3 · Which τ spends the budget?
 #
 # People who train language models often think in KL ("stay within 10 nats") and not in prices. Find, for a given
-# `budget` in nats, the $\tau$ between 0.001 and 1000 at which $D(\pi_Q\|\pi_b)$ equals the budget, to six digits. Return a
-# number. (The check only asks for budgets that can be spent.)
+# `budget` in nats, the $\tau$ between 0.001 and 1000 at which $D(\pi_Q\|\pi_b)$ equals the budget, to six significant
+# digits. Return a number. (The check only asks for budgets that can be spent.)
 #
 # <!-- hints 1.3 -->
 

@@ -244,7 +244,8 @@ check.exercise("4.1", my_k3)
 # ### Exercise 4.2 · A loss whose gradient is ∇KL
 #
 # From `logits` and probabilities `ref`, both [A], return a loss $\sum_a \pi(a)\,f(a)$ in which the weights $\pi(a)$ are *held fixed*
-# (they stand for sampling: `.detach()` them), and whose gradient in the logits is $\nabla D(\pi\|\pi_b)$.
+# (they stand for sampling: `.detach()` them), and whose gradient in the logits is $\nabla D(\pi\|\pi_b)$. So the KL itself, whose
+# weights are live, won't do: of samples one only has $f$. (The check tells the two apart by their second derivatives.)
 #
 # <!-- hints 4.2 -->
 

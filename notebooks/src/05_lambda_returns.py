@@ -244,8 +244,11 @@ check.exercise("5.1", my_advantages)
 # %% [markdown]
 # ### Exercise 5.2 · The scan
 #
-# From `delta` [T] and a `decay` for each step [T], return all $\Delta_t = \delta_t + \mathrm{decay}_t\,\Delta_{t+1}$ in $\lceil\log_2 T\rceil$
-# rounds of whole-tensor operations. (The check counts operations: a loop over $t$ is right, and too slow.)
+# From `delta` [T] and a `decay` for each step [T] (0 where an episode ends), return all
+# $\Delta_t = \delta_t + \mathrm{decay}_t\,\Delta_{t+1}$ in $\lceil\log_2 T\rceil$ rounds of whole-tensor operations. A loop over $t$ is right, and too
+# slow: each step waits for the one before. So the check counts operations, and forbids what takes numbers out of the tensor
+# (`.tolist()`, `.numpy()`, `.item()` …): a GPU would have to stop for each of these, and the loop that follows is not counted.
+# One round too few is noticed as well, because the decays are close to 1.
 #
 # <!-- hints 5.2 -->
 

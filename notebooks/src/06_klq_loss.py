@@ -151,13 +151,24 @@ for left, right in zip(auto, typed):
 # >
 # > Then the target moves with the prediction, by the same amount, and the gradient of their difference is nothing, as long as
 # > $\Delta$ is held. (A $\Delta$ that is live as well leaves $\tfrac12\alpha^2\Delta^2$ to be minimised, which is another algorithm.)
+# > The library's loss stops it for you: hand it that same moving target, and its gradient is still (6.5), with the error
+# > $-\alpha\Delta$.
 
 # %%
 old_logp, old_values = new_logp, new_values  # a target made from the live model
 moving = q_values(old_logp, logq, old_values, tau) + alpha * out.advantages
 error = q_values(new_logp, logq, new_values, tau) - moving
-stuck = torch.autograd.grad(0.5 * (error[mask] ** 2).mean(), logits)[0]
+square = 0.5 * (error[mask] ** 2).mean()
+stuck = torch.autograd.grad(square, logits, retain_graph=True)[0]
 print("largest gradient without stop-gradient:", stuck.abs().max().item())
+
+stopped = klq_loss(new_logp, logq, new_values, moving, mask, tau=tau)
+gain = alpha * out.advantages * (tau * new_logp + new_values)
+for loss_and_typed in zip(
+    torch.autograd.grad(stopped, (logits, critic), retain_graph=True),
+    torch.autograd.grad(-gain[mask].mean(), (logits, critic), retain_graph=True),
+):
+    check.equation("6.5", *loss_and_typed)
 
 # %% [markdown]
 # ## Where it ends

@@ -24,8 +24,13 @@ from klq_edu.core.improvement import (
     penalty_coefficient,
     ppo_penalty_step,
 )
-from klq_edu.core.objectives import klq_loss, ppo_clip_loss, value_loss
-from klq_edu.core.returns import gae, kl_shaped_rewards, lambda_returns
+from klq_edu.core.objectives import (
+    klq_loss,
+    ppo_clip_loss,
+    ppo_penalty_loss,
+    value_loss,
+)
+from klq_edu.core.returns import gae, kl_shaped_rewards, lambda_returns, whiten
 from klq_edu.core.tree import TokenTree
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c07_ppo_in_disguise import (
@@ -263,8 +268,30 @@ check.equation("7.9", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha
 # $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \text{argmax}_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.10}$$
 
 # %%
-bare, _ = kl_penalised_argmax(Delta, (old, tau / alpha))
+bare, best = kl_penalised_argmax(Delta, (old, tau / alpha))
 check.equation("7.10", bare, new)
+
+# %% [markdown]
+# Does a trainer that minimises the library's `ppo_penalty_loss` end there? Give it every token of every state. Its value at $\pi_{new}$ must
+# be minus the maximum in (7.10), and no other policy may get below. (It takes a plain mean over tokens; the factor $4\,\pi_{old}$ makes of
+# that a mean under $\pi_{old}$, since there are four tokens.)
+
+# %%
+everywhere = torch.ones_like(old, dtype=torch.bool)
+
+
+def trainer_loss(policy):
+    kl = kl_divergence(policy.log(), old.log())[:, None].expand_as(old)
+    weighted, c = 4 * old * Delta, tau / alpha
+    return ppo_penalty_loss(
+        policy.log(), old.log(), weighted, everywhere, coef=c, kl=kl
+    )
+
+
+check.equation("7.10", trainer_loss(new), -best.mean())
+others = torch.softmax(new.log() + 0.3 * torch.randn(100, *new.shape), -1)
+losses = torch.stack([trainer_loss(other) for other in others])
+check.inequality("7.10", -best.mean().expand(100), losses)
 
 # %% [markdown]
 # It is a trap that has caught many readers: $c = \tau/\alpha$ beside the bare advantage, $\beta = \tau/\alpha - \tau$ beside $Q_{old} + \Delta$ and
@@ -354,6 +381,37 @@ for name, change in ALONE.items():
 #   estimator, and claim 1 is gone before any gradient is taken. For KLQ it is worse than for PPO: a constant taken from every
 #   $\Delta$ is a constant taken from every target, and $V$ learns the wrong level.
 #
+# Two of them in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
+# Which is smaller? That depends on the sign of $\hat A$:
+#
+# $$\min\left(\rho\hat A,\; \mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A\right) = \min(\rho,\, 1+\varepsilon)\,\hat A \;\text{ if } \hat A \ge 0, \quad \max(\rho,\, 1-\varepsilon)\,\hat A \;\text{ if } \hat A < 0 \tag{7.12}$$
+#
+# A good token earns nothing beyond $1+\varepsilon$, a bad one nothing below $1-\varepsilon$. The other two sides stay open, so a step in the wrong
+# direction can be taken back. (With a maximum instead it would be the other way round.) The clip never promises more than $\rho\hat A$.
+
+# %%
+rho, eps = ell.exp(), 0.2
+capped = torch.where(D >= 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * D
+surrogate = -ppo_clip_loss(logp + ell, logp, D, mask, clip=eps)
+check.equation("7.12", surrogate, capped[mask].mean())
+check.inequality("7.12", surrogate, (rho * D)[mask].mean())
+
+# %% [markdown]
+# Whitening, with the mean $\bar\Delta$ and the standard deviation $\sigma$ of all $\Delta$ in the batch:
+#
+# $$\hat A^{white}_t = \frac{\Delta_t - \bar\Delta}{\sigma} \tag{7.13}$$
+#
+# Dividing is another step size. Subtracting is worse, for it moves the zero. Here the mean is negative, so tokens that went worse than
+# expected, but not as badly as the average token, are now made *more* likely.
+
+# %%
+real, white = D[mask], whiten(D, mask)[mask]
+sigma = real.std(correction=0)
+check.equation("7.13", white, (real - real.mean()) / (sigma + 1e-8))  # σ may be 0
+turned = (white.sign() != real.sign()).double().mean()
+print(f"mean {real.mean():.2f}, σ {sigma:.2f}: {turned:.0%} of the signs change")
+
+# %% [markdown]
 # > **People ask: so is KLQ just PPO?**
 # >
 # > One exact step is, and one gradient is. Training is many steps with sampled tokens and shared weights, and there
@@ -411,7 +469,8 @@ check.exercise("7.2", my_penalty_step)
 # ### Exercise 7.3 · The PPO that takes KLQ's first step
 #
 # Write PPO's loss (without clip, a plain mean over tokens) so that its gradient at $\theta_{old}$ is KLQ's, divided by
-# $\alpha\tau$. All tensors have shape [N]; the check differentiates your loss in `logprobs` and `values`.
+# $\alpha\tau$. All tensors have shape [N]; the check differentiates your loss in `logprobs` and `values`, at the old ones and away from
+# them. So KLQ's own square won't do: it has the same gradient at $\theta_{old}$ and parts from PPO there.
 #
 # <!-- hints 7.3 -->
 

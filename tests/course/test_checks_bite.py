@@ -54,6 +54,24 @@ def unmasked(f):
     return lambda x, mask: f(x, torch.ones_like(mask))
 
 
+def live_targets(f):
+    """The gradient that flows through targets which nobody detached, taken from the one in the values."""
+    return lambda p, q, v, target, mask, **kw: f(p, q, v - (target - target.detach()), target, mask, **kw)
+
+
+def optimist(f):
+    """max for min."""
+    return lambda p, old, gain, mask, **kw: -f(p, old, -gain, mask, **kw)
+
+
+def not_centred(f):
+    return lambda x, mask: torch.where(mask, x, 0.0) / (x[mask] ** 2).mean().sqrt()
+
+
+def rewarded_kl(f):
+    return lambda *args, coef, kl: f(*args, coef=coef, kl=-kl)
+
+
 def no_discount(f):
     return lambda self, policy, tau, gamma=1.0: f(self, policy, tau, 1.0)
 
@@ -86,6 +104,7 @@ MUTANTS = [
     ("06", reference, "klq_loss", "missing τ", without_tau),
     ("06", reference, "klq_loss", "no half", scaled(2.0)),
     ("06", reference, "klq_loss", "sign of the KL", lambda f: lambda p, q, *a, **kw: f(q, p, *a, **kw)),
+    ("06", reference, "klq_loss", "targets not detached", live_targets),
     ("06", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", returns, "kl_shaped_rewards", "sign", lambda f: lambda r, p, q, tau: f(r, q, p, tau)),
     ("07", returns, "lambda_returns", "missing τ", without_tau),
@@ -93,6 +112,10 @@ MUTANTS = [
     ("07", returns, "gae", "sign", scaled(-1)),
     ("07", reference, "klq_loss", "no half", scaled(2.0)),
     ("07", objectives, "ppo_clip_loss", "sign", scaled(-1)),
+    ("07", objectives, "ppo_clip_loss", "max for min", optimist),
+    ("07", objectives, "ppo_penalty_loss", "sign", scaled(-1)),
+    ("07", objectives, "ppo_penalty_loss", "sign of the penalty", rewarded_kl),
+    ("07", returns, "whiten", "not centred", not_centred),
     ("07", objectives, "value_loss", "no half", scaled(2.0)),
     ("07", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", improvement, "ppo_penalty_step", "anchors swapped", lambda f: lambda p, q, r, tau, b: f(r, q, p, tau, b)),

@@ -4,14 +4,16 @@ that ask no host for anything. That the full editions run is nbval's part of `ma
 import re
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 
-from klq_edu.course.build import CHECKED, EQUATION, TAG, drift, editions, equations, execute
-from klq_edu.course.chapters import load_all
+from klq_edu.course.build import CHECKED, EQUATION, TAG, build, drift, editions, equations, execute, failures
+from klq_edu.course.chapters import load, load_all
 from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY
 from klq_edu.course.exercises import NOT_ATTEMPTED
 from klq_edu.course.html import course_map
@@ -67,9 +69,42 @@ def test_committed_notebook_ran_and_its_ledger_has_every_equation(chapter):
     notebook = read(chapter)
     text, count = output(notebook), len(equations(notebook))
     assert re.search(rf"^{count} equations verified, worst error \d", text, re.MULTILINE)
-    for number in chapter.exercises:
-        assert f"✔ Exercise {number} passed" in text
+    assert failures(notebook, chapter) == []
     assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+
+
+def graded(folder, answer):
+    """A chapter of one exercise, whose source in this folder answers it so."""
+    chapter = replace(load("01"), exercises={"1.2": load("01").exercises["1.2"]})
+    (folder / "src").mkdir()
+    answer = f'# %%\nfrom klq_edu.course import start\ncheck = start("01")\n# %%\ncheck.exercise("1.2", {answer})\n'
+    (folder / "src" / f"{chapter.name}.py").write_text(answer)
+    return chapter
+
+
+@pytest.mark.parametrize("answer", ["lambda q, ref, tau: ref", "..."])
+def test_nothing_is_written_where_an_exercise_does_not_pass(answer, tmp_path):
+    with pytest.raises(RuntimeError, match=r"01_one_state is not written:\n[✘·] Exercise 1.2"):
+        build(tmp_path, graded(tmp_path, answer))
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_exercise_that_does_not_pass_fails_nbval_lax(tmp_path):
+    """Which compares no outputs, except where a cell is tagged."""
+    full, _ = editions(tmp_path, graded(tmp_path, "lambda q, ref, tau: ref"))
+    verdict = "✔ Exercise 1.2 passed on 5 random inputs.\n"
+    full.cells[1].execution_count = 2  # else nbval takes the cell for one that did not run
+    full.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=verdict)]
+    nbformat.write(full, tmp_path / "graded.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "graded.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Cell outputs differ" in done.stdout, done.stdout
+
+
+@chapters
+def test_committed_exercises_are_tagged_for_nbval(chapter):
+    graded = [c for c in read(chapter).cells if c.cell_type == "code" and "check.exercise(" in c.source]
+    assert graded and all("nbval-check-output" in c.metadata.tags for c in graded)
 
 
 @chapters

@@ -2,9 +2,13 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from klq_edu.course.exercises import Exercise
+import torch
+from torch import Tensor
+
+from klq_edu.course.exercises import Exercise, Wrong
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,23 @@ def load(number: str) -> Chapter:
 def load_all() -> list[Chapter]:
     """Every chapter, in order."""
     return [load(number) for number in sorted(m.name[1:3] for m in pkgutil.iter_modules(__path__))]
+
+
+def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:
+    """A probe: the answer with padding as it is (NaN), and with padding of leftovers. One argument is the mask."""
+    mask = next(x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool)
+    leftovers = (torch.where(mask, x, 7.0) if isinstance(x, Tensor) and x is not mask else x for x in arguments)
+    return {"with padding of NaN: ": answer(*arguments), "with padding of leftovers: ": answer(*leftovers)}
+
+
+def differentiate(loss, *inputs: Tensor) -> list[Tensor]:
+    """Gradients of an answer's loss, to be differentiated again, 0 for an input without; Wrong where there is none."""
+    if not isinstance(loss, Tensor) or loss.shape != () or loss.dtype != torch.float64:
+        kind = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise Wrong(
+            f"a loss is a tensor with one number, torch.float64 of shape (), to be differentiated; yours is {kind}."
+        )
+    if not loss.requires_grad:
+        raise Wrong("your loss carries no gradient at all: everything in it is detached, so nothing would be learnt.")
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

@@ -5,9 +5,9 @@ import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
-from klq_edu.course.chapters import Chapter, load_all
+from klq_edu.course.chapters import Chapter, load_all, on_any_padding
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
+from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.course.progress import Progress
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
@@ -132,7 +132,7 @@ def next_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _padded(generator: Generator) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([5, 2, 3])[torch.randperm(3, generator=generator)]
+    lengths = torch.tensor([5, 1, 3])[torch.randperm(3, generator=generator)]
     mask = torch.arange(5) < lengths[:, None]
     return torch.where(mask, torch.randn(3, 5, generator=generator, dtype=torch.float64) + 1, torch.nan), mask
 

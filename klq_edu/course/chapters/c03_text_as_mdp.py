@@ -7,9 +7,9 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.tree import ENDS, TokenTree
-from klq_edu.course.chapters import Chapter
+from klq_edu.course.chapters import Chapter, on_any_padding
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
+from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
 WORDS = ("<eos>", "good", "bad")
@@ -109,7 +109,7 @@ def _without_last(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mask(generator: Generator) -> Tensor:
-    lengths = torch.tensor([6, 2, 4])[torch.randperm(3, generator=generator)]
+    lengths = torch.tensor([6, 1, 4])[torch.randperm(3, generator=generator)]
     return torch.arange(6) < lengths[:, None]
 
 

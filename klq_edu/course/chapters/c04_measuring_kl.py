@@ -6,9 +6,9 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.estimators import k1, k2, k3
-from klq_edu.course.chapters import Chapter
+from klq_edu.course.chapters import Chapter, differentiate
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake
+from klq_edu.course.exercises import Exercise, Mistake, Wrong
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
 from klq_kernels.reference import kl_divergence
 
@@ -72,11 +72,23 @@ def _weighted(inner):
     return loss
 
 
-def _gradient(answer, logits: Tensor, ref: Tensor) -> Tensor:
+def _gradient(answer, logits: Tensor, ref: Tensor) -> dict[str, Tensor]:
+    """The gradient of an answer's loss; where it is ∇KL, Wrong if some of it flows through the sampling weights.
+
+    If the weights are held and f' = ℓ + c, only f'' is free, and the second derivative is a multiple of diag π − ππᵀ.
+    """
     logits = logits.clone().requires_grad_()
-    loss = answer(logits, ref)
-    (grad,) = torch.autograd.grad(loss, logits, allow_unused=True) if loss.requires_grad else (None,)
-    return torch.zeros_like(logits) if grad is None else grad
+    (grad,) = differentiate(answer(logits, ref), logits)
+    policy, right = logits.detach().softmax(-1), logits.detach().requires_grad_()
+    if torch.allclose(grad, *differentiate(surrogate(right, ref), right)):
+        held = policy.diag() - policy.outer(policy)
+        curve = torch.stack([differentiate(g, logits)[0] for g in grad]) if grad.requires_grad else held
+        if not torch.allclose(curve, (curve * held).sum() / held.square().sum() * held):
+            raise Wrong(
+                "the gradient is right, but the weights π(a) are not held fixed: part of it flows through them. With "
+                "sampled tokens nothing can flow through the sampling, so detach them."
+            )
+    return {"the gradient: ": grad}
 
 
 def _small_and_large(generator: Generator) -> tuple:
@@ -89,11 +101,14 @@ def _logits_and_ref(generator: Generator) -> tuple:
     return a, b.softmax(0)
 
 
-def _right_even_where_tiny(answer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values at ordinary log-ratios, and, if those are right, whether tiny ones (the first four) are right to 0.1 %."""
-    tiny, ordinary = answer(x[:4]), answer(x[4:])
+def _right_even_where_tiny(answer, x: Tensor) -> dict[str, Tensor]:
+    """Values at ordinary log-ratios and, if those are right, whether the four tiny ones are right to 0.1 %."""
+    ordinary, tiny = answer(x[4:]), answer(x[:4])
+    if not all(isinstance(y, Tensor) and y.shape == (4,) for y in (ordinary, tiny)):
+        return {"": ordinary}
     wrong = not torch.allclose(ordinary, my_k3(x[4:]))
-    return ordinary, wrong | ((tiny / my_k3(x[:4]) - 1).abs() < 1e-3)
+    near = (tiny / my_k3(x[:4]) - 1).abs() < 1e-3
+    return {"at ordinary ℓ: ": ordinary, "three digits right at ℓ = ±1e-7 (1: yes, 0: no): ": near | wrong}
 
 
 EXERCISES = {

@@ -1,23 +1,27 @@
 """Chapter 05: λ-returns and generalised advantage estimation."""
 
 import functools
+import math
 from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_edu.core.returns import lambda_returns
 from klq_edu.core.tree import TokenTree
-from klq_edu.course.chapters import Chapter
+from klq_edu.course.chapters import Chapter, on_any_padding
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, on_any_padding
+from klq_edu.course.exercises import Exercise, Mistake, Wrong
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
 from klq_kernels.reference import shift_left, zero_unless
 
 TAU, STEPS, WRONG = 0.3, 5, 0.5
+LENGTHS, OPERATIONS = (1, 2, 3, 8, 256, 300), 20  # of rows that a scan is tried on; that it may take in a round
+STAYS = (Tensor, tuple, int, str, torch.dtype, torch.device, torch.layout, type(None), type(NotImplemented))
 
 
 @functools.cache
@@ -104,7 +108,7 @@ def _forward_in_time(r, v, p, q, m, tau, g, lam):
 
 def _episodes(generator: Generator) -> tuple:
     data = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
-    lengths = torch.tensor([6, 2, 4])[torch.randperm(3, generator=generator)]
+    lengths = torch.tensor([6, 1, 4])[torch.randperm(3, generator=generator)]
     mask = torch.arange(6) < lengths[:, None]
     settings = (0.3 + 0.6 * torch.rand(3, generator=generator, dtype=torch.float64)).tolist()
     return *torch.where(mask, data, torch.nan), mask, *settings
@@ -119,27 +123,55 @@ def scan(delta: Tensor, decay: Tensor, shift=shift_left, square=True) -> Tensor:
     return delta
 
 
-class _Count(TorchDispatchMode):
-    """Counts tensor operations."""
+class _FewOperations(TorchDispatchMode):
+    """Refuses an answer when it has taken more operations than a scan of this length could need."""
 
-    def __init__(self):
+    def __init__(self, length: int):
         super().__init__()
-        self.operations = 0
+        self.length, self.left = length, OPERATIONS * math.ceil(math.log2(length))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
+        self.left -= 1
+        if self.left < 0:
+            raise Wrong(
+                f"right for small T, but in too many steps: more than {OPERATIONS} operations a round for "
+                f"T = {self.length}. In each round, let every position reach twice as far."
+            )
         return func(*args, **(kwargs or {}))
 
 
-def _result_and_speed(answer, delta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    with _Count() as count:
-        result = answer(delta, decay)
-    return result, torch.tensor(count.operations < len(delta))
+class _NumbersStay(TorchFunctionMode):
+    """Refuses what takes numbers out of a tensor, where no operation is counted (`tolist`, `numpy`, `item` …)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, STAYS):
+            name = getattr(func, "__name__", func)
+            raise Wrong(
+                f"right for small T, but `{name}` takes numbers out of the tensor, and a loop over them is slow."
+            )
+        return result
+
+
+def _every_length(answer, delta: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """Results for the end of a row, of several lengths; if those are right, for all of it with few operations."""
+    parts = {f"for T = {n}: ": (delta[-n:], decay[-n:]) for n in LENGTHS}
+    found = {name: answer(*part) for name, part in parts.items()}
+    pairs = [(found[name], scan(*part)) for name, part in parts.items()]
+    right = all(isinstance(x, Tensor) and x.shape == y.shape and torch.allclose(x, y) for x, y in pairs)
+    long = torch.full_like(delta, torch.nan)
+    if right:
+        with _FewOperations(len(delta)), _NumbersStay():
+            long = answer(delta, decay)
+    return found | {f"for T = {len(delta)}: ": long}
 
 
 def _steps(generator: Generator) -> tuple[Tensor, Tensor]:
-    decay = 0.5 + 0.5 * torch.rand(300, generator=generator, dtype=torch.float64)
-    return torch.randn(300, generator=generator, dtype=torch.float64), decay
+    """Decays so close to 1 that the first position hears of the last, but for one end of an episode near the end."""
+    delta, decay = torch.randn(2, 4095, generator=generator, dtype=torch.float64)
+    decay = 1 - decay.sigmoid() / len(decay)
+    decay[-6] = 0.0
+    return delta, decay
 
 
 EXERCISES = {
@@ -177,8 +209,6 @@ EXERCISES = {
     "5.2": Exercise(
         "5.2", "The scan", 3, 15, scan, _steps,
         (
-            Mistake("one by one", one_by_one,
-                    "right, but you went one step at a time; in each round, let every position reach twice as far."),
             Mistake("decay kept", partial(scan, square=False),
                     "the decay has to be composed too: a map that covers 2 steps multiplies x by the product of both."),
             Mistake("wrong way", partial(scan, shift=lambda x, n: torch.nn.functional.pad(x, (n, 0))[:-n]),
@@ -191,7 +221,7 @@ EXERCISES = {
         ("Give every position its own map x ↦ b + a x, at first a = decay, b = δ; (5.5) joins two.",
          "Round j joins position t with t + 2^j: b ← b + a · b[t + 2^j], a ← a · a[t + 2^j]; zero past the end.",
          "`while step < len(b): b, a = b + a * shifted(b), a * shifted(a); step *= 2`."),
-        probe=_result_and_speed,
+        probe=_every_length,
     ),
 }  # fmt: skip
 

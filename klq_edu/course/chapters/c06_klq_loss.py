@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from klq_edu.core.improvement import action_values, klq_step
 from klq_edu.core.objectives import klq_loss
 from klq_edu.core.tree import TokenTree
-from klq_edu.course.chapters import Chapter
+from klq_edu.course.chapters import Chapter, differentiate
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, Picture, panels, plain_axes
@@ -105,20 +105,19 @@ def _wrong_loss(stop=True, tau_of=lambda tau: tau, sign=1.0, half=0.5, mean=None
     return loss
 
 
-def _loss_and_gradients(answer, logprobs, ref_logprobs, values, extra, mask, tau) -> tuple[Tensor, ...]:
+def _loss_and_gradients(answer, logprobs, ref_logprobs, values, extra, mask, tau) -> dict[str, Tensor]:
     """Loss and its gradients in log-probs and values, with targets that were made from both (NaN where masked)."""
     nan = torch.tensor(torch.nan, dtype=torch.float64)
     logprobs, values = (torch.where(mask, x, nan).requires_grad_() for x in (logprobs, values))
     targets = tau * (logprobs - ref_logprobs) + values + extra
     loss = answer(logprobs, ref_logprobs, values, targets, mask, tau)
-    grads = torch.autograd.grad(loss, (logprobs, values), allow_unused=True)
-    grads = (torch.zeros_like(mask, dtype=torch.float64) if g is None else g for g in grads)
-    return loss, *grads
+    by_logprobs, by_values = differentiate(loss, logprobs, values)
+    return {"the loss: ": loss, "its gradient in logprobs: ": by_logprobs, "its gradient in values: ": by_values}
 
 
 def _batch(generator: Generator) -> tuple:
     logp, logq, values, extra = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
-    lengths = torch.tensor([5, 2, 3])[torch.randperm(3, generator=generator)]
+    lengths = torch.tensor([5, 1, 3])[torch.randperm(3, generator=generator)]
     mask = torch.arange(5) < lengths[:, None]
     return logp, logq, values, extra + 1.0, mask, 0.2 + 0.5 * torch.rand((), generator=generator).item()
 

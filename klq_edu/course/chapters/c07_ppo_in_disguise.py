@@ -10,7 +10,7 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.returns import whiten
-from klq_edu.course.chapters import Chapter
+from klq_edu.course.chapters import Chapter, differentiate
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
@@ -198,12 +198,21 @@ def _wrong_ppo(sign=1.0, half=0.5, coefficient=None, change=lambda a: a):
     return loss
 
 
-def _gradients_at_old(answer, old_logprobs, old_values, advantages, tau) -> tuple[Tensor, ...]:
-    """Gradients of an answer's loss in log-probs and values, at the old ones."""
-    logprobs, values = old_logprobs.clone().requires_grad_(), old_values.clone().requires_grad_()
-    loss = answer(logprobs, old_logprobs, values, old_values, advantages, tau)
-    grads = torch.autograd.grad(loss, (logprobs, values), allow_unused=True)
-    return tuple(torch.zeros_like(old_values) if g is None else g for g in grads)
+def _square(logprobs, old_logprobs, values, old_values, advantages, tau):
+    """KLQ's own loss, which has PPO's gradient at π_old and no other."""
+    return 0.5 * ((tau * (logprobs - old_logprobs) + values - old_values - advantages) ** 2).mean() / tau
+
+
+def _gradients_near_old(answer, old_logprobs, old_values, advantages, moves, tau) -> dict[str, Tensor]:
+    """Gradients of an answer's loss in log-probs and values, at the old ones and away from them."""
+    found = {}
+    for step, where in ((0.0, "at π_old"), (1.0, "away from π_old")):
+        logprobs = (old_logprobs + step * moves[0]).requires_grad_()
+        values = (old_values + step * moves[1]).requires_grad_()
+        loss = answer(logprobs, old_logprobs, values, old_values, advantages, tau)
+        by_logprobs, by_values = differentiate(loss, logprobs, values)
+        found |= {f"the gradient in logprobs {where}: ": by_logprobs, f"the gradient in values {where}: ": by_values}
+    return found
 
 
 def _tau_alpha(generator: Generator) -> tuple[float, float]:
@@ -218,7 +227,8 @@ def _two_anchors(generator: Generator) -> tuple:
 
 def _old_batch(generator: Generator) -> tuple:
     a, b, c = torch.randn(3, 8, generator=generator, dtype=torch.float64)
-    return -a.abs() - 0.1, b, c + 0.5, _tau_alpha(generator)[0]
+    moves = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    return -a.abs() - 0.1, b, c + 0.5, moves, _tau_alpha(generator)[0]
 
 
 EXERCISES = {
@@ -280,11 +290,17 @@ EXERCISES = {
                     "the sign of the surrogate is wrong: a loss is minimised, so it needs a minus."),
             Mistake("whitened", _wrong_ppo(change=lambda a: whiten(a, torch.ones_like(a, dtype=torch.bool))),
                     "you whitened the advantages: shifted and rescaled, they are not KLQ's Δ any more."),
+            Mistake("KLQ's square", _square,
+                    "that is KLQ's own loss: its first gradient is right of course, but PPO's surrogate, −E[ρÂ], is "
+                    "wanted. Away from π_old they part."),
+            Mistake("log ρ", lambda p, op, v, ov, a, tau:
+                    -((p - op) * a).mean() + 0.5 * ((v - ov - a) ** 2).mean() / tau,
+                    "you have log ρ in the place of ρ: the same gradient at π_old, but not the surrogate −E[ρÂ]."),
         ),
         ("PPO's loss has two terms: the surrogate −E[ρÂ] and a value loss. Which number weighs the second?",
          "Take the gradient at π = π_old of both and compare with (7.4), divided by ατ.",
          "−mean(ρÂ) + (1/τ) · ½ mean((V − V_old − Â)²)."),
-        probe=_gradients_at_old,
+        probe=_gradients_near_old,
     ),
 }  # fmt: skip
 
