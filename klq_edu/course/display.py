@@ -29,7 +29,7 @@ def show(picture: Picture) -> None:
 
 def source(function: Callable) -> None:
     """Display a library function as it stands, without its docstring, and where it lives."""
-    text = textwrap.dedent(inspect.getsource(function))
+    text = textwrap.dedent(inspect.getsource(function)).replace("  # fmt: skip", "")
     node = ast.parse(text).body[0]
     lines = text.splitlines()
     if ast.get_docstring(node) is not None:
@@ -72,7 +72,7 @@ def explore(widget: Widget) -> None:
     _display_png(_png(figure), widget.alt, widget.name)
     display(Markdown(f"*{widget.caption}*"))
     if folder := os.environ.get(FRAMES):
-        Path(folder, f"{widget.name}.html").write_text(slider_page(widget))
+        Path(folder, f"{widget.name}.html").write_text(slider_page(widget), encoding="utf-8")
     else:
         display(live(widget))
 
@@ -113,7 +113,7 @@ def slider_page(widget: Widget) -> str:
     every = (dict(zip(options, values)) for values in product(*options.values()))
     frames = [base64.b64encode(frame(widget, values)).decode() for values in every]
     start = {k: choices.index(widget.twin[0][k]) for k, choices in options.items()}
-    template = Template(Path(__file__).with_name("slider.html.j2").read_text(), autoescape=True)
+    template = Template(Path(__file__).with_name("slider.html.j2").read_text(encoding="utf-8"), autoescape=True)
     return template.render(name=widget.name, alt=widget.alt, options=options, start=start, frames=frames)
 
 

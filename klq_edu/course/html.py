@@ -88,7 +88,7 @@ def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     data = output.get("data", {})
     name = output.get("metadata", {}).get("image/png", {}).get("klq_widget")
     if name:
-        text = kept.away((frames / f"{name}.html").read_text())
+        text = kept.away((frames / f"{name}.html").read_text(encoding="utf-8"))
         return NotebookNode(output, data={"text/html": text}, metadata={})
     if "text/markdown" in data:
         return NotebookNode(output, data={"text/markdown": with_mathml(data["text/markdown"], kept)})

@@ -16,7 +16,7 @@ class Progress:
     def read(self) -> dict[str, str]:
         """All that passed; nothing where the file is missing or broken."""
         try:
-            return dict(json.loads(self.path.read_text()))
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -32,6 +32,6 @@ class Progress:
         done[number] = datetime.now().isoformat(timespec="minutes")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(done, indent=1))
+            self.path.write_text(json.dumps(done, indent=1), encoding="utf-8")
         except OSError as error:
             print(f"(not remembered: {self.path} cannot be written, {error})")
