@@ -434,12 +434,12 @@ def test_forbidden_tokens(where, names, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 40])
 @pytest.mark.parametrize("heads", ["ref bias", "ref ref_bias", "ref bias ref_bias", "shared bias"])
-def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend):
+def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend, tiles):
     """The first and some later ones, so that whole tiles of the vocabulary hold no allowed token."""
-    inputs = draw_heads(heads=heads) | dict(tokens=torch.arange(6).reshape(2, 3) + 10)
+    inputs = draw_heads(vocab=50, heads=heads) | dict(tokens=torch.arange(6).reshape(2, 3) + 24)
     for name in ("bias", "ref_bias"):
         if inputs[name] is not None:
-            inputs[name][:4] = inputs[name][20:24] = -INF
+            inputs[name][:16] = inputs[name][20:24] = inputs[name][32:48] = -INF
     inputs["workspace_bytes"] = workspace_bytes
     got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)))
     assert (got["kl"] == INF).all() == (heads == "ref ref_bias")
@@ -459,9 +459,9 @@ def test_biases_that_jump_in_the_middle_of_the_vocabulary(jumps, workspace_bytes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocab, scale", [(7, 0.5), (700, 3.0)])
+@pytest.mark.parametrize("vocab, scale", [(7, 0.5), (100, 3.0)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend):
+def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend, tiles):
     logits = scale * torch.randn(4, vocab)
     inputs = dict(logits=logits, tokens=torch.zeros(4, dtype=torch.long), temperature=temperature)
     inputs["ref_logits"] = logits + 2e-4 * torch.randn(4, vocab)
@@ -715,40 +715,24 @@ def test_without_grad_mode_there_is_no_graph(op, backend):
     assert max(error(x, y.detach()) for x, y in zip(outs, want)) < 5e-6
 
 
+INPLACE = partial(logits_klq_loss, inplace=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-@pytest.mark.parametrize("op", MODEL_OPS)
+@pytest.mark.parametrize("op", [*MODEL_OPS, INPLACE])
 def test_a_kept_graph_gives_the_gradient_twice(op, factor, backend):
-    inputs = draw(op, mask=torch.ones(2, 3, dtype=torch.bool))
-    leaves = [inputs[k].requires_grad_() for k in LEAVES if k in inputs and inputs[k] is not None]
-    out = op(**inputs, backend=backend)
+    inputs = draw(getattr(op, "func", op), mask=torch.ones(2, 3, dtype=torch.bool))
+    leaves = {k: inputs[k].requires_grad_() for k in LEAVES if inputs.get(k) is not None}
+    out = op(**(inputs | {k: x * 1.0 for k, x in leaves.items()}), backend=backend)
     total = factor * (out if isinstance(out, Tensor) else out.logprob.sum() + out.kl.sum())
-    total.backward(retain_graph=True)
-    once = [x.grad.clone() for x in leaves]
-    total.backward()
-    for x, g in zip(leaves, once):
-        torch.testing.assert_close(x.grad, 2 * g)
+    once = [g.clone() for g in torch.autograd.grad(total, leaves.values(), retain_graph=True)]
+    torch.testing.assert_close(list(torch.autograd.grad(total, leaves.values())), once)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-def test_a_kept_graph_gives_the_gradient_twice_in_place_too(factor, backend):
-    inputs = draw(logits_klq_loss)
-    values = inputs["values"].requires_grad_()
-    logits = inputs["logits"].requires_grad_() * 1.0
-    loss = logits_klq_loss(**(inputs | dict(logits=logits)), inplace=True, backend=backend)
-    upstream = torch.tensor(factor)
-    once = [g.clone() for g in torch.autograd.grad(loss, (logits, values), upstream, retain_graph=True)]
-    torch.testing.assert_close(list(torch.autograd.grad(loss, (logits, values), upstream)), once)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-@pytest.mark.parametrize(
-    "op",
-    [logits_klq_loss, partial(logits_klq_loss, inplace=True), linear_klq_loss],
-    ids=["logits", "inplace", "linear"],
-)
+@pytest.mark.parametrize("op", [logits_klq_loss, INPLACE, linear_klq_loss])
 def test_a_second_backward_pass_without_the_graph(op, factor, backend):
     """It raises what autograd raises, or, where nothing was freed, gives the gradient again."""
     inputs = draw(getattr(op, "func", op))
@@ -941,12 +925,6 @@ class TestTritonTiles:
         got = check(token_stats, inputs, backend, upstream_for((4,)))
         assert (got["kl"] == INF).tolist() == [False, True, False, False]
 
-    def test_a_tiny_kl_over_several_blocks(self, small_tiles, backend):
-        logits = 3 * torch.randn(3, 100)
-        inputs = dict(logits=logits, ref_logits=logits + 2e-4 * torch.randn(3, 100), tokens=torch.tensor([0, 50, 99]))
-        got, want = (token_stats(**x, backend=b).kl for x, b in ((inputs, backend), (exactly(inputs), "reference")))
-        assert ((got - want).abs() <= 0.01 * want).all()
-
     @pytest.mark.parametrize(
         "heads, dtype", [("bias", torch.float16), ("ref ref_bias", torch.bfloat16), ("shared bias", F32)]
     )
@@ -956,14 +934,6 @@ class TestTritonTiles:
         inputs = draw_heads((20,), 40, 20, dtype, heads) | dict(mask=mask)
         upstream = upstream_for((20,), "logprob entropy" if heads == "bias" else "logprob entropy kl")
         check(linear_token_stats, poisoned(inputs, mask), backend, upstream)
-
-    def test_splits_of_hidden_states_without_an_allowed_token(self, small_tiles, backend):
-        inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(tokens=torch.full((3,), 20))
-        inputs["bias"][:16] = inputs["bias"][32:48] = inputs["ref_bias"][32:48] = -INF
-        got = check(linear_token_stats, inputs, backend, upstream_for((3,)))
-        assert (got["kl"] < INF).all()
-        inputs["ref_bias"][16:18] = -INF
-        assert (check(linear_token_stats, inputs, backend, upstream_for((3,)))["kl"] == INF).all()
 
     @pytest.mark.parametrize("workspace_bytes, slabs", [(1, 4), (3 * 32 * 4, 2), (1 << 20, 1)])
     def test_gradients_by_slabs_of_the_vocabulary(self, workspace_bytes, slabs, small_tiles, backend, monkeypatch):
