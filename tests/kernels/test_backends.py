@@ -41,6 +41,7 @@ PER_TOKEN = (
 LEAVES = ("logits", "hidden", "weight", "bias", "values")
 VARIANT = dict(tau=0.6, clip=0.3, log_ratio_clip=0.4, delta=0.5)
 LOSS_FACTOR = 1.7
+randn = partial(torch.randn, dtype=F64)  # rounded to the dtype of the case
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def pairwise(most, **axes):
 
 
 def draw_logits(shape=(2, 3), vocab=33, dtype=F32, ref=True):
-    logits, ref_logits = ((2 * torch.randn(*shape, vocab)).to(dtype) for _ in range(2))
+    logits, ref_logits = ((2 * randn(*shape, vocab)).to(dtype) for _ in range(2))
     inputs = dict(logits=logits, tokens=torch.randint(vocab, shape))
     return inputs | (dict(ref_logits=ref_logits) if ref else {})
 
@@ -76,9 +77,9 @@ def draw_heads(shape=(2, 3), vocab=33, width=5, dtype=F32, heads="ref"):
     """`heads` says what there is: bias, ref (of another width), shared (the policy's weight and bias), ref_bias."""
     heads, other = heads.split(), width if "shared" in heads else width + 3
     inputs = dict(
-        hidden=torch.randn(*shape, width), weight=2 * torch.randn(vocab, width) / width**0.5,
-        ref_hidden=torch.randn(*shape, other), ref_weight=2 * torch.randn(vocab, other) / other**0.5,
-        bias=torch.randn(vocab), ref_bias=torch.randn(vocab),
+        hidden=randn(*shape, width), weight=2 * randn(vocab, width) / width**0.5,
+        ref_hidden=randn(*shape, other), ref_weight=2 * randn(vocab, other) / other**0.5,
+        bias=randn(vocab), ref_bias=randn(vocab),
     )  # fmt: skip
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     own_bias = inputs["ref_bias"] if "ref_bias" in heads else None
@@ -94,8 +95,8 @@ def draw_heads(shape=(2, 3), vocab=33, width=5, dtype=F32, heads="ref"):
 
 def draw_loss(shape=(2, 3), dtype=F32, mask=None, ref_logprobs=True):
     """What the losses need beside the model, on which each variant takes both of its branches."""
-    given = {name: torch.randn(shape).to(dtype) for name in ("values", "targets", "old_values")}
-    given |= {name: (torch.randn(shape) - 3).to(dtype) for name in ("ref_logprobs", "old_logprobs")}
+    given = {name: randn(shape).to(dtype) for name in ("values", "targets", "old_values")}
+    given |= {name: (randn(shape) - 3).to(dtype) for name in ("ref_logprobs", "old_logprobs")}
     given["ref_logprobs"] = given["ref_logprobs"] if ref_logprobs else None
     return given | dict(mask=torch.ones(shape, dtype=torch.bool) if mask is None else mask)
 
@@ -441,7 +442,7 @@ def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend, tiles):
         if inputs[name] is not None:
             inputs[name][:16] = inputs[name][20:24] = inputs[name][32:48] = -INF
     inputs["workspace_bytes"] = workspace_bytes
-    got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)))
+    got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)), slack=4e-6)  # KLs of 12 nats round so
     assert (got["kl"] == INF).all() == (heads == "ref ref_bias")
     assert inputs["bias"] is None or (got["grad of bias"][20:24] == 0).all()
 
