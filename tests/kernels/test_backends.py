@@ -782,19 +782,21 @@ BATCHES = dict(
 
 
 def check_random_batch(backend, seed, shape, vocab, width, density, temperature, heads, dtype, loss):
-    """All four operations with NaN in every masked entry."""
+    """All four operations with NaN in every masked entry. Roundings get more room than elsewhere: temperatures of 0.3
+    multiply them, and among thousands of batches `reference` is sometimes lucky."""
+    near = partial(check, backend=backend, slack=5e-5 + 2 * torch.finfo(dtype).eps)
     torch.manual_seed(seed)
     mask = torch.rand(shape) < density
     rest = dict(mask=mask, temperature=temperature)
     model = draw_heads(shape, vocab, width, dtype, heads) | rest
     alone = model["ref_hidden"] is None
     upstream = upstream_for(shape, "logprob entropy" if alone else "logprob entropy kl")
-    check(linear_token_stats, poisoned(model, mask), backend, upstream)
-    check(token_stats, poisoned(draw_logits(shape, vocab, dtype) | rest, mask), backend, upstream_for(shape))
+    near(linear_token_stats, poisoned(model, mask), upstream=upstream)
+    near(token_stats, poisoned(draw_logits(shape, vocab, dtype) | rest, mask), upstream=upstream_for(shape))
     given = draw_loss(shape, dtype, mask) | VARIANT | dict(loss=loss, temperature=temperature)
-    check(logits_klq_loss, poisoned(draw_logits(shape, vocab, dtype, ref=False) | given, mask), backend)
+    near(logits_klq_loss, poisoned(draw_logits(shape, vocab, dtype, ref=False) | given, mask))
     given["ref_logprobs"] = given["ref_logprobs"] if alone else None
-    check(linear_klq_loss, poisoned(model | given, mask), backend)
+    near(linear_klq_loss, poisoned(model | given, mask))
 
 
 @given(**BATCHES)
