@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 settings.register_profile("klq", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("rare", deadline=None, max_examples=1000)  # make check-all: new examples each time
 settings.load_profile("klq")
 
 

@@ -2,7 +2,7 @@
 
 The rule for errors: no worse than `reference` in the same dtype, apart from a few roundings of the largest entry. On a
 machine without a GPU the Triton kernels run in Triton's interpreter, at about 0.1 ms per operation and program, so they
-get every k-th case of each grid, with k prime to the lengths of all axes.
+get the first few cases of each set.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from klq_kernels import (
     linear_token_stats,
     logits_klq_loss,
     reference,
+    tiled,
     token_stats,
 )
 
@@ -40,6 +41,7 @@ PER_TOKEN = (
 LEAVES = ("logits", "hidden", "weight", "bias", "values")
 VARIANT = dict(tau=0.6, clip=0.3, log_ratio_clip=0.4, delta=0.5)
 LOSS_FACTOR = 1.7
+randn = partial(torch.randn, dtype=F64)  # rounded to the dtype of the case
 
 
 @pytest.fixture(autouse=True)
@@ -50,19 +52,23 @@ def device(request):
         yield
 
 
-def grid(every, **axes):
-    """Cases of the product of the axes for each backend: all, or every k-th."""
-    cases, out = [dict(zip(axes, case)) for case in itertools.product(*axes.values())], []
-    for backend, step in every.items():
-        for case in cases[::step]:
-            label = "-".join(str(x).removeprefix("torch.") for x in case.values())
-            marks = [TRITON] if backend == "triton" else []
-            out.append(pytest.param(backend, case, id=f"{backend}-{label}", marks=marks))
+def pairwise(most, **axes):
+    """For each backend its first few cases of a set in which every two values of two axes meet, the fullest first."""
+    rest = [dict(zip(axes, case)) for case in itertools.product(*axes.values())]
+    pairs = {id(case): set(itertools.combinations(case.items(), 2)) for case in rest}
+    missing, cases, out = set().union(*pairs.values()), [], []
+    while missing:
+        cases.append(max(rest, key=lambda case: len(pairs[id(case)] & missing)))
+        missing -= pairs[id(cases[-1])]
+    for backend, count in most.items():
+        for case in [case for case in cases if backend == "torch" or case["dtype"] != F64][:count]:
+            label = "-".join(str(x).removeprefix("torch.") for x in (backend, *case.values()))
+            out.append(pytest.param(backend, case, id=label, marks=[TRITON] if backend == "triton" else []))
     return out
 
 
 def draw_logits(shape=(2, 3), vocab=33, dtype=F32, ref=True):
-    logits, ref_logits = ((2 * torch.randn(*shape, vocab)).to(dtype) for _ in range(2))
+    logits, ref_logits = ((2 * randn(*shape, vocab)).to(dtype) for _ in range(2))
     inputs = dict(logits=logits, tokens=torch.randint(vocab, shape))
     return inputs | (dict(ref_logits=ref_logits) if ref else {})
 
@@ -71,9 +77,9 @@ def draw_heads(shape=(2, 3), vocab=33, width=5, dtype=F32, heads="ref"):
     """`heads` says what there is: bias, ref (of another width), shared (the policy's weight and bias), ref_bias."""
     heads, other = heads.split(), width if "shared" in heads else width + 3
     inputs = dict(
-        hidden=torch.randn(*shape, width), weight=2 * torch.randn(vocab, width) / width**0.5,
-        ref_hidden=torch.randn(*shape, other), ref_weight=2 * torch.randn(vocab, other) / other**0.5,
-        bias=torch.randn(vocab), ref_bias=torch.randn(vocab),
+        hidden=randn(*shape, width), weight=2 * randn(vocab, width) / width**0.5,
+        ref_hidden=randn(*shape, other), ref_weight=2 * randn(vocab, other) / other**0.5,
+        bias=randn(vocab), ref_bias=randn(vocab),
     )  # fmt: skip
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     own_bias = inputs["ref_bias"] if "ref_bias" in heads else None
@@ -89,8 +95,8 @@ def draw_heads(shape=(2, 3), vocab=33, width=5, dtype=F32, heads="ref"):
 
 def draw_loss(shape=(2, 3), dtype=F32, mask=None, ref_logprobs=True):
     """What the losses need beside the model, on which each variant takes both of its branches."""
-    given = {name: torch.randn(shape).to(dtype) for name in ("values", "targets", "old_values")}
-    given |= {name: (torch.randn(shape) - 3).to(dtype) for name in ("ref_logprobs", "old_logprobs")}
+    given = {name: randn(shape).to(dtype) for name in ("values", "targets", "old_values")}
+    given |= {name: (randn(shape) - 3).to(dtype) for name in ("ref_logprobs", "old_logprobs")}
     given["ref_logprobs"] = given["ref_logprobs"] if ref_logprobs else None
     return given | dict(mask=torch.ones(shape, dtype=torch.bool) if mask is None else mask)
 
@@ -168,71 +174,127 @@ def check(op, inputs, backend, upstream=None, **tolerance):
     return got
 
 
-# The grids
+# Several tiles of the vocabulary and several blocks of rows, the last of each ragged
 
 
-JOBS = ("logprob", "entropy", "kl", "logprob entropy kl")
+SHAPE, VOCAB, WIDTH = (5, 5), 43, 20
+WORKSPACE = {"torch": 1000, "triton": 1700}
+JOBS = ("logprob entropy kl", "kl", "entropy", "logprob")
 HEADS = (
-    "", "bias", "ref", "ref bias", "ref ref_bias", "ref bias ref_bias", "shared", "shared bias", "shared ref_bias",
+    "ref bias ref_bias", "bias", "shared bias", "ref ref_bias", "shared ref_bias", "", "ref", "ref bias", "shared",
     "shared bias ref_bias",
 )  # fmt: skip
-COMMON = dict(dtype=DTYPES, temperature=(1.0, 0.7), vocab=(1, 2, 33, 517), shape=((5,), (2, 3)))
+COMMON = dict(temperature=(0.7, 1.0), holes=(True, False), dtype=(*DTYPES, F64))
 
 
-def job(case, with_ref):
-    """Upstream gradients of a case; KL alone becomes log-prob and entropy where there is no reference."""
-    names = case["upstream"] if with_ref else {"kl": "logprob entropy"}.get(case["upstream"], case["upstream"][:15])
-    return upstream_for(case["shape"], names)
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Triton's tiles are 16 wide, so that a vocabulary of 43 or 100 is walked over, split and cut into slabs."""
+    from klq_kernels import triton_linear, triton_logits
+
+    for name in ("STATS_TILES", "GRAD_TILES", "SCAN_TILES"):
+        monkeypatch.setattr(triton_logits, name, [triton_logits.Tile(16, 1)])
+    tile = triton_linear.MatmulTile(16, 16, 16, 1, 1)
+    monkeypatch.setattr(triton_linear, "TILES", {2: [tile], 4: [tile]})
+    return triton_logits
 
 
-@pytest.mark.parametrize("backend, case", grid({"torch": 5, "triton": 17}, **COMMON, ref=(True, False), upstream=JOBS))
-def test_token_stats(backend, case):
-    inputs = draw_logits(case["shape"], case["vocab"], case["dtype"], case["ref"])
-    inputs["temperature"] = case["temperature"]
-    got = check(token_stats, inputs, backend, job(case, case["ref"]))
-    assert all(got[name].dtype == F32 for name in ("logprob", "entropy"))
+@pytest.fixture
+def tiles(request, backend, monkeypatch):
+    """What makes SHAPE and VOCAB large: the torch backend's cache holds two rows of logits, a split of Triton's two
+    tiles."""
+    monkeypatch.setattr(tiled.row_blocks, "__defaults__", (360,))
+    if backend == "triton":
+        from klq_kernels import triton_linear
 
-
-@pytest.mark.parametrize(
-    "backend, case", grid({"torch": 29, "triton": 359}, **COMMON, width=(1, 5, 70), heads=HEADS, upstream=JOBS)
-)
-def test_linear_token_stats(backend, case):
-    inputs = draw_heads(case["shape"], case["vocab"], case["width"], case["dtype"], case["heads"])
-    inputs["temperature"] = case["temperature"]
-    check(linear_token_stats, inputs, backend, job(case, inputs["ref_hidden"] is not None))
-
-
-@pytest.mark.parametrize("backend, case", grid({"torch": 1, "triton": 13}, **COMMON, loss=checks.LOSSES))
-def test_logits_klq_loss(backend, case):
-    inputs = draw_logits(case["shape"], case["vocab"], case["dtype"], ref=False)
-    inputs |= draw_loss(case["shape"], case["dtype"]) | VARIANT
-    check(logits_klq_loss, inputs | dict(temperature=case["temperature"], loss=case["loss"]), backend)
-
-
-@pytest.mark.parametrize(
-    "backend, case", grid({"torch": 37, "triton": 431}, **COMMON, width=(1, 5, 70), heads=HEADS, loss=checks.LOSSES)
-)
-def test_linear_klq_loss(backend, case):
-    """With ref_logprobs where the heads hold no reference, else with the reference in the same pass."""
-    inputs = draw_heads(case["shape"], case["vocab"], case["width"], case["dtype"], case["heads"])
-    inputs |= draw_loss(case["shape"], case["dtype"], ref_logprobs=inputs["ref_hidden"] is None) | VARIANT
-    check(linear_klq_loss, inputs | dict(temperature=case["temperature"], loss=case["loss"]), backend)
+        monkeypatch.setattr(request.getfixturevalue("small_tiles"), "ROWS_PER_SPLIT", 50)
+        monkeypatch.setattr(triton_linear, "PROGRAMS", 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
+    """Guards the tests below, which would protect little if everything fitted into one tile."""
+    head, mask = chunked.Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
+    assert len([*tiled.row_blocks(mask, 4 * VOCAB)]) > 2
+    assert len([*chunked.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
+    if backend == "triton":
+        assert custom.module(backend).vocabulary_splits(25, VOCAB, 16) == (2, 32)
+    for ref in (None, head) if backend == "torch" else ():
+        first, *others = chunked.tall_blocks(mask, head, ref, WORKSPACE[backend])
+        heads = head.take(first), ref and ref.take(first)
+        assert others and len([*chunked.logit_tiles(heads, WORKSPACE[backend])]) > 2
+
+
+def check_tiles(op, case, inputs, backend, names="logprob entropy kl"):
+    """`check`, with single holes in the mask and a run of them, NaN in each, if the case says so."""
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    if case["holes"]:
+        mask = torch.rand(SHAPE) < 0.8
+        mask[2] = False
+    tokens = torch.randperm(VOCAB)[: mask.numel()].reshape(SHAPE)
+    inputs |= dict(tokens=tokens, mask=mask, temperature=case["temperature"])
+    inputs |= dict(workspace_bytes=WORKSPACE[backend]) if "hidden" in inputs else {}
+    upstream, slack = upstream_for(SHAPE, names), 1e-12 if case["dtype"] == F64 else 2e-6
+    check(op, poisoned(inputs, mask), backend, upstream if op in MODEL_OPS[:2] else None, slack=slack)
+
+
+def job(case, with_ref):
+    """Statistics with an upstream gradient; the KL alone becomes log-prob and entropy where there is no reference."""
+    return case["job"] if with_ref else {"kl": "logprob entropy"}.get(case["job"], case["job"][:15])
+
+
+@pytest.mark.parametrize(
+    "backend, case",
+    pairwise({"torch": 99, "triton": 4}, ref=(True, False), strided=(False, True), job=JOBS, **COMMON),
+)
+def test_tiles_of_token_stats(backend, case, tiles):
+    inputs = draw_logits(SHAPE, VOCAB, case["dtype"], case["ref"])
+    inputs |= {name: LAYOUTS["time before batch"](x) for name, x in inputs.items() if case["strided"]}
+    check_tiles(token_stats, case, inputs, backend, job(case, case["ref"]))
+
+
+@pytest.mark.parametrize("backend, case", pairwise({"torch": 99, "triton": 8}, heads=HEADS[:6], job=JOBS, **COMMON))
+def test_tiles_of_linear_token_stats(backend, case, tiles):
+    inputs = draw_heads(SHAPE, VOCAB, WIDTH, case["dtype"], case["heads"])
+    check_tiles(linear_token_stats, case, inputs, backend, job(case, inputs["ref_hidden"] is not None))
+
+
+@pytest.mark.parametrize(
+    "backend, case",
+    pairwise({"torch": 99, "triton": 3}, loss=checks.LOSSES, strided=(False, True), **COMMON),
+)
+def test_tiles_of_logits_klq_loss(backend, case, tiles):
+    inputs = draw_logits(SHAPE, VOCAB, case["dtype"], ref=False)
+    inputs |= dict(logits=LAYOUTS["time before batch"](inputs["logits"])) if case["strided"] else {}
+    inputs |= draw_loss(SHAPE, case["dtype"]) | VARIANT | dict(loss=case["loss"])
+    check_tiles(logits_klq_loss, case, inputs, backend)
+
+
+@pytest.mark.parametrize(
+    "backend, case", pairwise({"torch": 99, "triton": 4}, heads=HEADS[:6], loss=checks.LOSSES, **COMMON)
+)
+def test_tiles_of_linear_klq_loss(backend, case, tiles):
+    """With ref_logprobs where the heads hold no reference, else with the reference in the same pass."""
+    inputs = draw_heads(SHAPE, VOCAB, WIDTH, case["dtype"], case["heads"])
+    inputs |= draw_loss(SHAPE, case["dtype"], ref_logprobs=inputs["ref_hidden"] is None) | VARIANT
+    check_tiles(linear_klq_loss, case, inputs | dict(loss=case["loss"]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace_bytes", [1, 400])  # one row, two or three rows
 @pytest.mark.parametrize("heads", ["bias", "ref bias ref_bias"])
-def test_statistics_that_ride_along_with_the_loss(backend, heads):
+def test_statistics_that_ride_along_with_the_loss(backend, heads, workspace_bytes):
     """return_stats gives what linear_token_stats gives, detached; the reference's log-probs serve the loss."""
     model = draw_heads(heads=heads)
-    rest = draw_loss(ref_logprobs=heads == "bias") | VARIANT
-    mask = torch.tensor([[True, True, False], [False, True, True]])
+    rest = draw_loss(ref_logprobs=heads == "bias") | VARIANT | dict(workspace_bytes=workspace_bytes, return_stats=True)
     leaf = model | dict(hidden=model["hidden"].clone().requires_grad_())
-    loss, stats = linear_klq_loss(**leaf, **(rest | dict(mask=mask)), return_stats=True, backend=backend)
-    want = linear_token_stats(**exactly(model), mask=mask, backend="reference")
-    for got, exact in zip(stats, want, strict=True):
-        assert (got is None) == (exact is None)
-        assert got is None or (not got.requires_grad and got.shape == mask.shape and error(got, exact) < 5e-6)
-    assert loss.requires_grad
+    for mask in (torch.tensor([[True, True, False], [False, True, True]]), rest["mask"]):
+        loss, stats = linear_klq_loss(**leaf, **(rest | dict(mask=mask)), backend=backend)
+        want = linear_token_stats(**exactly(model), mask=mask, backend="reference")
+        for got, exact in zip(stats, want, strict=True):
+            assert (got is None) == (exact is None)
+            assert got is None or (not got.requires_grad and got.shape == mask.shape and error(got, exact) < 5e-6)
+        assert loss.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -342,10 +404,10 @@ def test_offsets_of_the_logits_neither_overflow_nor_cost_digits(offset, ref_offs
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_of_single_tokens_far_from_the_rest(backend):
+def test_offsets_of_single_tokens_far_from_the_rest(backend, tiles):
     """Running maxima jump by hundreds from tile to tile, up and down, at different places in the two models."""
-    inputs = draw_logits((4,), 517)
-    for row, (column, ref_column) in enumerate([(0, 516), (516, 0), (300, 300), (5, 6)]):
+    inputs = draw_logits((4,), 100)
+    for row, (column, ref_column) in enumerate([(0, 99), (99, 0), (50, 50), (5, 6)]):
         inputs["logits"][row, column] += 300.0
         inputs["ref_logits"][row, ref_column] += 80.0
     check(token_stats, inputs, backend, upstream_for((4,)))
@@ -371,16 +433,16 @@ def test_forbidden_tokens(where, names, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 40])
 @pytest.mark.parametrize("heads", ["ref bias", "ref ref_bias", "ref bias ref_bias", "shared bias"])
-def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend):
+def test_tokens_forbidden_by_the_bias(heads, workspace_bytes, backend, tiles):
     """The first and some later ones, so that whole tiles of the vocabulary hold no allowed token."""
-    inputs = draw_heads(heads=heads) | dict(tokens=torch.arange(6).reshape(2, 3) + 10)
+    inputs = draw_heads(vocab=50, heads=heads) | dict(tokens=torch.arange(6).reshape(2, 3) + 24)
     for name in ("bias", "ref_bias"):
         if inputs[name] is not None:
-            inputs[name][:4] = inputs[name][20:24] = -INF
+            inputs[name][:16] = inputs[name][20:24] = inputs[name][32:48] = -INF
     inputs["workspace_bytes"] = workspace_bytes
-    got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)))
+    got = check(linear_token_stats, inputs, backend, upstream_for((2, 3)), slack=4e-6)  # KLs of 12 nats round so
     assert (got["kl"] == INF).all() == (heads == "ref ref_bias")
     assert inputs["bias"] is None or (got["grad of bias"][20:24] == 0).all()
 
@@ -398,9 +460,9 @@ def test_biases_that_jump_in_the_middle_of_the_vocabulary(jumps, workspace_bytes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocab, scale", [(7, 0.5), (700, 3.0)])
+@pytest.mark.parametrize("vocab, scale", [(7, 0.5), (100, 3.0)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend):
+def test_a_kl_of_1e_8_is_right_to_one_percent(vocab, scale, temperature, backend, tiles):
     logits = scale * torch.randn(4, vocab)
     inputs = dict(logits=logits, tokens=torch.zeros(4, dtype=torch.long), temperature=temperature)
     inputs["ref_logits"] = logits + 2e-4 * torch.randn(4, vocab)
@@ -505,10 +567,10 @@ def test_per_token_arguments_that_are_columns_of_wider_tensors(op, shape, backen
     assert equal(run_all(op, strided, backend), run_all(op, inputs, backend))
 
 
-def run_all(op, inputs, backend):
+def run_all(op, inputs, backend, names=("logprob", "entropy", "kl")):
     """`run` with an upstream gradient of 1, expanded and hence of stride 0, for every result."""
-    names = () if op in (logits_klq_loss, linear_klq_loss) else ("logprob", "entropy", "kl")
-    return run(op, inputs, backend, {name: torch.ones(()).expand(inputs["tokens"].shape) for name in names})
+    ones = torch.ones(()).expand(inputs["tokens"].shape)
+    return run(op, inputs, backend, dict.fromkeys(names, ones) if op in MODEL_OPS[:2] else None)
 
 
 def equal(some, others):
@@ -516,20 +578,9 @@ def equal(some, others):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_workspace_changes_nothing_beyond_rounding(op, masked, backend):
-    mask = torch.rand(2, 3) < 0.6 if masked else None
-    inputs = draw(op, vocab=70, mask=mask)
-    small, large = (run_all(op, inputs | dict(workspace_bytes=size), backend) for size in (1, 1 << 40))
-    for name in small:
-        torch.testing.assert_close(small[name], large[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
-def test_the_loss_in_place_leaves_its_gradient_where_the_logits_were(shape, factor, backend):
+def test_the_loss_in_place_leaves_its_gradient_where_the_logits_were(shape, factor, backend, tiles):
     """… equal to the one out of place, and no second [N, V] tensor is handed to the model."""
     mask = torch.rand(shape) < 0.7
     inputs = draw(logits_klq_loss, shape, mask=mask)
@@ -546,7 +597,7 @@ def test_the_loss_in_place_leaves_its_gradient_where_the_logits_were(shape, fact
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_backward_in_place(backend):
+def test_statistics_backward_in_place(backend, tiles):
     inputs, upstream = draw_logits(), upstream_for((2, 3))
     grads = []
     for inplace in (False, True):
@@ -633,7 +684,7 @@ def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypat
         return out
 
     inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
-    want = run_all_without_kl(op, inputs, backend)
+    want = run_all(op, inputs, backend, ("logprob", "entropy"))
     monkeypatch.setattr(module, name, spy)
     leaves = {k: inputs[k].clone().requires_grad_() for k in wanted}
     out = op(**(inputs | leaves), backend=backend)
@@ -641,11 +692,6 @@ def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypat
     assert [k for k, g in made[0]._asdict().items() if g is not None] == list(wanted)
     for k, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, want[f"grad of {k}"])
-
-
-def run_all_without_kl(op, inputs, backend):
-    names = () if op is linear_klq_loss else ("logprob", "entropy")
-    return run(op, inputs, backend, {name: torch.ones(inputs["tokens"].shape) for name in names})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -670,40 +716,24 @@ def test_without_grad_mode_there_is_no_graph(op, backend):
     assert max(error(x, y.detach()) for x, y in zip(outs, want)) < 5e-6
 
 
+INPLACE = partial(logits_klq_loss, inplace=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-@pytest.mark.parametrize("op", MODEL_OPS)
+@pytest.mark.parametrize("op", [*MODEL_OPS, INPLACE])
 def test_a_kept_graph_gives_the_gradient_twice(op, factor, backend):
-    inputs = draw(op, mask=torch.ones(2, 3, dtype=torch.bool))
-    leaves = [inputs[k].requires_grad_() for k in LEAVES if k in inputs and inputs[k] is not None]
-    out = op(**inputs, backend=backend)
+    inputs = draw(getattr(op, "func", op), mask=torch.ones(2, 3, dtype=torch.bool))
+    leaves = {k: inputs[k].requires_grad_() for k in LEAVES if inputs.get(k) is not None}
+    out = op(**(inputs | {k: x * 1.0 for k, x in leaves.items()}), backend=backend)
     total = factor * (out if isinstance(out, Tensor) else out.logprob.sum() + out.kl.sum())
-    total.backward(retain_graph=True)
-    once = [x.grad.clone() for x in leaves]
-    total.backward()
-    for x, g in zip(leaves, once):
-        torch.testing.assert_close(x.grad, 2 * g)
+    once = [g.clone() for g in torch.autograd.grad(total, leaves.values(), retain_graph=True)]
+    torch.testing.assert_close(list(torch.autograd.grad(total, leaves.values())), once)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-def test_a_kept_graph_gives_the_gradient_twice_in_place_too(factor, backend):
-    inputs = draw(logits_klq_loss)
-    values = inputs["values"].requires_grad_()
-    logits = inputs["logits"].requires_grad_() * 1.0
-    loss = logits_klq_loss(**(inputs | dict(logits=logits)), inplace=True, backend=backend)
-    upstream = torch.tensor(factor)
-    once = [g.clone() for g in torch.autograd.grad(loss, (logits, values), upstream, retain_graph=True)]
-    torch.testing.assert_close(list(torch.autograd.grad(loss, (logits, values), upstream)), once)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("factor", [1.0, LOSS_FACTOR])
-@pytest.mark.parametrize(
-    "op",
-    [logits_klq_loss, partial(logits_klq_loss, inplace=True), linear_klq_loss],
-    ids=["logits", "inplace", "linear"],
-)
+@pytest.mark.parametrize("op", [logits_klq_loss, INPLACE, linear_klq_loss])
 def test_a_second_backward_pass_without_the_graph(op, factor, backend):
     """It raises what autograd raises, or, where nothing was freed, gives the gradient again."""
     inputs = draw(getattr(op, "func", op))
@@ -740,46 +770,6 @@ def test_an_undefined_upstream_gradient_is_none(op):
     assert grad is None or (grad == 0).all()
 
 
-# gradcheck wants determinism to the last bit of both passes, which the torch backend has
-
-
-def in_double(op, names, **inputs):
-    """A function of the named leaves, and these leaves, for gradcheck of the torch backend with masked tokens."""
-    mask = torch.tensor([[True, True, False], [True, False, True]])
-    inputs = exactly(poisoned(inputs, mask)) | dict(mask=mask, temperature=0.7)
-    w = torch.randn(3, 2, 3, dtype=F64)
-
-    def weighted(*leaves):
-        out = op(**(inputs | dict(zip(names, leaves))), backend="torch")
-        return out if isinstance(out, Tensor) else (w * torch.stack([out.logprob, out.entropy, out.kl])).sum()
-
-    return weighted, [inputs[name].requires_grad_() for name in names]
-
-
-@pytest.mark.parametrize("ref_step", [3.0, 0.01])  # KLs on both sides of the switch to the Bregman sum
-def test_gradcheck_of_token_stats(ref_step):
-    inputs = draw_logits(vocab=5)
-    inputs["ref_logits"] = inputs["logits"] + ref_step * torch.randn(2, 3, 5)
-    assert torch.autograd.gradcheck(*in_double(token_stats, ["logits"], **inputs))
-
-
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 20])
-@pytest.mark.parametrize("heads", ["ref bias ref_bias", "shared bias"])
-def test_gradcheck_of_linear_token_stats(heads, workspace_bytes):
-    inputs = draw_heads(vocab=6, width=4, heads=heads) | dict(workspace_bytes=workspace_bytes)
-    inputs["ref_weight"] = inputs["ref_weight"].double()  # a constant to gradcheck, hence a tensor of its own
-    assert torch.autograd.gradcheck(*in_double(linear_token_stats, ["hidden", "weight", "bias"], **inputs))
-
-
-@pytest.mark.parametrize("loss", checks.LOSSES)
-def test_gradcheck_of_the_losses(loss):
-    rest, gradcheck = VARIANT | dict(loss=loss), partial(torch.autograd.gradcheck, check_undefined_grad=False)
-    logits = draw_logits(vocab=4, ref=False) | draw_loss() | rest
-    assert gradcheck(*in_double(logits_klq_loss, ["logits", "values"], **logits))
-    linear = draw_heads(vocab=4, width=3, heads="bias") | draw_loss() | rest
-    assert gradcheck(*in_double(linear_klq_loss, ["hidden", "weight", "bias", "values"], **linear))
-
-
 # Random batches
 
 
@@ -792,23 +782,24 @@ BATCHES = dict(
 
 
 def check_random_batch(backend, seed, shape, vocab, width, density, temperature, heads, dtype, loss):
-    """All four operations with NaN in every masked entry."""
+    """All four operations with NaN in every masked entry. Roundings get more room than elsewhere: temperatures of 0.3
+    multiply them, and among thousands of batches `reference` is sometimes lucky."""
+    near = partial(check, backend=backend, slack=5e-5 + 2 * torch.finfo(dtype).eps)
     torch.manual_seed(seed)
     mask = torch.rand(shape) < density
     rest = dict(mask=mask, temperature=temperature)
     model = draw_heads(shape, vocab, width, dtype, heads) | rest
     alone = model["ref_hidden"] is None
     upstream = upstream_for(shape, "logprob entropy" if alone else "logprob entropy kl")
-    check(linear_token_stats, poisoned(model, mask), backend, upstream)
-    check(token_stats, poisoned(draw_logits(shape, vocab, dtype) | rest, mask), backend, upstream_for(shape))
+    near(linear_token_stats, poisoned(model, mask), upstream=upstream)
+    near(token_stats, poisoned(draw_logits(shape, vocab, dtype) | rest, mask), upstream=upstream_for(shape))
     given = draw_loss(shape, dtype, mask) | VARIANT | dict(loss=loss, temperature=temperature)
-    check(logits_klq_loss, poisoned(draw_logits(shape, vocab, dtype, ref=False) | given, mask), backend)
+    near(logits_klq_loss, poisoned(draw_logits(shape, vocab, dtype, ref=False) | given, mask))
     given["ref_logprobs"] = given["ref_logprobs"] if alone else None
-    check(linear_klq_loss, poisoned(model | given, mask), backend)
+    near(linear_klq_loss, poisoned(model | given, mask))
 
 
 @given(**BATCHES)
-@settings(max_examples=60)
 def test_torch_on_random_batches(**batch):
     check_random_batch("torch", **batch)
 
@@ -816,7 +807,7 @@ def test_torch_on_random_batches(**batch):
 @TRITON
 @pytest.mark.parametrize("backend", ["triton"])
 @given(**BATCHES)
-@settings(max_examples=8)
+@settings(max_examples=settings.default.max_examples // 5)
 def test_triton_on_random_batches(backend, **batch):
     check_random_batch(backend, **batch)
 
@@ -825,7 +816,7 @@ def test_triton_on_random_batches(backend, **batch):
     seed=st.integers(0, 10**6), loss=st.sampled_from(checks.LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
     log_ratio_clip=st.floats(0.01, 3), delta=st.floats(0.01, 3), dtype=st.sampled_from([F32, F64]),
 )  # fmt: skip
-@settings(max_examples=200)
+@settings(max_examples=5 * settings.default.max_examples)
 def test_klq_terms_are_the_loss_and_its_derivatives(seed, loss, dtype, **thresholds):
     """… as autograd has them, in every variant, with NaN where masked. It holds for float32 too: a clamp that doesn't
     bind must not hide the gradient because of a rounding."""
@@ -920,31 +911,10 @@ def test_torch_lambda_returns_of_random_lengths(seed, lengths, retrace):
 # Triton's paths for large inputs, reached by small tiles
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 16, so that a vocabulary of 100 is walked over, split and cut into slabs."""
-    from klq_kernels import triton_linear, triton_logits
-
-    for name in ("STATS_TILES", "GRAD_TILES", "SCAN_TILES"):
-        monkeypatch.setattr(triton_logits, name, [triton_logits.Tile(16, 1)])
-    tile = triton_linear.MatmulTile(16, 16, 16, 1, 1)
-    monkeypatch.setattr(triton_linear, "TILES", {2: [tile], 4: [tile]})
-    return triton_logits
-
-
 @TRITON
 @pytest.mark.parametrize("backend", ["triton"])
 class TestTritonTiles:
     """The vocabulary in several blocks, splits and slabs, time in several blocks."""
-
-    def test_a_split_vocabulary(self, small_tiles, backend):
-        assert small_tiles.vocabulary_splits(3, 100, 16)[0] == 7
-        check(token_stats, draw_logits((3,), 100) | dict(temperature=0.7), backend, upstream_for((3,)))
-
-    def test_splits_of_several_blocks(self, small_tiles, backend, monkeypatch):
-        monkeypatch.setattr(small_tiles, "ROWS_PER_SPLIT", 6)
-        assert small_tiles.vocabulary_splits(3, 100, 16) == (2, 64)
-        check(token_stats, draw_logits((3,), 100), backend, upstream_for((3,)))
 
     @pytest.mark.parametrize("rows_per_split", [1, 264])
     def test_splits_and_blocks_without_an_allowed_token(self, rows_per_split, small_tiles, backend, monkeypatch):
@@ -958,18 +928,6 @@ class TestTritonTiles:
         got = check(token_stats, inputs, backend, upstream_for((4,)))
         assert (got["kl"] == INF).tolist() == [False, True, False, False]
 
-    def test_far_apart_splits(self, small_tiles, backend):
-        inputs = draw_logits((3,), 60)
-        inputs["logits"][:, 40:] += 200.0
-        inputs["ref_logits"][:, :20] += torch.tensor([[0.0], [60.0], [-200.0]])
-        check(token_stats, inputs, backend, upstream_for((3,)))
-
-    def test_a_tiny_kl_over_several_blocks(self, small_tiles, backend):
-        logits = 3 * torch.randn(3, 100)
-        inputs = dict(logits=logits, ref_logits=logits + 2e-4 * torch.randn(3, 100), tokens=torch.tensor([0, 50, 99]))
-        got, want = (token_stats(**x, backend=b).kl for x, b in ((inputs, backend), (exactly(inputs), "reference")))
-        assert ((got - want).abs() <= 0.01 * want).all()
-
     @pytest.mark.parametrize(
         "heads, dtype", [("bias", torch.float16), ("ref ref_bias", torch.bfloat16), ("shared bias", F32)]
     )
@@ -980,14 +938,6 @@ class TestTritonTiles:
         upstream = upstream_for((20,), "logprob entropy" if heads == "bias" else "logprob entropy kl")
         check(linear_token_stats, poisoned(inputs, mask), backend, upstream)
 
-    def test_splits_of_hidden_states_without_an_allowed_token(self, small_tiles, backend):
-        inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(tokens=torch.full((3,), 20))
-        inputs["bias"][:16] = inputs["bias"][32:48] = inputs["ref_bias"][32:48] = -INF
-        got = check(linear_token_stats, inputs, backend, upstream_for((3,)))
-        assert (got["kl"] < INF).all()
-        inputs["ref_bias"][16:18] = -INF
-        assert (check(linear_token_stats, inputs, backend, upstream_for((3,)))["kl"] == INF).all()
-
     @pytest.mark.parametrize("workspace_bytes, slabs", [(1, 4), (3 * 32 * 4, 2), (1 << 20, 1)])
     def test_gradients_by_slabs_of_the_vocabulary(self, workspace_bytes, slabs, small_tiles, backend, monkeypatch):
         from klq_kernels import triton_linear
@@ -995,11 +945,8 @@ class TestTritonTiles:
         launched, kernel = [], triton_linear.linear_grad_kernel
         monkeypatch.setattr(triton_linear, "linear_grad_kernel", Counted(kernel, launched))
         inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(workspace_bytes=workspace_bytes)
-        got = run(linear_token_stats, inputs, backend, upstream := upstream_for((3,)))
+        check(linear_token_stats, inputs, backend, upstream_for((3,)))
         assert len(launched) == slabs
-        exact = {name: u.double() for name, u in upstream.items()}
-        naive = run(linear_token_stats, inputs, "reference", upstream)
-        assert_no_worse(got, naive, run(linear_token_stats, exactly(inputs), "reference", exact))
 
     @pytest.mark.parametrize("retrace", [False, True])
     def test_returns_over_several_blocks_of_time(self, retrace, small_tiles, backend):

@@ -17,15 +17,16 @@ GOOD = Finding(
 )  # fmt: skip
 
 
-def test_no_default_spills_overflows_shared_memory_or_loses_wide_loads_or_matrix_instructions():
-    records = list(findings(InspectConfig()))
+@pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.rare) for t in TARGETS])
+def test_no_default_spills_overflows_shared_memory_or_loses_wide_loads_or_matrix_instructions(target):
+    records = list(findings(InspectConfig(targets=(target,))))
     assert not [r for r in records if r["problems"]]
-    expected = {(k, t, d) for k in KERNELS for t in TARGETS for d in ("bf16", "fp32")}
-    seen = {(r["kernel"], r["target"], r["dtype"]) for r in records}
-    assert expected - seen == {("lambda_returns", t, "bf16") for t in TARGETS}, "λ-returns are always fp32"
+    seen = {(r["kernel"], r["dtype"]) for r in records}
+    missing = {(kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp32")} - seen
+    assert missing == {("lambda_returns", "bf16")}, "λ-returns are always fp32"
     for r in records:
         if r["matrix"]:
-            exact = "ieee" if r["target"] == "gfx942" else "tf32x3"
+            exact = "ieee" if target == "gfx942" else "tf32x3"
             assert r["precision"] == ("bf16" if r["dtype"] == "bf16" else exact), "plain TF32 only if asked for"
 
 
