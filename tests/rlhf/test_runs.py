@@ -430,7 +430,9 @@ def test_every_text_file_says_that_it_is_utf_8():
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             binary = name == "open" and (not modes or "b" in modes[0])  # without a mode it is the browser's
-            if name in ("read_text", "write_text") or (name == "open" and not binary):
+            if (name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)) or (
+                name == "open" and not binary
+            ):
                 given = {k.arg for k in call.keywords}
                 silent += [] if "encoding" in given else [f"{path.name}:{call.lineno}"]
     assert not silent
