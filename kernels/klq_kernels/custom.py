@@ -94,29 +94,6 @@ def _token_stats_backward(ctx, a, b, _, c, *unused):
 token_stats.register_autograd(_token_stats_backward, setup_context=_save)
 
 
-class InplaceStats(torch.autograd.Function):
-    """`token_stats` whose backward pass overwrites the logits with their gradient."""
-
-    @staticmethod
-    def forward(ctx, logits, tokens, ref_logits, temperature, mask, backend):
-        """As the custom op."""
-        out = token_stats(logits.detach(), tokens, ref_logits, temperature, mask, backend)
-        ctx.save_for_backward(logits, tokens, ref_logits, mask, *out)
-        ctx.temperature, ctx.backend = temperature, backend
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    def backward(ctx, a, b, _, c, *unused):
-        """As the custom op's, into the logits."""
-        logits, tokens, ref_logits, mask, *stats = ctx.saved_tensors
-        step, grad = module(ctx.backend).logits_grad, flat_view(logits.detach())
-        upstream = tuple(_contiguous(a, b, c))
-        step(logits.detach(), tokens, ref_logits, ctx.temperature, mask, Statistics(*stats), upstream, grad)
-        torch.autograd.graph.increment_version(grad)
-        return grad.view(logits.shape), None, None, None, None, None
-
-
 @custom_op(f"{NAMESPACE}::linear_token_stats", mutates_args=())
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,

@@ -10,7 +10,7 @@ from klq_kernels.reference import LambdaReturns, TokenStats, narrow
 
 def token_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None = None, *, temperature: float = 1.0,
-    mask: Tensor | None = None, inplace_backward: bool = False, backend: str | None = None,
+    mask: Tensor | None = None, backend: str | None = None,
 ) -> TokenStats:  # fmt: skip
     """Log-probability of each token, entropy, and exact KL(policy ‖ reference) of the distribution it was drawn from.
 
@@ -20,8 +20,7 @@ def token_stats(
 
     Shapes: logits and ref_logits [..., V]; tokens and mask [...]. All results are in nats, shaped like tokens, and
     differentiable in `logits`; no gradient flows to `ref_logits`. A logit of −inf is a forbidden token: p = 0
-    contributes nothing, p > 0 with q = 0 makes the KL +inf (and such a row passes no gradient through it). With
-    `inplace_backward` the gradient overwrites `logits`, which nothing else may then need.
+    contributes nothing, p > 0 with q = 0 makes the KL +inf (and such a row passes no gradient through it).
 
     Raises ValueError or TypeError for shapes that disagree, temperature ≤ 0, a mask that is not boolean, or an
     unmasked token outside the vocabulary (on a GPU the last is asserted on the device, without waiting for it).
@@ -38,8 +37,7 @@ def token_stats(
     if backend == "reference":
         return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
     ref = None if ref_logits is None else ref_logits.detach()
-    flat = (_flat(tokens.long()), ref, temperature, _flat(mask), backend)
-    out = custom.InplaceStats.apply(logits, *flat) if inplace_backward else custom.token_stats(logits, *flat)
+    out = custom.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
     return _shaped(out, tokens, ref_logits is not None)
 
 

@@ -1,11 +1,13 @@
 """What a run was trained on, in digests: the same folder must not answer for another model, prompts or reward."""
 
+import copyreg
 import hashlib
 import itertools
+import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,28 +15,23 @@ from transformers import PreTrainedTokenizerBase
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.runs import START
 
-DEEPEST = 100
-
-
-def fingerprint(x) -> str:
-    """16 hexadecimal digits that depend on the contents of x: data, tensors, modules, functions, nested in any way.
-
-    A function counts by its name, code, constants, defaults, closure and the globals it uses; an object by its class
-    and attributes. What Python can't see into (a connection, say) counts by its class alone.
-
-    >>> fingerprint({"a": [1, 2]}) == fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
-    True
-    """
-    digest = hashlib.sha256()
-    _feed(digest.update, x, (), {})
-    return digest.hexdigest()[:16]
+LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
 def identity(prompts: Dataset, reward: Callable, policy: ActorCritic | None = None) -> dict[str, str]:
-    """Digests of the prompts (all columns and rows, whatever format they come in), the reward and the policy."""
+    """Digests of the prompts (all columns and rows, whatever format they come in), of the reward, and of the policy.
+
+    Of the policy: the frozen reference, the trainable parameters' names and shapes, and their present values but for
+    the value head's, which a run sets in its first update.
+    """
     rows = list(prompts.with_format(None).iter(1000))
-    digests = {"prompts": fingerprint([sorted(prompts.column_names), rows]), "reward": reward_identity(reward)}
-    return digests if policy is None else digests | policy_identity(policy)
+    found = {"prompts": fingerprint([sorted(prompts.column_names), rows]), "reward": reward_identity(reward)}
+    if policy is None:
+        return found
+    tensors, trainable = itertools.chain(policy.named_parameters(), policy.named_buffers()), policy.trainable()
+    found["reference weights"] = fingerprint({name: x for name, x in tensors if not x.requires_grad})
+    found["trainable parameters"] = fingerprint({name: tuple(p.shape) for name, p in trainable.items()})
+    return found | {START: fingerprint({k: p for k, p in trainable.items() if not k.startswith("value_head.")})}
 
 
 def reward_identity(reward: Callable) -> str:
@@ -44,47 +41,37 @@ def reward_identity(reward: Callable) -> str:
     return f"{getattr(reward, '__qualname__', type(reward).__qualname__)} {fingerprint(reward)}"
 
 
-def policy_identity(policy: ActorCritic) -> dict[str, str]:
-    """Digests of the frozen reference, of the trainable parameters' names and shapes, and of their present values.
+def fingerprint(x) -> str:
+    """16 hexadecimal digits that depend on the contents of x: data, tensors, modules, functions, nested in any way.
 
-    The value head's are left out: a run sets it to the mean reward in its first update.
+    A function counts by its name, code, constants, defaults, closure and the globals it uses; an object by its class,
+    code included, and attributes. What is installed counts by name, what can't be looked into by its class alone.
+
+    >>> fingerprint({"a": [1, 2]}) == fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
+    True
     """
-    tensors = itertools.chain(policy.named_parameters(), policy.named_buffers())
-    frozen = {name: x for name, x in tensors if not x.requires_grad}
-    shapes = {name: tuple(p.shape) for name, p in policy.trainable().items()}
-    start = {name: p for name, p in policy.trainable().items() if not name.startswith("value_head.")}
-    return {
-        "reference weights": fingerprint(frozen),
-        "trainable parameters": fingerprint(shapes),
-        START: fingerprint(start),
-    }
+    digest = hashlib.sha256()
+    _feed(digest.update, x, {})
+    return digest.hexdigest()[:16]
 
 
-def _feed(add: Callable[[bytes], None], x, path: tuple[int, ...], seen: dict) -> None:
-    """Pass the contents of x to `add` in an order that never changes. `path` holds what x lies in; `seen` what has a
-    name or a state of its own and was passed before."""
+def _feed(add: Callable, x, seen: dict[int, tuple]) -> None:
+    """Pass the contents of x to `add` in an order that never changes; `seen` holds what was passed before, so that
+    cycles end. (Tuples, texts and code may be one object or equal ones: that must not count.)"""
     add(f"{type(x).__module__}.{type(x).__qualname__}(".encode())
-    parts, known = _parts(x), seen.get(id(x))
-    if known or id(x) in path or len(path) > DEEPEST:
-        add(f"again {known and known[0]}".encode())
-    elif isinstance(x, torch.Tensor | np.ndarray):
-        _feed_array(add, x)
-    elif parts is None:
+    if known := seen.get(id(x)):
+        add(f"number {known[0]}".encode())
+    elif isinstance(x, torch.Tensor):
+        add(f"{x.dtype}{tuple(x.shape)}".encode())
+        add(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif (parts := _parts(x)) is None:
         add(repr(x).encode("utf-8", "backslashreplace"))
     else:
-        if not isinstance(x, list | tuple | dict | types.CodeType):
-            seen[id(x)] = (len(seen), x)
+        if not isinstance(x, tuple | types.CodeType):
+            seen[id(x)] = (len(seen), x)  # x is kept, or another object might get its id
         for part in parts:
-            _feed(add, part, (*path, id(x)), seen)
+            _feed(add, part, seen)
     add(b")")
-
-
-def _feed_array(add: Callable[[bytes], None], x: torch.Tensor | np.ndarray) -> None:
-    add(f"{x.dtype}{tuple(x.shape)}".encode())
-    if isinstance(x, np.ndarray):
-        add(repr(x.tolist()).encode() if x.dtype.hasobject else np.ascontiguousarray(x).tobytes())
-    else:
-        add(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _parts(x) -> list | tuple | None:
@@ -92,7 +79,7 @@ def _parts(x) -> list | tuple | None:
     match x:
         case None | bool() | int() | float() | complex() | str() | bytes() | types.EllipsisType():
             return None
-        case torch.Tensor() | np.ndarray() | list() | tuple():
+        case list() | tuple():
             return x
         case dict():
             return [part for item in x.items() for part in item]
@@ -102,24 +89,35 @@ def _parts(x) -> list | tuple | None:
             return x.co_code, x.co_consts, x.co_names
         case types.FunctionType():
             return _function_parts(x)
-        case types.MethodType():
-            return x.__func__, x.__self__
+        case property():
+            return x.fget, x.fset
         case torch.nn.Module():
-            return [x.state_dict()]
+            return [type(x), x.state_dict()]
         case PreTrainedTokenizerBase():
             return [sorted(x.get_vocab().items())]
+        case type() if not _installed(x):
+            return [_name(x), x.__bases__, {k: v for k, v in vars(x).items() if k[:2] != "__" or k == "__call__"}]
         case type() | types.ModuleType() | types.BuiltinFunctionType():
-            return [f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', None) or x.__name__}"]
+            return [_name(x)]
     return [x.__wrapped__] if hasattr(x, "__wrapped__") else _pickled(x)
 
 
+def _name(x) -> str:
+    return f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', None) or x.__name__}"
+
+
+def _installed(x) -> bool:
+    """Whether a function or class is Python's or of an installed package: then it counts by name, not by its code."""
+    file = getattr(sys.modules.get(x.__module__), "__file__", None)
+    return x.__module__ != "__main__" and (file is None or file.startswith(LIBRARIES))
+
+
 def _function_parts(f: types.FunctionType) -> list:
-    """Name, code, and all outside it that it uses; functions of other modules by name only."""
+    """Name, code, and all outside it that it uses."""
     used = {name: f.__globals__[name] for name in sorted(_names(f.__code__)) if name in f.__globals__}
-    for name, x in used.items():
-        if isinstance(x, types.FunctionType) and x.__module__ != f.__module__:
-            used[name] = f"{x.__module__}.{x.__qualname__}"
-    return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, [*map(_content, f.__closure__ or ())], used]
+    used |= {name: _name(x) for name, x in used.items() if isinstance(x, types.FunctionType) and _installed(x)}
+    cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]  # an empty cell has no contents
+    return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, cells, used]
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -128,19 +126,10 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _content(cell: types.CellType):
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing in it yet
-        return None
-
-
 def _pickled(x) -> list:
-    """Class arguments and attributes as pickle would store them; nothing for what can't be stored."""
+    """What pickle would store of an object; nothing of one that can't be stored."""
     try:
-        reduced = x.__reduce_ex__(4)
+        reduced = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))(x)
     except Exception:
         return []
-    if isinstance(reduced, str):
-        return [reduced]
-    return [list(part) if isinstance(part, Iterator) else part for part in reduced[1:]]
+    return [list(p) if isinstance(p, Iterator) else p for p in (reduced if isinstance(reduced, str) else reduced[1:])]

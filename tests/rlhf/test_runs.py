@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,6 +169,18 @@ class Scorer:
         return [float(any(w in c for w in self.words)) for c in completions]
 
 
+def matching(pattern):
+    return lambda prompts, completions: [float(bool(pattern.match(c))) for c in completions]
+
+
+def edited(body, helped="0.0"):
+    """An object of a class with this code, as after an edit: the name is always the same."""
+    space = {"__name__": "__main__"}
+    code = f"def __call__(self, prompts, completions): {body}\n    def helped(self): return [{helped}]"
+    exec(f"class Edited:\n    {code}", space)
+    return space["Edited"]()
+
+
 @pytest.mark.parametrize(
     "some, other",
     [
@@ -180,8 +193,11 @@ class Scorer:
         (Scorer(["a"]).__call__, Scorer(["b"]).__call__),
         (partial(uses_globals, 1), partial(uses_globals, 2)),
         (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
+        (matching(re.compile("a")), matching(re.compile("b"))),
+        (edited("return [1.0]"), edited("return [2.0]")),
+        (edited("return self.helped()", "1.0"), edited("return self.helped()", "2.0")),
     ],
-    ids=["closure", "tensor", "constant", "default", "method", "set", "bound", "partial", "module"],
+    ids=lambda reward: "",
 )
 def test_rewards_that_differ_anywhere_have_other_digests(some, other):
     assert reward_identity(some) == reward_identity(some) != reward_identity(other)
