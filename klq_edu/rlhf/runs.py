@@ -65,14 +65,15 @@ class Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.config, self.identity = self.folder / "config.json", self.folder / "run.json"
         self.checkpoint, self.lock = self.folder / "checkpoint.pt", FileLock(self.folder / ".lock", timeout=0)
-        if self._recorded_settings() is None:
+        self._recorded_settings()
+        if not self.config.exists():
             write_json(self.config, settings)
 
     @contextmanager
     def writing(self):
-        """Within this context no other process writes here. Raises ValueError where one does, or where several start.
+        """Within this context no other process writes here (it may be nested). Raises ValueError where one does.
 
-        May be nested. The settings are looked at again, since another run may have begun here in the meantime.
+        The settings are looked at again, since another run may have begun here in the meantime.
         """
         if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             raise ValueError(f"this loop is one process, but WORLD_SIZE is {processes}: start it without torchrun")
@@ -81,7 +82,7 @@ class Run:
         except Timeout:
             raise ValueError(f"{self.folder} is in use by another process: wait, or choose another (--out)") from None
         try:
-            self._accept_settings()
+            self._accept_raised_updates()
             yield
         finally:
             self.lock.release()
@@ -90,20 +91,11 @@ class Run:
         """Record these digests of what is trained on what. Raises ValueError naming those that were recorded otherwise.
 
         A reward may change by being called (it counts, or keeps a cache): with `again` a new digest counts as well.
+        Other initial weights matter only while there is no checkpoint.
         """
-        recorded = read_json(self.identity) if self.identity.exists() else {}
-        if not again:
-            self._compare(identity, recorded)
-        for name, digest in identity.items():
-            if digest not in (known := recorded.setdefault(name, [])) and not (known and name == START):
-                known.append(digest)
-        write_json(self.identity, recorded)
-
-    def _compare(self, identity: dict[str, str], recorded: dict) -> None:
-        """Refuse another model, other prompts or another reward; other initial weights while there is no checkpoint."""
-        begun = self.checkpoint.exists()
-        default = ["unknown"] if begun and not recorded else None
-        differ = {k: known for k, v in identity.items() if v not in (known := recorded.get(k, default) or [v])}
+        recorded, begun = read_json(self.identity), self.checkpoint.exists()
+        known = recorded if recorded or not begun else {key: ["unknown"] for key in identity}
+        differ = {k: known[k] for k, v in identity.items() if not again and v not in known.get(k, [v])}
         start_differs = differ.pop(START, None) and not begun
         if differ:
             shown = "; ".join(f"{k} (there {' or '.join(v)}, here {identity[k]})" for k, v in differ.items())
@@ -113,6 +105,8 @@ class Run:
                 f"{self.folder} has no checkpoint yet, and the policy no longer has the weights it began with there "
                 "(was a call interrupted?): build it anew, or use another folder (--out)"
             )
+        more = {k: [*recorded.get(k, []), v] for k, v in identity.items() if v not in recorded.get(k, [])}
+        write_json(self.identity, recorded | {k: v for k, v in more.items() if k != START or k not in recorded})
 
     def resume(self, state: TrainState) -> list[dict]:
         """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped.
@@ -133,11 +127,8 @@ class Run:
 
     def rows(self) -> list[dict]:
         """The logged metrics, one dict per update. A last line that was cut off in writing is left out."""
-        lines = _lines(self.metrics)
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise ValueError(f"{self.metrics} is damaged ({error}): {_WAY_OUT}") from error
+        with _damage(self.metrics):
+            return [json.loads(line) for line in _lines(self.metrics)]
 
     def log(self, row: dict, rollout: Rollout) -> None:
         """Append one update's metrics and its first few completions."""
@@ -157,34 +148,36 @@ class Run:
         """Say that there is nothing to do, so that old results are not taken for new ones."""
         print(f"{self.folder}: finished, nothing to do ({updates} updates)")
 
-    def _recorded_settings(self) -> dict | None:
-        """The settings in the folder, None in a new one; ValueError if another run's or damaged."""
-        if not self.config.exists():
-            return None
+    def _recorded_settings(self) -> dict:
+        """The settings in the folder, none in a new one; ValueError if they are another run's."""
         found, given = read_json(self.config), self.settings
         differ = {k: (found.get(k), given.get(k)) for k in found | given if found.get(k) != given.get(k)}
-        if differ.keys() == {"updates"} and None not in differ["updates"] and found["updates"] < given["updates"]:
-            return found
-        if differ:
+        raised = differ.keys() == {"updates"} and None not in differ["updates"] and found["updates"] < given["updates"]
+        if self.config.exists() and differ and not raised:
             rule = " (updates may be raised, nothing else changed)" if "updates" in differ else ""
             raise ValueError(
                 f"{self.folder} holds other settings (there, here): {differ}{rule}; use another folder (--out)"
             )
         return found
 
-    def _accept_settings(self) -> None:
+    def _accept_raised_updates(self) -> None:
         """Write a raised number of updates down: from there on this is not what one long run would have been."""
-        found = self._recorded_settings() or self.settings
-        if found == self.settings:
-            return
-        raised = {"after": len(self.rows()), "from": found["updates"], "to": self.settings["updates"]}
-        recorded = read_json(self.identity) if self.identity.exists() else {}
-        write_json(self.identity, recorded | {"raised": [*recorded.get("raised", []), raised]})
-        write_json(self.config, self.settings)
-        print(f"{self.folder}: updates raised from {raised['from']} to {raised['to']}; the longer schedule applies now")
+        found, recorded = self._recorded_settings(), read_json(self.identity)
+        if found and found != self.settings:
+            raised = {"after": len(self.rows()), "from": found["updates"], "to": self.settings["updates"]}
+            write_json(self.identity, recorded | {"raised": [*recorded.get("raised", []), raised]})
+            write_json(self.config, self.settings)
+            print(f"{self.folder}: updates raised from {raised['from']} to {raised['to']}; the longer schedule applies")
 
 
-_WAY_OUT = "restore it from a backup, empty the folder to train from the start, or use another (--out)"
+@contextmanager
+def _damage(path: Path):
+    """Within this context a ValueError (JSON or UTF-8 that is none) names the file and the way out."""
+    try:
+        yield
+    except ValueError as error:
+        way = "restore it from a backup, empty the folder to train from the start, or use another (--out)"
+        raise ValueError(f"{path} is damaged ({error}): {way}") from error
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -197,9 +190,9 @@ def write_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """The state in a checkpoint; ValueError that names the file and the way out if a single byte is not as written."""
     size = path.stat().st_size - DIGEST_BYTES
-    with path.open("rb") as file:
+    with _damage(path), path.open("rb") as file:
         if size < 0 or _sha256(file, size) != file.read():
-            raise ValueError(f"{path} is damaged (its digest does not match): {_WAY_OUT}")
+            raise ValueError("its digest does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -213,13 +206,11 @@ def _sha256(file, size: int) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; ValueError that names the file and the way out where that is not one object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {_WAY_OUT}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (it holds no object): {_WAY_OUT}")
+    """The object in a JSON file, empty where there is no file; ValueError names a damaged one and the way out."""
+    with _damage(path):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
     return found
 
 

@@ -16,16 +16,10 @@ VARIANTS = {
 WORLDS = {
     "grammar": TrainConfig(max_new_tokens=5, critic="separate"),
     "stories": TrainConfig(
-        updates=24,
-        batch_size=32,
-        epochs=2,
-        learning_rate=2e-4,
-        warmup_updates=3,
-        tau=0.05,
-        max_new_tokens=20,
+        updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05, max_new_tokens=20,
         temperature=0.8,
     ),
-}
+}  # fmt: skip
 DEMO = {"grammar": ("klq", "ppo_clip", "ppo_penalty"), "stories": ("klq", "ppo_clip")}
 QUICK_UPDATES = {"grammar": 30, "stories": 10}
 

@@ -44,6 +44,15 @@ def settings(**changes):
     return TrainConfig(**({"updates": 4, "batch_size": 4, "epochs": 2, "max_new_tokens": 4} | changes))
 
 
+@pytest.fixture(autouse=True)
+def signals_not_ignored():
+    """A shell's background job inherits an ignored SIGINT, and what nohup starts an ignored SIGHUP."""
+    before = {s: signal.signal(s, signal.default_int_handler) for s in SIGNALS}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
 @pytest.fixture
 def go(tiny_lm, tokenizer):
     """A function that trains in a folder, from a fresh policy unless told otherwise."""
