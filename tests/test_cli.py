@@ -114,26 +114,31 @@ def test_the_demo_runs_reports_and_does_not_repeat_itself(tmp_path):
     assert [log.read_text() for log in logs] == before
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(tmp_path):
+def test_signals_keep_what_is_done_and_the_same_command_continues(tmp_path):
     args = ("demo", "--world", "grammar", "--algorithms", "klq", "--updates", "60")
     assert klq(*args, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, "-m", "klq_edu.cli", *args, "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
-    )  # fmt: skip
     logs = {name: tmp_path / name / "grammar" / "klq-tau0.2-60x64-seed0" / "metrics.jsonl" for name in ("whole", "cut")}
-    while process.poll() is None and not (logs["cut"].exists() and logs["cut"].read_text().count("\n") > 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and "what is done is kept" in process.stderr.read()
-    done = logs["cut"].read_text().splitlines()
-    assert 3 < len(done) < 60
+    done = []
+    for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
+        )  # fmt: skip
+        while process.poll() is None and not (logs["cut"].exists() and rows(logs["cut"]) > len(done) + 3):
+            time.sleep(0.02)
+        process.send_signal(signum)
+        assert process.wait(60) == status and "what is done is kept" in process.stderr.read()
+        before, done = done, logs["cut"].read_text().splitlines()
+        assert len(before) + 3 < len(done) < 60 and done[: len(before)] == before  # nothing was trained twice
     assert klq(*args, "--out", tmp_path / "cut").returncode == 0
-    again = logs["cut"].read_text().splitlines()
-    assert again[: len(done)] == done  # nothing was trained twice
+    assert logs["cut"].read_text().splitlines()[: len(done)] == done
     finals = [json.loads(log.read_text().splitlines()[-1])["attained"] for log in logs.values()]
     assert finals[0] == finals[1]
+
+
+def rows(log):
+    return log.read_text().count("\n")
 
 
 def test_the_report_stands_alone(tmp_path):
