@@ -146,7 +146,8 @@ def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) 
 def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
     given = dict(tokens=tokens, **optional(mask=mask))
     same_shape(shape, f"{name} without its last axis", **given)
-    integer_ids(tokens)
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
     alike(**given)
 
 
@@ -182,18 +183,11 @@ def right_padded(mask: torch.Tensor) -> None:
         raise ValueError(f"{rule}; row {row} is {mask[row].int().tolist()}: a hole would cut the λ-return in two")
 
 
-def integer_ids(tokens: torch.Tensor) -> None:
-    """Raise TypeError unless tokens are integers."""
-    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
-
-
 def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
-    """Raise TypeError unless tokens are integers, ValueError unless every unmasked one lies in [0, vocab).
+    """Raise ValueError unless every unmasked one of these integers lies in [0, vocab).
 
     On a GPU the values are asserted on the device, so that the host never waits for them.
     """
-    integer_ids(tokens)
     rule = f"tokens must lie in [0, {vocab}), the size of the vocabulary"
     wrong = (((tokens < 0) | (tokens >= vocab)) & mask).any()
     if tokens.is_cuda:

@@ -214,6 +214,5 @@ def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 
 def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
     """TokenStats shaped like tokens from flat results; the reference's log-prob is no function of the policy."""
-    count = 4 if with_ref else 2
-    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[:count])
+    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[: 4 if with_ref else 2])
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))

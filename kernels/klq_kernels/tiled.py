@@ -60,8 +60,7 @@ def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: floa
     out, buffers, inside = empty_statistics(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
     for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
         part, reference_part = z[rows], None if r is None else r[rows]
-        scratch = _scratch(buffers, "logp", part)
-        _fill(out, rows, part, inside[rows], reference_part, temperature, _cross_kl, scratch)
+        _fill(out, rows, part, inside[rows], reference_part, temperature, _cross_kl, _scratch(buffers, "logp", part))
     return out
 
 
@@ -89,9 +88,8 @@ def join(left: Statistics | None, right: Statistics, here: Tensor, temperature: 
 
 def finished(stats: Statistics, dtype: torch.dtype) -> Statistics:
     """Joined statistics in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
-    return Statistics(
-        *(x.masked_fill(stats.shift <= LOWEST, torch.nan).to(dtype) if len(x) else x.to(dtype) for x in stats)
-    )
+    nothing = stats.shift <= LOWEST
+    return Statistics(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
 
 
 def shares(tile: Statistics, whole: Statistics, temperature: float) -> Tensor:

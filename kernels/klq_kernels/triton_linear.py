@@ -235,7 +235,6 @@ def linear_grad(
     """See `chunked.linear_grad`: logit gradients exist for one slab of the vocabulary at a time, in the weight's dtype
     and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order."""
     hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
-    clean = policy._replace(hidden=hidden)
     grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
@@ -244,7 +243,7 @@ def linear_grad(
     tile = chosen(TILES[size])
     slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
     dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
-    heads, sizes, flags = _arguments(clean, ref if upstream[2] is not None else None)
+    heads, sizes, flags = _arguments(policy._replace(hidden=hidden), ref if upstream[2] is not None else None)
     a, b, c = (stats.norm if x is None else x for x in upstream)
     for first in range(0, V, slab):
         columns = slice(first, min(first + slab, V))
