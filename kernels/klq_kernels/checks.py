@@ -66,8 +66,9 @@ def alike(**given: torch.Tensor) -> None:
     first = next(iter(given))
     tensors(**{first: given[first]})
     same_shape(given[first].shape, first, **given)
-    if "mask" in given:
-        boolean_mask(given["mask"])
+    if "mask" in given and given["mask"].dtype != torch.bool:  # 0/1 floats hide shifted masks and sentinels
+        got = given["mask"].dtype
+        raise TypeError(f"mask must be boolean, True on real tokens, got dtype {got}: use mask.bool()")
 
 
 def optional(**given: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -101,10 +102,8 @@ def pick_backend(backend: str | None, **floats: torch.Tensor | None) -> str:
         if not _has_triton():
             raise RuntimeError("backend 'triton' needs the package triton, which is not installed: pip install triton")
         if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                "backend 'triton' needs a GPU, got CPU tensors: use backend='torch', or set TRITON_INTERPRET=1 before "
-                "Python starts to run the kernels in Triton's interpreter (slowly)"
-            )
+            use = "backend='torch' or, before Python starts, set TRITON_INTERPRET=1 to interpret the kernels (slowly)"
+            raise RuntimeError(f"backend 'triton' needs a GPU, got CPU tensors: use {use}")
     return backend
 
 
@@ -116,9 +115,8 @@ def common_device(**given: torch.Tensor | None) -> None:
     """Raise ValueError unless all given tensors are on the same device."""
     devices = {name: x.device for name, x in optional(**given).items()}
     if len(set(devices.values())) > 1:
-        raise ValueError(
-            f"all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
-        )
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, got {found}")
 
 
 def logits(logits, tokens, ref_logits, mask) -> None:
@@ -148,17 +146,16 @@ def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) 
 def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
     given = dict(tokens=tokens, **optional(mask=mask))
     same_shape(shape, f"{name} without its last axis", **given)
-    integer_ids(tokens)
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
     alike(**given)
 
 
 def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str) -> None:
     """Raise ValueError or TypeError unless hidden [..., H], weight [V, H] and bias [V] fit each other."""
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{prefix}weight must be [V, H] with H = {hidden.shape[-1]}, the last axis of {prefix}hidden, "
-            f"got {tuple(weight.shape)}"
-        )
+        rule = f"[V, H] with H = {hidden.shape[-1]}, the last axis of {prefix}hidden"
+        raise ValueError(f"{prefix}weight must be {rule}, got {tuple(weight.shape)}")
     if hidden.dtype != weight.dtype:
         raise TypeError(f"{prefix}hidden and {prefix}weight must share a dtype, got {hidden.dtype} and {weight.dtype}")
     if hasattr(weight, "full_tensor"):
@@ -175,47 +172,29 @@ def same_shape(shape: torch.Size, of: str, **given: torch.Tensor) -> None:
             raise ValueError(f"{name} must have the shape of {of}, {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def boolean_mask(mask: torch.Tensor) -> None:
-    """Raise TypeError unless `mask` is boolean: 0/1 floats hide shifted masks and sentinels."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True on real tokens, got dtype {mask.dtype}: use mask.bool()")
-
-
 def right_padded(mask: torch.Tensor) -> None:
     """Raise ValueError unless every row of `mask` is True…True False…False; on a GPU, assert it on the device."""
+    rule = "mask must be right-padded (True up to the last real token, then False)"
     holes = mask[:, 1:] > mask[:, :-1]
     if mask.is_cuda:
-        torch._assert_async(~holes.any(), "mask must be right-padded (True up to the last real token, then False)")
+        torch._assert_async(~holes.any(), rule)
     elif holes.any():
         row = int(holes.nonzero()[0, 0])
-        raise ValueError(
-            f"mask must be right-padded (True up to the last real token, then False); row {row} is "
-            f"{mask[row].int().tolist()}: a hole would cut the λ-return in two"
-        )
-
-
-def integer_ids(tokens: torch.Tensor) -> None:
-    """Raise TypeError unless tokens are integers."""
-    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
+        raise ValueError(f"{rule}; row {row} is {mask[row].int().tolist()}: a hole would cut the λ-return in two")
 
 
 def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
-    """Raise TypeError unless tokens are integers, ValueError unless every unmasked one lies in [0, vocab).
+    """Raise ValueError unless every unmasked one of these integers lies in [0, vocab).
 
     On a GPU the values are asserted on the device, so that the host never waits for them.
     """
-    integer_ids(tokens)
+    rule = f"tokens must lie in [0, {vocab}), the size of the vocabulary"
+    wrong = (((tokens < 0) | (tokens >= vocab)) & mask).any()
     if tokens.is_cuda:
-        fine = ((tokens >= 0) & (tokens < vocab)) | ~mask
-        torch._assert_async(fine.all(), f"tokens must lie in [0, {vocab}), the size of the vocabulary, where unmasked")
-        return
-    real = tokens[mask]
-    if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < vocab:
-        raise ValueError(
-            f"tokens must lie in [0, {vocab}), the size of the vocabulary, got ids from {int(real.min())} "
-            f"to {int(real.max())} on unmasked positions"
-        )
+        torch._assert_async(~wrong, f"{rule}, where unmasked")
+    elif wrong:
+        low, high = tokens[mask].aminmax()
+        raise ValueError(f"{rule}, got ids from {int(low)} to {int(high)} on unmasked positions")
 
 
 def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> None:
@@ -228,22 +207,20 @@ def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> Non
         raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
 
 
-LOSSES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
+NEEDS = {
+    "l2": (), "huber": ("delta",), "value_clipped": ("clip", "old_values", "old_logprobs"),
+    "ratio_clipped": ("log_ratio_clip", "old_logprobs"),
+    "double_clipped": ("clip", "log_ratio_clip", "old_values", "old_logprobs"),
+}  # fmt: skip
+LOSSES = tuple(NEEDS)
 
 
 def loss_variant(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
     """Every variant gets the thresholds and old quantities it needs, or an error that names what is missing."""
-    positive(tau=tau)
+    thresholds = optional(delta=delta, clip=clip, log_ratio_clip=log_ratio_clip)
+    positive(tau=tau, **thresholds)
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
-    values, ratios = loss in ("value_clipped", "double_clipped"), loss in ("ratio_clipped", "double_clipped")
-    needed = {"delta": loss == "huber", "clip": values, "log_ratio_clip": ratios}
-    needed |= {"old_values": values, "old_logprobs": values or ratios}
-    given = dict(
-        delta=delta, clip=clip, log_ratio_clip=log_ratio_clip, old_values=old_values, old_logprobs=old_logprobs
-    )
-    for name, value in given.items():
-        if needed[name] and value is None:
+    for name in NEEDS[loss]:
+        if name not in thresholds | optional(old_values=old_values, old_logprobs=old_logprobs):
             raise ValueError(f"loss={loss!r} needs {name}, got None")
-        if name in ("delta", "clip", "log_ratio_clip") and value is not None:
-            positive(**{name: value})

@@ -125,13 +125,13 @@ def linear_grad(
 
 def linear_klq(
     kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, values: Tensor, temperature: float,
-    mask: Tensor, fixed: dict, variant: dict, needed: tuple[bool, bool, bool], workspace: int,
+    mask: Tensor, fixed: tuple, variant: tuple, needed: tuple[bool, bool, bool], workspace: int,
 ) -> tuple[Tensor, Statistics, Gradients, Tensor]:  # fmt: skip
     """KLQ's loss, the statistics, and all gradients (hidden, weight, bias; values) from one pass over the vocabulary.
 
     Within a chunk the log-probs are known as soon as its logits are, hence the loss and its gradient: nothing is
     computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `fixed` holds
-    klq_loss's tensors without gradient, `variant` its settings; `kernels` works on logits.
+    `klq_terms`'s tensors without gradient, `variant` its settings; `kernels` works on logits.
     """
     grads, count, given_policy = Gradients.start(policy, needed, mask), mask.sum().clamp(min=1), policy
     policy, ref = policy.workable(), ref and ref.workable()
@@ -141,9 +141,9 @@ def linear_klq(
     for index, (rows, z) in enumerate(logit_chunks(policy, mask, workspace, shared=ref is not None)):
         part = chunk_stats(kernels, z, tokens[rows], ref, rows, temperature, mask[rows], workspace)
         store(stats, rows, part)
-        given = {name: None if x is None else x[rows] for name, x in fixed.items()}
-        given["ref_logprobs"] = part.ref_logprob if ref else given["ref_logprobs"]
-        loss, a, dvalues[rows] = klq_terms(part.logprob, values[rows], mask[rows], **given, **variant)
+        logq, *given = (None if x is None else x[rows] for x in fixed)
+        logq = part.ref_logprob if ref else logq
+        loss, a, dvalues[rows] = klq_terms(part.logprob, values[rows], mask[rows], logq, *given, *variant)
         total = total + loss
         if any(needed):
             dz, scale = chunk_grad(kernels, z, tokens[rows], temperature, mask[rows], part, a / count)
@@ -152,19 +152,18 @@ def linear_klq(
 
 
 def klq_terms(
-    logprobs: Tensor, values: Tensor, mask: Tensor, *, ref_logprobs: Tensor, targets: Tensor, tau: float,
-    loss: str = "l2", clip: float | None = None, log_ratio_clip: float | None = None, delta: float | None = None,
-    old_logprobs: Tensor | None = None, old_values: Tensor | None = None,
+    logprobs: Tensor, values: Tensor, mask: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
+    old_values: Tensor | None, tau: float, loss: str, clip: float | None, log_ratio_clip: float | None,
+    delta: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum of `reference.klq_loss` over tokens, and its derivatives in each log-prob and value, as autograd has them.
 
     A clipped candidate that is worse than ½e² is out of its clamp's range: no gradient passes what is clamped.
     """
-    thresholds = dict(clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
     terms = reference.klq_loss(
-        logprobs, ref_logprobs, values, targets, mask, tau=tau, loss=loss, **thresholds, **old, reduction="none"
-    )
+        logprobs, ref_logprobs, values, targets, mask, tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip,
+        delta=delta, old_logprobs=old_logprobs, old_values=old_values, reduction="none",
+    )  # fmt: skip
     old = (x if x is not None else y for x, y in ((old_logprobs, logprobs), (old_values, values)))
     logp, v, logq, target, old_logp, old_v = clean(mask, logprobs, values, ref_logprobs, targets, *old)
     error = reference.q_values(logp, logq, v, tau) - target

@@ -14,28 +14,18 @@ from klq_kernels.reference import result_dtype
 from klq_kernels.tiled import Statistics
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-NAMESPACE = "klq_kernels"
 
 
-def module(backend: str):
-    """The module with this backend's `logits_stats`, `logits_grad` and `lambda_returns`."""
+def module(backend: str, linear: bool = False):
+    """The module with this backend's `logits_stats`, `logits_grad` and `lambda_returns`, or with its `linear_…`."""
     if backend == "torch":
-        return tiled
-    from klq_kernels import triton_logits
+        return chunked if linear else tiled
+    from klq_kernels import triton_linear, triton_logits
 
-    return triton_logits
-
-
-def linear_module(backend: str):
-    """The module with this backend's `linear_stats` and `linear_grad`."""
-    if backend == "torch":
-        return chunked
-    from klq_kernels import triton_linear
-
-    return triton_linear
+    return triton_linear if linear else triton_logits
 
 
-@custom_op(f"{NAMESPACE}::token_stats", mutates_args=())
+@custom_op("klq_kernels::token_stats", mutates_args=())
 def token_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, backend: str
 ) -> Stats:
@@ -45,11 +35,11 @@ def token_stats(
 
 
 @token_stats.register_fake
-def _(logits, tokens, ref_logits, temperature, mask, backend):
+def _(logits, tokens, ref_logits, *rest):
     return tuple(tiled.empty_statistics(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
 
 
-@custom_op(f"{NAMESPACE}::token_stats_grad", mutates_args=())
+@custom_op("klq_kernels::token_stats_grad", mutates_args=())
 def token_stats_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor,
     stats: Sequence[Tensor], a: Tensor | None, b: Tensor | None, c: Tensor | None, backend: str,
@@ -61,40 +51,33 @@ def token_stats_grad(
 
 
 @token_stats_grad.register_fake
-def _(logits, tokens, ref_logits, temperature, mask, stats, a, b, c, backend):
+def _(logits, *rest):
     return logits.new_empty(logits.shape)
 
 
 def _save(ctx, inputs, output):
-    tensors, rest = _split(inputs)
-    ctx.save_for_backward(*tensors, *output)
-    ctx.rest, ctx.inputs = rest, len(inputs)
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
+    ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
 
 
-def _split(inputs) -> tuple[list, list]:
-    """(tensor or None, other value or None) per argument, so that save_for_backward gets tensors only."""
-    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    return tensors, [None if isinstance(x, Tensor) else x for x in inputs]
-
-
-def _saved(ctx) -> tuple[list, tuple]:
-    """The arguments and the results of the forward pass."""
+def _saved(ctx, *upstream: Tensor | None) -> tuple[list, str]:
+    """What the gradient's op takes, but `needed`: forward arguments, results, upstream gradients; and the backend."""
     tensors = ctx.saved_tensors
-    inputs = [t if t is not None else x for t, x in zip(tensors[: ctx.inputs], ctx.rest, strict=True)]
-    return inputs, tensors[ctx.inputs :]
+    *inputs, backend = (x if t is None else t for t, x in zip(tensors, ctx.rest))
+    contiguous = (None if g is None else g.contiguous() for g in upstream)
+    return [*inputs, list(tensors[len(ctx.rest) :]), *contiguous], backend
 
 
 def _token_stats_backward(ctx, a, b, _, c, *unused):
-    (logits, tokens, ref_logits, temperature, mask, backend), stats = _saved(ctx)
-    args = (logits, tokens, ref_logits, temperature, mask, list(stats), *_contiguous(a, b, c), backend)
-    return token_stats_grad(*args), None, None, None, None, None
+    args, backend = _saved(ctx, a, b, c)
+    return token_stats_grad(*args, backend), *[None] * 5
 
 
 token_stats.register_autograd(_token_stats_backward, setup_context=_save)
 
 
-@custom_op(f"{NAMESPACE}::linear_token_stats", mutates_args=())
+@custom_op("klq_kernels::linear_token_stats", mutates_args=())
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, temperature: float, mask: Tensor, workspace: int, backend: str,
@@ -102,15 +85,15 @@ def linear_token_stats(
     """`Statistics` of every row of hidden [N, H]."""
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    return tuple(linear_module(backend).linear_stats(policy, tokens, ref, temperature, mask, workspace))
+    return tuple(module(backend, linear=True).linear_stats(policy, tokens, ref, temperature, mask, workspace))
 
 
 @linear_token_stats.register_fake
-def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, temperature, mask, workspace, backend):
+def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, *rest):
     return tuple(tiled.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
 
 
-@custom_op(f"{NAMESPACE}::linear_token_stats_grad", mutates_args=())
+@custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
 def linear_token_stats_grad(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, temperature: float, mask: Tensor, workspace: int,
@@ -118,28 +101,26 @@ def linear_token_stats_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; empty where not needed."""
     policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    step = linear_module(backend).linear_grad
+    step = module(backend, linear=True).linear_grad
     grads = step(policy, tokens, ref, temperature, mask, Statistics(*stats), (a, b, c), tuple(needed), workspace)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @linear_token_stats_grad.register_fake
-def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, temperature, mask, workspace, stats, a, b, c,
-      needed, backend):  # fmt: skip
-    return _empty_gradients((hidden, weight, bias), needed)
+def _(hidden, weight, bias, *rest):
+    return _empty_gradients((hidden, weight, bias), needed=rest[-2])
 
 
 def _linear_backward(ctx, a, b, _, c, *unused):
-    inputs, stats = _saved(ctx)
+    args, backend = _saved(ctx, a, b, c)
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-    grads = linear_token_stats_grad(*inputs[:-1], list(stats), *_contiguous(a, b, c), needed, inputs[-1])
-    return (*_asked(grads, needed), *[None] * 8)
+    return *_asked(linear_token_stats_grad(*args, needed, backend), needed), *[None] * 8
 
 
 linear_token_stats.register_autograd(_linear_backward, setup_context=_save)
 
 
-@custom_op(f"{NAMESPACE}::lambda_returns", mutates_args=())
+@custom_op("klq_kernels::lambda_returns", mutates_args=())
 def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
     tau: float, gamma: float, lam: float, alpha: float, backend: str,
@@ -151,12 +132,12 @@ def lambda_returns(
 
 
 @lambda_returns.register_fake
-def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, tau, gamma, lam, alpha, backend):
+def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, *rest):
     dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
     return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
 
 
-@custom_op(f"{NAMESPACE}::logits_klq_loss", mutates_args=())
+@custom_op("klq_kernels::logits_klq_loss", mutates_args=())
 def logits_klq_loss_parts(
     logits: Tensor, tokens: Tensor, values: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
     old_values: Tensor | None, mask: Tensor, temperature: float, tau: float, loss: str, clip: float | None,
@@ -164,19 +145,19 @@ def logits_klq_loss_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, its gradient in the logits or an empty tensor, its gradient in the values)."""
     grad = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    fixed = dict(ref_logprobs=ref_logprobs, targets=targets, old_logprobs=old_logprobs, old_values=old_values)
-    total, dvalues = _logits_klq(logits, tokens, values, mask, temperature, fixed, variant, backend, grad)
+    fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
+    total, dvalues = _logits_klq(grad, logits, tokens, values, *fixed, mask, temperature, *variant, backend)
     return total, grad, dvalues
 
 
-def _logits_klq(logits, tokens, values, mask, temperature, fixed, variant, backend, grad) -> tuple[Tensor, Tensor]:
-    """(loss, gradient in the values); writes the gradient in the logits to `grad` unless that is empty."""
+def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor]:
+    """(loss, gradient in the values) for the op's arguments; the gradient in the logits goes to `grad` unless empty."""
+    (*fixed, mask, temperature), (*variant, backend) = settings[:6], settings[6:]
     checks.token_ids(tokens, mask, logits.shape[-1])
     kernels, out = module(backend), grad.view(-1, logits.shape[-1])
     stats = kernels.logits_stats(logits, tokens, None, temperature, mask)
     count = mask.sum().clamp(min=1)
-    total, a, dvalues = chunked.klq_terms(stats.logprob, values, mask, **fixed, **variant)
+    total, a, dvalues = chunked.klq_terms(stats.logprob, values, mask, *fixed, *variant)
     if out.numel():
         kernels.logits_grad(logits, tokens, None, temperature, mask, stats, (a / count, None, None), out)
     return total / count, (dvalues / count).to(values.dtype)
@@ -211,16 +192,13 @@ class InplaceLoss(torch.autograd.Function):
     """`logits_klq_loss` whose forward pass overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, values, ref_logprobs, targets, old_logprobs, old_values, mask, *settings):
+    def forward(ctx, logits, tokens, values, *settings):
         """As the custom op, in place."""
-        temperature, *variant, backend = settings
-        fixed = dict(ref_logprobs=ref_logprobs, targets=targets, old_logprobs=old_logprobs, old_values=old_values)
-        variant = dict(zip(("tau", "loss", "clip", "log_ratio_clip", "delta"), variant, strict=True))
         grad = flat_view(logits.detach())
-        out = _logits_klq(grad, tokens, values.detach(), mask, temperature, fixed, variant, backend, grad)
+        total, dvalues = _logits_klq(grad, grad, tokens, values.detach(), *settings)
         torch.autograd.graph.increment_version(grad)
-        ctx.grads = (grad.view(logits.shape), out[1])
-        return out[0]
+        ctx.grads = grad.view(logits.shape), dvalues
+        return total
 
     @staticmethod
     def backward(ctx, upstream):
@@ -232,7 +210,7 @@ class InplaceLoss(torch.autograd.Function):
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@custom_op(f"{NAMESPACE}::linear_klq_loss", mutates_args=())
+@custom_op("klq_kernels::linear_klq_loss", mutates_args=())
 def linear_klq_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, values: Tensor, ref_logprobs: Tensor | None,
     targets: Tensor, old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, ref_hidden: Tensor | None,
@@ -242,8 +220,7 @@ def linear_klq_loss(
     """Loss; log-prob, entropy, reference log-prob, KL; gradients of hidden, weight, bias and values."""
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    fixed = dict(ref_logprobs=ref_logprobs, targets=targets, old_logprobs=old_logprobs, old_values=old_values)
+    fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
     total, stats, grads, dvalues = chunked.linear_klq(
         module(backend), policy, tokens, ref, values, temperature, mask, fixed, variant, tuple(needed), workspace
     )
@@ -284,9 +261,8 @@ def flat_view(x: Tensor) -> Tensor:
     try:
         return x.view(-1, x.shape[-1])
     except RuntimeError as error:
-        raise ValueError(
-            f"in place needs logits that can be viewed as [N, V], got shape {tuple(x.shape)} with strides {x.stride()}"
-        ) from error
+        got = f"shape {tuple(x.shape)} with strides {x.stride()}"
+        raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
 
 
 def _empty_gradients(tensors, needed) -> tuple[Tensor, ...]:
@@ -295,10 +271,6 @@ def _empty_gradients(tensors, needed) -> tuple[Tensor, ...]:
 
 def _asked(grads, needed) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(grads, needed)]
-
-
-def _contiguous(*grads: Tensor | None) -> list[Tensor | None]:
-    return [None if g is None else g.contiguous() for g in grads]
 
 
 def _hand_over(ctx, factor: Tensor | None, inplace: bool = False) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ without TRITON_INTERPRET: one process can't both interpret and compile. `klq ins
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -30,7 +31,8 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 DTYPES = {"bf16": 2, "fp32": 4}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NOT_DIVISIBLE = {"splits", "row_tiles", "blocks"}  # counts; all other integers are taken to be multiples of 16
-SIZES = {"V", "T", "D", "D2"}
+KINDS = {"TOKENS": "*i64", "MASK": "*i1"} | dict.fromkeys(("inv_temperature", "tau", "gamma", "lam", "alpha"), "fp32")
+KINDS |= dict.fromkeys(("V", "T", "D", "D2"), "i32")  # other parameters: *fp32 in capitals, else i32
 
 
 @dataclass
@@ -76,23 +78,17 @@ def variants() -> dict[str, tuple]:
     }
 
 
-def examine(
-    name: str, target: str, dtype: str, tile, default: bool, ones: bool = False
-) -> tuple[Finding, dict[str, str]]:
+def examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool) -> tuple[Finding, dict[str, str]]:
     """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
     kernel, typed, flags, _, multiplies = variants()[name]
-    size = DTYPES[dtype]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
+    sizes, options = _sizes_and_options(tile)
+    constants |= {name.upper(): size for name, size in sizes.items()}
     precision = "-"
     if multiplies:
         exact = triton_linear.fp32_precision(TARGETS[target].backend)
-        precision = dtype if size == 2 else exact
+        precision = dtype if dtype == "bf16" else exact
         constants |= {"PRECISION": exact, "UPCAST": False}
-        constants |= {"ROWS": tile.rows, "VOCAB": tile.vocab, "HIDDEN": tile.hidden}
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    else:
-        constants |= {"BLOCK": tile.block}
-        options = {"num_warps": tile.warps}
     compiled = compile_for(kernel, typed, constants, TARGETS[target], dtype, options, ones)
     facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, target)
     finding = Finding(
@@ -106,22 +102,21 @@ def examine(
 
 def problems(f: Finding, multiplies: bool) -> list[str]:
     """What a default tile must not do."""
-    found = []
-    if f.spill_bytes or f.local_accesses:
-        found.append(f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory")
-    if f.shared_bytes > f.shared_limit:
-        found.append(f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}")
-    if "16" not in f.loads:
-        found.append("no 16-byte loads")
-    if multiplies and not f.matrix:
-        found.append("no matrix instructions")
-    return found
+    needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
+    found = {
+        f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory": f.spill_bytes or f.local_accesses,
+        needs: f.shared_bytes > f.shared_limit,
+        "no 16-byte loads": "16" not in f.loads,
+        "no matrix instructions": multiplies and not f.matrix,
+    }
+    return [problem for problem, there in found.items() if there]
 
 
 def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict, ones: bool):
     """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into; or with all
     `ones`, since Triton compiles a size of 1 as a constant."""
-    signature = {p.name: _type(p.name, typed, dtype) for p in kernel.params}
+    kinds = {p.name: KINDS.get(p.name, "*fp32" if p.name.isupper() else "i32") for p in kernel.params}
+    signature = kinds | dict.fromkeys(typed, f"*{dtype}")
     if ones:
         constants = constants | {name: 1 for name, kind in signature.items() if kind == "i32" and name not in constants}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -132,16 +127,6 @@ def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dty
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options)
-
-
-def _type(name: str, typed: set[str], dtype: str) -> str:
-    if name in typed:
-        return f"*{dtype}"
-    if name in ("TOKENS", "MASK"):
-        return {"TOKENS": "*i64", "MASK": "*i1"}[name]
-    if name in ("inv_temperature", "tau", "gamma", "lam", "alpha"):
-        return "fp32"
-    return "*fp32" if name.isupper() and name not in SIZES else "i32"
 
 
 def _read_nvidia(compiled, target: str) -> tuple[dict, dict[str, str]]:
@@ -204,37 +189,36 @@ def _label(tile) -> str:
     >>> _label(triton_logits.Tile(4096, 8))
     '4096, 8 warps'
     """
-    stages = f", {tile.stages} stages" if hasattr(tile, "stages") else ""
-    sizes = [str(x) for name, x in tile._asdict().items() if name not in ("warps", "stages")]
-    return f"{'×'.join(sizes)}, {tile.warps} warps{stages}"
+    sizes, options = _sizes_and_options(tile)
+    return ", ".join(["×".join(map(str, sizes.values())), *(f"{n} {name[4:]}" for name, n in options.items())])
+
+
+def _sizes_and_options(tile) -> tuple[dict[str, int], dict[str, int]]:
+    """A tile's sizes, and Triton's options `num_warps` and `num_stages`."""
+    sizes = tile._asdict()
+    options = {f"num_{name}": sizes.pop(name) for name in ("warps", "stages") if name in sizes}
+    return sizes, options
 
 
 def main() -> None:
     """Print findings as JSON lines, or one kernel's source."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--kernels", nargs="+", default=list(variants()), choices=list(variants()))
+    for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": variants()}.items():
+        parser.add_argument(option, nargs="+", default=list(known), choices=list(known))
     parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
-    parser.add_argument(
-        "--ones", action="store_true", help="take every size to be 1, which Triton compiles differently"
-    )
+    parser.add_argument("--ones", action="store_true", help="make every size 1, which Triton compiles differently")
     parser.add_argument("--source", choices=("ptx", "sass", "amdgcn"))
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: unset it to compile")
-    for name in args.kernels:
-        tiles_by_size = variants()[name][3]
-        for target in args.targets:
-            for dtype in args.dtypes:
-                if DTYPES[dtype] not in tiles_by_size:
-                    continue
-                for i, tile in enumerate(tiles_by_size[DTYPES[dtype]][: None if args.all_tiles else 1]):
-                    finding, sources = examine(name, target, dtype, tile, i == 0, args.ones)
-                    if args.source:
-                        print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
-                    else:
-                        print(json.dumps(asdict(finding)), flush=True)
+    for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
+        tiles = variants()[name][3].get(DTYPES[dtype], [])
+        for tile in tiles if args.all_tiles else tiles[:1]:
+            finding, sources = examine(name, target, dtype, tile, tile is tiles[0], args.ones)
+            if args.source:
+                print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
+            else:
+                print(json.dumps(asdict(finding)), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def token_stats(
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    backend, logits, ref_logits = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
+    backend, model = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
     if backend == "reference":
-        return reference.token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
-    ref = None if ref_logits is None else ref_logits.detach()
+        return reference.token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
+    logits, ref = model["logits"], None if ref_logits is None else model["ref_logits"].detach()
     out = custom.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
     return _shaped(out, tokens, ref_logits is not None)
 
@@ -65,18 +65,14 @@ def linear_token_stats(
     checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
     checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    backend, hidden, weight, bias, *ref = _prepare(
-        backend, tokens, mask, hidden=hidden, weight=weight, bias=bias, **ref
-    )
+    model = dict(hidden=hidden, weight=weight, bias=bias)
+    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    backend, model = _prepare(backend, tokens, mask, **model)
     if backend == "reference":
-        return reference.linear_token_stats(
-            hidden, weight, tokens, *ref[:2], bias=bias, ref_bias=ref[2], temperature=temperature, mask=mask
-        )
-    out = custom.linear_token_stats(
-        _rows(hidden), weight, bias, _flat(tokens.long()), *_reference(*ref),
-        temperature, _flat(mask), workspace_bytes, backend,
-    )  # fmt: skip
+        return reference.linear_token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
+    hidden, weight, bias, *ref = model.values()
+    flat = _flat(tokens.long()), *_reference(*ref), temperature, _flat(mask)
+    out = custom.linear_token_stats(_rows(hidden), weight, bias, *flat, workspace_bytes, backend)
     return _shaped(out, tokens, ref_hidden is not None)
 
 
@@ -106,12 +102,10 @@ def lambda_returns(
     """
     given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
     checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
-    backend, *tensors = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
-    *tensors, weights = (x if x is None else x.detach() for x in tensors)
+    backend, given = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
     if backend == "reference":
-        return reference.lambda_returns(
-            *tensors, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha, trace_weights=weights
-        )
+        return reference.lambda_returns(**given, mask=mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
+    *tensors, weights = (x if x is None else x.detach() for x in given.values())
     return LambdaReturns(*custom.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
 
 
@@ -137,18 +131,11 @@ def logits_klq_loss(
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
-    backend, logits, ref_logprobs, values, targets, *fixed = _prepare(
-        backend, tokens, mask, logits=logits, **per_token, **old
-    )
-    old = dict(zip(old, fixed, strict=True))
+    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, dict(logits=logits), per_token, old)
     if backend == "reference":
-        return reference.logits_klq_loss(
-            logits, tokens, ref_logprobs, values, targets, mask, temperature=temperature, **variant, **old
-        )
-    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
-    args = (_flat(tokens.long()), values.reshape(-1), *flat, temperature, *variant.values(), backend)
-    return custom.InplaceLoss.apply(logits, *args) if inplace else custom.logits_klq_loss(logits, *args)
+        return reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
+    args = given["logits"], *flat, temperature, *variant.values(), backend
+    return custom.InplaceLoss.apply(*args) if inplace else custom.logits_klq_loss(*args)
 
 
 def linear_klq_loss(
@@ -177,32 +164,38 @@ def linear_klq_loss(
     variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
     per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
-    ref = dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(hidden, weight, tokens, **ref, bias=bias, mask=mask)
-    _check_loss_tensors(tokens, variant, mask=mask, **per_token, **old)
-    head = dict(hidden=hidden, weight=weight, bias=bias)
-    backend, *narrowed = _prepare(backend, tokens, mask, **head, **ref, **per_token, **old)
-    (hidden, weight, bias), heads = narrowed[:3], dict(zip(ref, narrowed[3:6], strict=True))
-    ref_logprobs, values, targets, *fixed = narrowed[6:]
+    model = dict(hidden=hidden, weight=weight, bias=bias)
+    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.heads(tokens=tokens, **model, mask=mask)
+    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, model, per_token, old)
     if backend == "reference":
-        out, stats = reference.linear_klq_loss(
-            hidden, weight, tokens, ref_logprobs, values, targets, mask, bias=bias, **heads, temperature=temperature,
-            **variant, **dict(zip(old, fixed, strict=True)),
-        )  # fmt: skip
+        out, stats = reference.linear_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
         return (out, stats) if return_stats else out
+    hidden, weight, bias, *ref = (given[name] for name in model)
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    flat = [_flat(x) for x in (ref_logprobs, targets, *fixed, mask)]
     out, *stats = custom.linear_klq_loss(
-        _rows(hidden), weight, bias, _flat(tokens.long()), values.reshape(-1), *flat,
-        *_reference(*heads.values()), temperature, *variant.values(), needed, workspace_bytes, backend,
+        _rows(hidden), weight, bias, *flat, *_reference(*ref), temperature, *variant.values(), needed,
+        workspace_bytes, backend,
     )[:5]  # fmt: skip
     return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
 
 
-def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> list:
-    """The backend for these tensors, then the tensors in the dtypes it gets them in."""
+def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> tuple[str, dict]:
+    """The backend for these tensors, and the tensors in the dtypes it gets them in."""
     checks.common_device(**floats, tokens=tokens, mask=mask)
-    return [checks.pick_backend(backend, **floats), *narrow(*floats.values())]
+    return checks.pick_backend(backend, **floats), dict(zip(floats, narrow(*floats.values())))
+
+
+def _prepare_loss(
+    backend: str | None, tokens: Tensor, mask: Tensor, variant: dict, model: dict, per_token: dict, old: dict
+) -> tuple[str, dict, list]:
+    """What `_prepare` returns after the checks of either loss, and flat tensors as its custom op takes them."""
+    checks.loss_variant(**variant, **old)
+    checks.tensors(values=per_token["values"], targets=per_token["targets"])
+    checks.alike(tokens=tokens, mask=mask, **checks.optional(**per_token, **old))
+    backend, given = _prepare(backend, tokens, mask, **model, **per_token, **old)
+    fixed = (given[name] for name in ("ref_logprobs", "targets", *old))
+    return backend, given, [_flat(tokens.long()), given["values"].reshape(-1), *map(_flat, fixed), _flat(mask)]
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -221,12 +214,5 @@ def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 
 def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
     """TokenStats shaped like tokens from flat results; the reference's log-prob is no function of the policy."""
-    count = 4 if with_ref else 2
-    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[:count])
+    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[: 4 if with_ref else 2])
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))
-
-
-def _check_loss_tensors(tokens: Tensor, variant: dict, old_logprobs, old_values, ref_logprobs=None, **rest) -> None:
-    checks.loss_variant(**variant, old_logprobs=old_logprobs, old_values=old_values)
-    maybe = checks.optional(old_logprobs=old_logprobs, old_values=old_values, ref_logprobs=ref_logprobs)
-    checks.alike(tokens=tokens, **rest, **maybe)

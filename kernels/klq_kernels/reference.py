@@ -34,13 +34,9 @@ class LambdaReturns(NamedTuple):
 
 
 def token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None = None, *, temperature: float = 1.0,
     mask: Tensor | None = None,
-) -> TokenStats:
+) -> TokenStats:  # fmt: skip
     """`klq_kernels.token_stats` by its formulas, with every [..., V] tensor spelled out."""
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
@@ -66,9 +62,8 @@ def linear_token_stats(
     checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     hidden, weight, bias, *ref = narrow(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    logits, ref_logits = _project(hidden, weight, bias, mask), None
-    if ref_hidden is not None:
-        ref_logits = _project(*ref, mask).detach()
+    logits = _project(hidden, weight, bias, mask)
+    ref_logits = None if ref_hidden is None else _project(*ref, mask)
     return token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
 

@@ -54,18 +54,13 @@ def logits_stats(
 
 
 def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Statistics:
-    """`logits_stats` of a tile of the vocabulary as if there were no more, where a token that is elsewhere has log-prob
-    0. The logits z [N, V] become the tile's softmax, the reference's r are used up; the KL has an error of about 1e-7.
-    """
-    out, scratch = empty_statistics(tokens, z.dtype, r is not None), None
-    here = (tokens >= 0) & (tokens < z.shape[1])
-    inside = torch.where(here, tokens, 0)
-    for rows in row_blocks(torch.ones_like(here), z[:1].nbytes):
-        part = z[rows]
-        scratch = torch.empty(part.shape, dtype=z.dtype, device=z.device) if scratch is None else scratch
-        _fill(out, rows, part, inside[rows], None if r is None else r[rows], temperature, _cross_kl, scratch)
-    for x in (out.logprob, out.ref_logprob) if r is not None else (out.logprob,):
-        x.masked_fill_(~here, 0.0)
+    """`logits_stats` of a tile of the vocabulary as if there were no more; where the token is elsewhere, the log-probs
+    mean nothing. The logits z [N, V] become the tile's softmax, the reference's r are used up; the KL has an error of
+    about 1e-7."""
+    out, buffers, inside = empty_statistics(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
+    for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
+        part, reference_part = z[rows], None if r is None else r[rows]
+        _fill(out, rows, part, inside[rows], reference_part, temperature, _cross_kl, _scratch(buffers, "logp", part))
     return out
 
 
@@ -93,9 +88,8 @@ def join(left: Statistics | None, right: Statistics, here: Tensor, temperature: 
 
 def finished(stats: Statistics, dtype: torch.dtype) -> Statistics:
     """Joined statistics in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
-    return Statistics(
-        *(x.masked_fill(stats.shift <= LOWEST, torch.nan).to(dtype) if len(x) else x.to(dtype) for x in stats)
-    )
+    nothing = stats.shift <= LOWEST
+    return Statistics(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
 
 
 def shares(tile: Statistics, whole: Statistics, temperature: float) -> Tensor:
@@ -122,7 +116,7 @@ def logits_grad(
         grad = torch.exp(logp, out=_scratch(buffers, "grad", logp))
         direct = isinstance(rows, slice) and out.dtype == grad.dtype
         if upstream[1] is None and upstream[2] is None:
-            grad = torch.mul(grad, -a.unsqueeze(1), out=out[rows] if direct else grad)
+            weights = -a.unsqueeze(1)
         else:
             kl, constant = stats.kl[rows] if upstream[2] is not None else c, -a - b * stats.entropy[rows]
             c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
@@ -132,7 +126,7 @@ def logits_grad(
                 r = take_rows(ref_logits, rows, a.dtype)
                 logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_norm[rows], buffers, "q")
                 weights.sub_(logq.clamp_min_(LOWEST).mul_(c.unsqueeze(1)))
-            grad = torch.mul(grad, weights, out=out[rows] if direct else grad)
+        grad = torch.mul(grad, weights, out=out[rows] if direct else grad)
         if upstream[0] is not None:
             chosen = tokens[rows].long()
             here = (chosen >= 0) & (chosen < grad.shape[1])  # in a tile of the vocabulary it may be elsewhere
@@ -147,9 +141,8 @@ def lambda_returns(
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
     """`reference.lambda_returns` without a loop over time."""
-    given = (values, rewards, logprobs, ref_logprobs, *([] if trace_weights is None else [trace_weights]))
-    dtype = reference.result_dtype(*given)
-    v, r, logp, logq, *weights = (x.to(dtype) for x in given)
+    weights = () if trace_weights is None else (trace_weights,)
+    v, r, logp, logq, *weights = reference.cast(values, rewards, logprobs, ref_logprobs, *weights)
     q = reference.zero_unless(mask, reference.q_values(logp, logq, v, tau))
     later = reference.shift_left(reference.zero_unless(mask, v))
     td_errors = reference.zero_unless(mask, torch.add(r, later, alpha=gamma).sub_(q))

@@ -16,7 +16,7 @@ from torch import Tensor
 from klq_kernels.chunked import Gradients, Head, add_product, product
 from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
 from klq_kernels.tiled import Statistics, empty_statistics
-from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel
+from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel, vocabulary_splits
 
 INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 264  # two waves of a 132-multiprocessor GPU: with fewer row tiles the vocabulary is split
@@ -213,21 +213,17 @@ def linear_stats(
         return out
     tile = chosen(TILES[policy.weight.element_size()])
     row_tiles = triton.cdiv(rows, tile.rows)
-    splits = min(triton.cdiv(PROGRAMS, row_tiles), triton.cdiv(V, tile.vocab))
-    span = triton.cdiv(triton.cdiv(V, splits), tile.vocab) * tile.vocab
-    splits = triton.cdiv(V, span)
+    splits, span = vocabulary_splits(PROGRAMS, row_tiles, V, tile.vocab)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=tokens.device)
     token_logits = torch.full((2, rows), float("nan"), dtype=torch.float32, device=tokens.device)
     heads, sizes, flags = _arguments(policy, ref)
-    shared = ref is not None and _same(policy, ref)
     linear_stats_kernel[(row_tiles * splits,)](
         *heads, tokens, mask, partials, *token_logits, rows, V, *sizes, 1 / temperature, row_tiles, span, splits,
-        **flags, HAS_REF=ref is not None, SHARED=shared, **_tile(tile),
+        **flags, HAS_REF=ref is not None, SHARED=ref is not None and _same(policy, ref), **_tile(tile),
     )  # fmt: skip
     merge_kernel[(rows,)](
         partials, tokens, mask, *token_logits, *out, rows, V, 1, 0, 0, 0, 0, 1 / temperature, splits,
-        HAS_REF=ref is not None, IN_ROWS=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16,
-        num_warps=1,
+        HAS_REF=ref is not None, IN_ROWS=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -239,16 +235,15 @@ def linear_grad(
     """See `chunked.linear_grad`: logit gradients exist for one slab of the vocabulary at a time, in the weight's dtype
     and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order."""
     hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
-    clean = policy._replace(hidden=hidden)
     grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
         return grads.like(policy)
-    tile = chosen(TILES[policy.weight.element_size()])
     size = policy.weight.element_size()
+    tile = chosen(TILES[size])
     slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
     dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
-    heads, sizes, flags = _arguments(clean, ref if upstream[2] is not None else None)
+    heads, sizes, flags = _arguments(policy._replace(hidden=hidden), ref if upstream[2] is not None else None)
     a, b, c = (stats.norm if x is None else x for x in upstream)
     for first in range(0, V, slab):
         columns = slice(first, min(first + slab, V))

@@ -225,7 +225,7 @@ def logits_stats(
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(ref_logits) if ref_logits is not None else (z, time, z_batch, z_time)
     has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
-    splits, span = vocabulary_splits(rows, V, tile.block)
+    splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     where = (z_batch, z_time, r_batch, r_time, 1 / temperature, splits)
     stats_kernel[(rows * splits,)](
@@ -279,9 +279,9 @@ def lambda_returns(
     return out
 
 
-def vocabulary_splits(rows: int, V: int, block: int) -> tuple[int, int]:
-    """(number of splits, tokens per split): one split where rows alone fill a GPU, more where they don't."""
-    wanted = min(triton.cdiv(ROWS_PER_SPLIT, max(rows, 1)), triton.cdiv(V, block))
+def vocabulary_splits(programs: int, rows: int, V: int, block: int) -> tuple[int, int]:
+    """(number of splits, tokens per split): one split where the rows make enough programs, more where they don't."""
+    wanted = min(triton.cdiv(programs, rows), triton.cdiv(V, block))
     span = triton.cdiv(triton.cdiv(V, wanted), block) * block
     return triton.cdiv(V, span), span
 

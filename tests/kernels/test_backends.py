@@ -218,7 +218,8 @@ def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     assert len([*tiled.row_blocks(mask, 4 * VOCAB)]) > 2
     assert len([*chunked.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
     if backend == "triton":
-        assert custom.module(backend).vocabulary_splits(25, VOCAB, 16) == (2, 32)
+        kernels = custom.module(backend)
+        assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
     for ref in (None, head) if backend == "torch" else ():
         first, *others = chunked.tall_blocks(mask, head, ref, WORKSPACE[backend])
         heads = head.take(first), ref and ref.take(first)
@@ -652,7 +653,7 @@ def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
     """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
-    module = custom.linear_module(backend) if op is linear_token_stats else chunked
+    module = custom.module(backend, linear=True) if op is linear_token_stats else chunked
     name = "linear_grad" if op is linear_token_stats else "linear_klq"
     original, made = getattr(module, name), []
 
