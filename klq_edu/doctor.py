@@ -23,10 +23,8 @@ def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
     found = [Finding("python", True, platform.python_version())]
     found += [_package(name, "pip install -c constraints.txt -e .") for name in PACKAGES]
-    found += [
-        _package(name, "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)")
-        for name in DEMO_PACKAGES
-    ]
+    demo = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
+    found += [_package(name, demo) for name in DEMO_PACKAGES]
     devices = [_device(), _triton()] if importlib.util.find_spec("torch") else []
     return [*found, *devices, _weights(), _cache()]
 
@@ -79,10 +77,7 @@ def run_doctor() -> bool:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="klq doctor")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column)
-    findings = examine()
+    table, findings = Table("", "what", "found", "what to do", title="klq doctor"), examine()
     for f in findings:
         table.add_row("[green]ok[/]" if f.fine else "[red]missing[/]", f.what, escape(f.found), escape(f.advice))
     Console().print(table)

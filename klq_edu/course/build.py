@@ -22,13 +22,13 @@ from klq_edu.course import html
 from klq_edu.course.chapters import Chapter, load, load_all
 from klq_edu.course.display import FRAMES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
+from klq_edu.course.html import TAG
 
 HOLE = f'raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TAG = re.compile(r"\\tag\{([\d.]+)\}")
 EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
 CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 
@@ -77,11 +77,8 @@ def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode
 def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> NotebookNode:
     """Run every cell in a fresh kernel, in place."""
     with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
-        client = NotebookClient(
-            notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
-            record_timing=False,
-        )  # fmt: skip
-        client.execute()
+        place = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, record_timing=False).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
@@ -104,9 +101,8 @@ def drift(folder: Path, chapter: Chapter) -> list[Path]:
 def equations(notebook: NotebookNode) -> list[str]:
     """Numbers of the displayed equations in order; ValueError for one without a number."""
     found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
-    for equation in found:
-        if not TAG.search(equation):
-            raise ValueError(f"a displayed equation without \\tag: {equation}")
+    if bare := [equation for equation in found if not TAG.search(equation)]:
+        raise ValueError(f"a displayed equation without \\tag: {bare[0]}")
     return [TAG.search(equation).group(1) for equation in found]
 
 
@@ -145,7 +141,6 @@ def without_markers(text: str) -> str:
 def hints(exercise: Exercise) -> str:
     """Three folded hints, and what to expect of the exercise."""
     stars = "●" * exercise.level + "○" * (3 - exercise.level)
-    folded = (
-        f"<details><summary>Hint {i}</summary>\n\n{hint}\n\n</details>" for i, hint in enumerate(exercise.hints, 1)
-    )
-    return f"*Difficulty {stars}, about {exercise.minutes} minutes.*\n\n" + "\n\n".join(folded)
+    parts = [f"*Difficulty {stars}, about {exercise.minutes} minutes.*"]
+    parts += [f"<details><summary>Hint {i}</summary>\n\n{x}\n\n</details>" for i, x in enumerate(exercise.hints, 1)]
+    return "\n\n".join(parts)

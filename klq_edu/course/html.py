@@ -11,9 +11,10 @@ from pygments.formatters import HtmlFormatter
 
 from klq_edu.course.chapters import Chapter
 
-CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
-MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\\w])\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
-FOLD = re.compile(r"<details>\s*<summary>[^\n]*?</summary>|</details>")
+SPECIAL = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|(?<![\\\w])\$(?P<inline>[^$\n]+?)\$"
+    r"|(?P<fold><details>\s*<summary>[^\n]*?</summary>|</details>)", re.DOTALL,
+)  # fmt: skip
 TAG = re.compile(r"\\tag\{([\d.]+)\}")
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
@@ -49,18 +50,16 @@ def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], fram
 
 def with_mathml(text: str, kept: Kept) -> str:
     """Markdown whose TeX formulas have become MathML and whose folds stay folds; code is left alone."""
-    parts = CODE.split(text)
-    return "".join(part if CODE.fullmatch(part) else _prose(part, kept) for part in parts)
+    return SPECIAL.sub(lambda m: _replacement(m, kept), text)
 
 
-def _prose(text: str, kept: Kept) -> str:
-    text = MATH.sub(lambda m: _mathml(m, kept), text)
-    return FOLD.sub(lambda m: f"\n\n{kept.away(m[0])}\n\n", text)
-
-
-def _mathml(match: re.Match, kept: Kept) -> str:
-    if inline := match["inline"]:
-        return kept.away(_convert(inline, "inline"))
+def _replacement(match: re.Match, kept: Kept) -> str:
+    if match["code"]:
+        return match[0]
+    if match["fold"]:
+        return f"\n\n{kept.away(match[0])}\n\n"
+    if match["inline"]:
+        return kept.away(_convert(match["inline"], "inline"))
     number = TAG.search(match["block"])
     formula = _convert(TAG.sub("", match["block"]), "block")
     label = f'<span class="number">({number[1]})</span>' if number else ""
