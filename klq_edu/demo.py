@@ -1,6 +1,7 @@
 """`klq demo` and `klq train`: language models trained by KLQ and PPO, with progress, table and report."""
 
 import time
+import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,26 +52,21 @@ class DemoConfig:
         return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
 
 
-def title(config: TrainConfig) -> str:
-    """The algorithm's name as people write it."""
-    from klq_edu.figures import STYLES
-
-    return STYLES[variant_of(config.to_dict())][0]
-
-
 def run_all(console, name: str, experiments: dict[Path, TrainConfig]):
     """The world of this name and the results of all experiments (folder -> settings): run what is missing, print."""
     from klq_edu.experiment import run_experiment
+    from klq_edu.figures import STYLES
     from klq_edu.report import print_results
     from klq_edu.terminal import progress_bars, show_update
     from klq_edu.worlds import load
 
     with console.status(f"loading the world {name} (the first time takes up to half a minute longer)"):
         world = load(name)
-    results = []
+    bars, results = [], []
     with progress_bars(console) as progress:
-        names = [(f"{title(c)} seed {c.seed}", c.updates) for c in experiments.values()]
-        bars = [progress.add_task(name, total=updates, note="", start=False) for name, updates in names]
+        for settings in experiments.values():
+            what = f"{STYLES[variant_of(settings.to_dict())][0]} seed {settings.seed}"
+            bars.append(progress.add_task(what, total=settings.updates, note="", start=False))
         for bar, (folder, settings) in zip(bars, experiments.items()):
             progress.start_task(bar)
             results.append(run_experiment(world, settings, folder, show_update(progress, bar)))
@@ -94,8 +90,6 @@ def run_demo(config: DemoConfig) -> Path:
     minutes = (time.perf_counter() - start) / 60
     console.print(f"\nreport: [bold]{escape(str(page))}[/]   runs: {escape(str(folder))}   time: {minutes:.1f} min")
     if config.open:
-        import webbrowser
-
         webbrowser.open(page.resolve().as_uri())
     return page
 

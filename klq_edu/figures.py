@@ -45,10 +45,8 @@ class Picture(NamedTuple):
 def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, smooth: int = 1) -> Picture:
     """One panel per column of `runs` (name -> axis label) against the number of rollouts, one line per algorithm.
 
-    `remark` is the sentence of the caption that says what to see.
-
-    `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts". Lines are medians over seeds of
-    a running mean over `smooth` updates, bands reach from the lowest to the highest seed.
+    `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts"; `remark` ends the caption and
+    says what to see. Lines are medians over seeds of running means over `smooth` updates, bands their whole range.
     """
     figure, axes = panels(len(columns))
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
@@ -75,7 +73,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
         x, y = "exact_kl", "exact_reward"
         exact = " Both are exact, by enumeration: no policy can be above the grey line."
         axis.plot(frontier["kl"], frontier["reward"], color=GREY, lw=1, label="best possible (exact, all τ)")
-    for name, part in _by_algorithm(runs):
+    for name, part in in_order(runs, "algorithm", STYLES):
         for i, (_, run) in enumerate(part.groupby("seed")):
             path = run[[x, y]].dropna().rolling(smooth, min_periods=1).mean()
             style = _line(name) | ({} if i == 0 else {"label": None})
@@ -178,9 +176,8 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     shown |= {"error_gradient": "relative error of the gradient"}
     figure, axes = panels(3, width=3.9, height=3.6)
     for axis, (column, label) in zip(axes, shown.items(), strict=True):
-        for name in (n for n in CONTENDERS if (rows["contender"] == n).any()):
+        for name, part in in_order(rows.sort_values(along), "contender", CONTENDERS):
             colour, line, marker, _ = CONTENDERS[name]
-            part = rows[rows["contender"] == name].sort_values(along)
             axis.plot(part[along], part[column], color=colour, linestyle=line, marker=marker, label=name)
             if column == "units":
                 axis.vlines(part[along], part["units_low"], part["units_high"], color=colour, lw=1)
@@ -217,16 +214,16 @@ def plain_axes(figure: FigureBase, count: int = 1):
 
 def _curves(axis, runs: pd.DataFrame, column: str, smooth: int, **style) -> None:
     """A column against rollouts, by algorithm: median and range over seeds of running means over `smooth` updates."""
-    for name, part in _by_algorithm(runs):
+    for name, part in in_order(runs, "algorithm", STYLES):
         table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
         table = table.rolling(smooth, min_periods=1).mean()
         axis.plot(table.index, table.median(axis=1), **style, **_line(name))
         axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
 
 
-def _by_algorithm(runs: pd.DataFrame):
-    """(name, rows) in the order of STYLES, so that colours and legends never depend on the data's order."""
-    return [(name, runs[runs["algorithm"] == name]) for name in STYLES if (runs["algorithm"] == name).any()]
+def in_order(rows: pd.DataFrame, column: str, names: dict):
+    """(name, its rows) for those of `names` that occur, so that legends never depend on the data's order."""
+    return [(name, rows[rows[column] == name]) for name in names if (rows[column] == name).any()]
 
 
 def _line(name: str) -> dict:
@@ -235,4 +232,4 @@ def _line(name: str) -> dict:
 
 
 def _names(runs: pd.DataFrame) -> str:
-    return ", ".join(STYLES[name][0] for name, _ in _by_algorithm(runs))
+    return ", ".join(STYLES[name][0] for name, _ in in_order(runs, "algorithm", STYLES))

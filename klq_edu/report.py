@@ -39,8 +39,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     summary = summarise_results(results).dropna(axis=1)
     shown = {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
-    for name in (n for n in STYLES if (summary["algorithm"] == n).any()):
-        part = summary[summary["algorithm"] == name]
+    for name, part in figures.in_order(summary, "algorithm", STYLES):
         cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
         rows.append({"algorithm": STYLES[name][0]} | cells)
     return pd.DataFrame(rows)
@@ -60,7 +59,7 @@ def samples_table(results: list[Result]) -> list[dict]:
     for result in results:
         firsts.setdefault(result.variant, result)
     for i in range(PROMPTS_SHOWN):
-        before = next(iter(firsts.values())).before.iloc[i]
+        before = results[0].before.iloc[i]
         rows = [("reference", before)] + [(STYLES[name][0], r.after.iloc[i]) for name, r in firsts.items()]
         lines = [{"who": who, "completion": row["completion"], "reward": row["reward"]} for who, row in rows]
         shown.append({"prompt": before["prompt"], "lines": lines})
@@ -158,6 +157,5 @@ def _scale(results: list[Result]) -> str:
 
 def _seeds(results: list[Result]) -> str:
     count = len({r.settings["seed"] for r in results})
-    if count == 1:
-        return "One seed: no error bars, so small differences mean nothing"
-    return f"Median over {count} seeds [lowest, highest]"
+    several = f"Median over {count} seeds [lowest, highest]"
+    return several if count > 1 else "One seed: no error bars, so small differences mean nothing"

@@ -74,13 +74,12 @@ def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode
     return tuple(_edition(notebook.cells, chapter.exercises, student) for student in (False, True))
 
 
-def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> NotebookNode:
+def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> None:
     """Run every cell in a fresh kernel, in place."""
     with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
         place = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, record_timing=False).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
-    return notebook
 
 
 def failures(full: NotebookNode, chapter: Chapter) -> list[str]:
@@ -118,13 +117,11 @@ def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student:
             continue
         text = with_holes(cell.source) if student else without_markers(cell.source)
         text = re.sub(r"<!-- hints ([\d.]+) -->", lambda m: hints(exercises[m.group(1)]), text)
-        new = (nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell)(text)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        new.id = f"{digest}-{seen[digest]}"
-        seen[digest] += 1
         tags += ["nbval-check-output"] if not student and "check.exercise(" in text else []
-        new.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        made.append(new)
+        new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
+        made.append(new(text, id=f"{digest}-{seen[digest]}", metadata={"tags": tags} if tags else {}))
+        seen[digest] += 1
     return nbformat.v4.new_notebook(cells=made, metadata=METADATA)
 
 

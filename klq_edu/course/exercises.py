@@ -184,10 +184,10 @@ def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str 
     for mistake in exercise.mistakes:
         if not any(differences(mistake.answer)):
             return mistake.message
-    said, *more = [(text, x) for text, x in zip(found, trials) if text]
-    shown = (list(x.shape) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else x for x in said[1])
+    (text, arguments), *more = [(text, x) for text, x in zip(found, trials) if text]
+    shown = (list(x.shape) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else x for x in arguments)
     where = f"Wrong on {1 + len(more)} of {TRIALS} random inputs, first with arguments {', '.join(map(str, shown))}."
-    return f"{said[0]} ({where})"
+    return f"{text} ({where})"
 
 
 def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, tol: float) -> str:
@@ -216,6 +216,7 @@ def _place(index: tuple, result: Tensor, arguments: tuple) -> str:
     if not index or mask is None or result.shape not in (mask.shape, mask.shape[:1]):
         return at
     length = int(mask[index[0]].sum())
-    kind = "a real token, in " if mask[index].all() else "on padding, in "
-    kind = "the last token, in " if index[1:] == (length - 1,) else kind if len(index) > 1 else ""
-    return f"{at}({kind}a row of length {length}) "
+    if len(index) == 1:
+        return f"{at}(a row of length {length}) "
+    token = "the last token" if index[1:] == (length - 1,) else "a real token" if mask[index] else "on padding"
+    return f"{at}({token}, in a row of length {length}) "

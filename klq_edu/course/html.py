@@ -37,8 +37,8 @@ class Kept:
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
     """An executed notebook as a page; `frames` holds its widgets as HTML."""
-    copy, kept = NotebookNode(notebook), Kept()
-    copy["cells"] = [_for_page(cell, frames, kept) for cell in notebook.cells]
+    kept = Kept()
+    copy = NotebookNode(notebook, cells=[_for_page(cell, frames, kept) for cell in notebook.cells])
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(copy)
     at = [c.number for c in chapters].index(chapter.number)
@@ -74,19 +74,15 @@ def _convert(tex: str, display: str) -> str:
 
 
 def _for_page(cell: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
-    cell = NotebookNode(cell)
     if cell.cell_type == "markdown":
-        cell["source"] = with_mathml(cell.source, kept)
-    else:
-        cell["outputs"] = [_for_screen(output, frames, kept) for output in cell.outputs]
-    return cell
+        return NotebookNode(cell, source=with_mathml(cell.source, kept))
+    return NotebookNode(cell, outputs=[_for_screen(output, frames, kept) for output in cell.outputs])
 
 
 def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     """A widget's static twin gives way to the widget itself; Markdown gets its formulas."""
     data = output.get("data", {})
-    name = output.get("metadata", {}).get("image/png", {}).get("klq_widget")
-    if name:
+    if name := output.get("metadata", {}).get("image/png", {}).get("klq_widget"):
         text = kept.away((frames / f"{name}.html").read_text(encoding="utf-8"))
         return NotebookNode(output, data={"text/html": text}, metadata={})
     if "text/markdown" in data:
