@@ -1,6 +1,7 @@
 """`klq demo` and `klq train`: language models trained by KLQ and PPO, with progress, table and report."""
 
 import time
+import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,11 +52,27 @@ class DemoConfig:
         return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
 
 
-def title(config: TrainConfig) -> str:
-    """The algorithm's name as people write it."""
+def run_all(console, name: str, experiments: dict[Path, TrainConfig]):
+    """The world of this name and the results of all experiments (folder -> settings): run what is missing, print."""
+    from klq_edu.experiment import run_experiment
     from klq_edu.figures import STYLES
+    from klq_edu.report import print_results
+    from klq_edu.terminal import progress_bars, show_update
+    from klq_edu.worlds import load
 
-    return STYLES[variant_of(config.to_dict())][0]
+    with console.status(f"loading the world {name} (the first time takes up to half a minute longer)"):
+        world = load(name)
+    bars, results = [], []
+    with progress_bars(console) as progress:
+        for settings in experiments.values():
+            what = f"{STYLES[variant_of(settings.to_dict())][0]} seed {settings.seed}"
+            bars.append(progress.add_task(what, total=settings.updates, note="", start=False))
+        for bar, (folder, settings) in zip(bars, experiments.items()):
+            progress.start_task(bar)
+            results.append(run_experiment(world, settings, folder, show_update(progress, bar)))
+            progress.update(bar, completed=settings.updates)
+    print_results(console, world, results)
+    return world, results
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -64,31 +81,15 @@ def run_demo(config: DemoConfig) -> Path:
     from rich.markup import escape
 
     from klq_edu import report
-    from klq_edu.experiment import run_experiment
     from klq_edu.rlhf.runs import writable_folder
-    from klq_edu.terminal import progress_bars, show_update
-    from klq_edu.worlds import load
 
-    console, start, experiments, results = Console(), time.perf_counter(), config.experiments(), []
+    console, start = Console(), time.perf_counter()
     folder = writable_folder(config.out / config.world)
-    with console.status(f"loading the world {config.world} (the first time takes up to half a minute longer)"):
-        world = load(config.world)
-    with progress_bars(console) as progress:
-        bars = {
-            name: progress.add_task(f"{title(c)} seed {c.seed}", total=c.updates, note="", start=False)
-            for name, c in experiments.items()
-        }
-        for name, settings in experiments.items():
-            progress.start_task(bars[name])
-            results.append(run_experiment(world, settings, folder / name, show_update(progress, bars[name])))
-            progress.update(bars[name], completed=settings.updates)
-    report.print_results(console, world, results)
-    page = report.write(folder / "report.html", world, results)
+    experiments = {folder / name: settings for name, settings in config.experiments().items()}
+    page = report.write(folder / "report.html", *run_all(console, config.world, experiments))
     minutes = (time.perf_counter() - start) / 60
     console.print(f"\nreport: [bold]{escape(str(page))}[/]   runs: {escape(str(folder))}   time: {minutes:.1f} min")
     if config.open:
-        import webbrowser
-
         webbrowser.open(page.resolve().as_uri())
     return page
 
@@ -98,20 +99,13 @@ def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None
     from rich.console import Console
     from rich.markup import escape
 
-    from klq_edu.experiment import run_experiment, trained_policy
-    from klq_edu.report import print_results
+    from klq_edu.experiment import trained_policy
     from klq_edu.rlhf.runs import writable_folder
-    from klq_edu.terminal import progress_bars, show_update
-    from klq_edu.worlds import load
 
     console = Console()
     if save_model:
         writable_folder(save_model)
-    world = load(name)
-    with progress_bars(console) as progress:
-        bar = progress.add_task(f"{title(config)} seed {config.seed}", total=config.updates, note="")
-        result = run_experiment(world, config, out, show_update(progress, bar))
-    print_results(console, world, [result])
+    world, _ = run_all(console, name, {out: config})
     if save_model:
         trained_policy(world, config, out).save_pretrained(save_model)
         world.tokenizer.save_pretrained(save_model)

@@ -23,11 +23,9 @@ def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
     found = [Finding("python", True, platform.python_version())]
     found += [_package(name, "pip install -c constraints.txt -e .") for name in PACKAGES]
-    found += [
-        _package(name, "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)")
-        for name in DEMO_PACKAGES
-    ]
-    devices = [_device(), _triton()] if importlib.util.find_spec("torch") else []
+    demo = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
+    found += [_package(name, demo) for name in DEMO_PACKAGES]
+    devices = _devices() if importlib.util.find_spec("torch") else []
     return [*found, *devices, _weights(), _cache()]
 
 
@@ -38,24 +36,19 @@ def _package(name: str, advice: str) -> Finding:
         return Finding(name, False, "not installed", advice)
 
 
-def _device() -> Finding:
+def _devices() -> list[Finding]:
     import torch
 
     threads = f"CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Finding("device", True, f"{', '.join(names)}; {threads}")
-    return Finding("device", True, f"{threads}; no GPU (everything here runs without one)")
-
-
-def _triton() -> Finding:
-    import torch
-
-    if torch.cuda.is_available():
-        return Finding("triton mode", True, "compiles for the GPU")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return Finding("triton mode", True, "interpreter: kernels run on the CPU, slowly and exactly")
-    return Finding("triton mode", True, "no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    device = f"{gpus}; {threads}" if gpus else f"{threads}; no GPU (everything here runs without one)"
+    if gpus:
+        mode = ("compiles for the GPU",)
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        mode = ("interpreter: kernels run on the CPU, slowly and exactly",)
+    else:
+        mode = ("no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
+    return [Finding("device", True, device), Finding("triton mode", True, *mode)]
 
 
 def _weights() -> Finding:
@@ -79,10 +72,7 @@ def run_doctor() -> bool:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="klq doctor")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column)
-    findings = examine()
+    table, findings = Table("", "what", "found", "what to do", title="klq doctor"), examine()
     for f in findings:
         table.add_row("[green]ok[/]" if f.fine else "[red]missing[/]", f.what, escape(f.found), escape(f.advice))
     Console().print(table)

@@ -45,20 +45,12 @@ class Picture(NamedTuple):
 def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, smooth: int = 1) -> Picture:
     """One panel per column of `runs` (name -> axis label) against the number of rollouts, one line per algorithm.
 
-    `remark` is the sentence of the caption that says what to see.
-
-    `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts". Lines are medians over seeds of
-    a running mean over `smooth` updates, bands reach from the lowest to the highest seed.
+    `runs` holds the rows of all runs with columns "algorithm", "seed" and "rollouts"; `remark` ends the caption and
+    says what to see. Lines are medians over seeds of running means over `smooth` updates, bands their whole range.
     """
     figure, axes = panels(len(columns))
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        for name, part in _by_algorithm(runs):
-            table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
-            table = table.rolling(smooth, min_periods=1).mean()
-            axis.plot(table.index, table.median(axis=1), **_line(name))
-            axis.fill_between(
-                table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0
-            )
+        _curves(axis, runs, column, smooth)
         axis.set(xlabel="completions sampled", ylabel=label)
     axes[0].legend()
     seeds = runs["seed"].nunique()
@@ -76,10 +68,12 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     ("exact_kl", "exact_reward"), without it the batches' means.
     """
     figure, (axis,) = panels(1, width=6.2)
-    x, y = ("kl", "reward") if frontier is None else ("exact_kl", "exact_reward")
+    x, y, exact = "kl", "reward", ""
     if frontier is not None:
+        x, y = "exact_kl", "exact_reward"
+        exact = " Both are exact, by enumeration: no policy can be above the grey line."
         axis.plot(frontier["kl"], frontier["reward"], color=GREY, lw=1, label="best possible (exact, all τ)")
-    for name, part in _by_algorithm(runs):
+    for name, part in in_order(runs, "algorithm", STYLES):
         for i, (_, run) in enumerate(part.groupby("seed")):
             path = run[[x, y]].dropna().rolling(smooth, min_periods=1).mean()
             style = _line(name) | ({} if i == 0 else {"label": None})
@@ -87,11 +81,9 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
             axis.plot(path[x].iloc[-1], path[y].iloc[-1], "o", color=STYLES[name][1])
     axis.set(xlabel="KL(π ‖ reference) per completion [nats]", ylabel="reward per completion")
     axis.legend(loc="lower right")
-    exact = " Both are exact, by enumeration: no policy can be above the grey line."
-    above = "" if frontier is None else exact
     caption = (
         "Reward gained against KL paid, one path per run from the reference (left) to its end (dot). Higher at the "
-        f"same KL is better; further right at the same height is waste.{above}"
+        f"same KL is better; further right at the same height is waste.{exact}"
     )
     return Picture(figure, caption, f"Paths in the KL-reward plane for {_names(runs)}.")
 
@@ -99,10 +91,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
 def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
     figure, (axis,) = panels(1, width=6.2)
-    for name, part in _by_algorithm(runs):
-        table = part.pivot(index="rollouts", columns="seed", values="regret").dropna()
-        axis.plot(table.index, table.median(axis=1), marker="o", ms=3, **_line(name))
-        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
+    _curves(axis, runs, "regret", 1, marker="o", ms=3)
     axis.set(xlabel="completions sampled", ylabel="regret  J* − J(π)   [reward]", yscale="log")
     axis.legend()
     caption = (
@@ -128,10 +117,9 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
         new, _ = klq_step(old, values, advantages, tree.ref, tau, alpha)
         right = ppo_penalty_step(old, q, tree.ref, tau, beta)
         wrong, _ = kl_penalised_argmax(advantages, (old, beta))
+        look = {"color": colour, "ms": 4, "alpha": 0.8, "label": f"α = {alpha}"}
         for axis, other in zip(axes, (right, wrong), strict=True):
-            axis.plot(
-                new.log10().ravel(), other.log10().ravel(), marker, color=colour, ms=4, alpha=0.8, label=f"α = {alpha}"
-            )
+            axis.plot(new.log10().ravel(), other.log10().ravel(), marker, **look)
     titles = ("Q + Δ, penalties τ and β: the same step", "bare advantage, penalty β: not the same")
     for axis, title in zip(axes, titles, strict=True):
         low = float(torch.tensor(axis.get_xlim()).min())
@@ -143,9 +131,8 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
         "With β = τ(1−α)/α beside τ, the exact PPO-penalty step and the exact KLQ step give the same policy, so the "
         "dots lie on the diagonal; put β on the bare advantage and they leave it."
     )
-    return Picture(
-        figure, caption, "Scatter plots of policies after the two steps; left on the diagonal, right off it."
-    )
+    alt = "Scatter plots of policies after the two steps; left on the diagonal, right off it."
+    return Picture(figure, caption, alt)
 
 
 def frontier(tree: TokenTree, taus=None) -> pd.DataFrame:
@@ -189,9 +176,8 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     shown |= {"error_gradient": "relative error of the gradient"}
     figure, axes = panels(3, width=3.9, height=3.6)
     for axis, (column, label) in zip(axes, shown.items(), strict=True):
-        for name in (n for n in CONTENDERS if (rows["contender"] == n).any()):
+        for name, part in in_order(rows.sort_values(along), "contender", CONTENDERS):
             colour, line, marker, _ = CONTENDERS[name]
-            part = rows[rows["contender"] == name].sort_values(along)
             axis.plot(part[along], part[column], color=colour, linestyle=line, marker=marker, label=name)
             if column == "units":
                 axis.vlines(part[along], part["units_low"], part["units_high"], color=colour, lw=1)
@@ -226,9 +212,18 @@ def plain_axes(figure: FigureBase, count: int = 1):
     return axes
 
 
-def _by_algorithm(runs: pd.DataFrame):
-    """(name, rows) in the order of STYLES, so that colours and legends never depend on the data's order."""
-    return [(name, runs[runs["algorithm"] == name]) for name in STYLES if (runs["algorithm"] == name).any()]
+def _curves(axis, runs: pd.DataFrame, column: str, smooth: int, **style) -> None:
+    """A column against rollouts, by algorithm: median and range over seeds of running means over `smooth` updates."""
+    for name, part in in_order(runs, "algorithm", STYLES):
+        table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
+        table = table.rolling(smooth, min_periods=1).mean()
+        axis.plot(table.index, table.median(axis=1), **style, **_line(name))
+        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
+
+
+def in_order(rows: pd.DataFrame, column: str, names: dict):
+    """(name, its rows) for those of `names` that occur, so that legends never depend on the data's order."""
+    return [(name, rows[rows[column] == name]) for name in names if (rows[column] == name).any()]
 
 
 def _line(name: str) -> dict:
@@ -237,4 +232,4 @@ def _line(name: str) -> dict:
 
 
 def _names(runs: pd.DataFrame) -> str:
-    return ", ".join(STYLES[name][0] for name, _ in _by_algorithm(runs))
+    return ", ".join(STYLES[name][0] for name, _ in in_order(runs, "algorithm", STYLES))

@@ -62,9 +62,7 @@ class InspectConfig:
 
 def findings(config: InspectConfig) -> Iterator[dict]:
     """One record per compiled kernel (see `klq_kernels.offline.Finding`), as they come."""
-    extra = ["--all-tiles"] if config.all_tiles else []
-    for line in _compiler(config, extra):
-        yield json.loads(line)
+    yield from map(json.loads, _compiler(config, ["--all-tiles"] if config.all_tiles else []))
 
 
 def run_inspect(config: InspectConfig) -> bool:
@@ -80,9 +78,8 @@ def run_inspect(config: InspectConfig) -> bool:
     records = list(track(findings(config), description="compiling", console=console, transient=True))
     console.print(_table(records))
     console.print(_floors(config))
-    bad = [
-        f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(r['problems'])}" for r in records if r["problems"]
-    ]
+    broken = [r for r in records if r["problems"]]
+    bad = [f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(r['problems'])}" for r in broken]
     console.print("\n".join(bad) or f"{len(records)} variants: no default spills, overflows or loses its wide loads.")
     return not bad
 
@@ -111,28 +108,30 @@ def _compiler(config: InspectConfig, extra: list[str]) -> Iterator[str]:
 
 
 def _table(records: list[dict]):
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title="What the machine code shows (compiled here, run nowhere)", title_justify="left")
-    for column in ("kernel", "target", "dtype", "tile", "regs", "spill", "shared", "loads", "stores", "matrix", "dot"):
-        table.add_column(column, justify="right" if column in ("regs", "spill", "shared") else "left")
+    numbers = (Column(name, justify="right") for name in ("regs", "spill", "shared"))
+    columns = ("kernel", "target", "dtype", "tile", *numbers, "loads", "stores", "matrix", "dot")
+    title = "What the machine code shows (compiled here, run nowhere)"
+    table = Table(*columns, title=title, title_justify="left")
     for r in records:
         style = "red" if r["problems"] else None if r["default"] else "dim"
         shared = f"{r['shared_bytes'] / 1024:.0f}/{r['shared_limit'] / 1024:.0f}K"
         table.add_row(
             r["kernel"], r["target"], r["dtype"], r["tile"], str(r["registers"]), str(r["spill_bytes"]), shared,
-            _widths(r["loads"]), _widths(r["stores"]), _matrix(r["matrix"]), r["precision"], style=style,
+            _counts(r["loads"]) + " B", _counts(r["stores"]) + " B", _counts(r["matrix"]) or "-", r["precision"],
+            style=style,
         )  # fmt: skip
     return table
 
 
 def _floors(config: InspectConfig):
-    from rich.table import Table
+    from rich.table import Column, Table
 
     title = f"Floors, not measurements: N = {config.n}, V = {config.v}, H = {config.h}"
-    table = Table(title=title, title_justify="left")
-    for column in ("kernel", "dtype", "bytes/element", "FLOP/element", *(f"{d} [ms]" for d in DEVICES)):
-        table.add_column(column, justify="left" if column in ("kernel", "dtype") else "right")
+    numbers = ("bytes/element", "FLOP/element", *(f"{d} [ms]" for d in DEVICES))
+    columns = ("kernel", "dtype", *(Column(name, justify="right") for name in numbers))
+    table = Table(*columns, title=title, title_justify="left")
     for kernel in config.kernels:
         for dtype in config.dtypes if kernel != "lambda_returns" else ["fp32"]:
             moved, operations = KERNELS[kernel](config.n, config.v, config.h, SIZE[dtype])
@@ -143,10 +142,6 @@ def _floors(config: InspectConfig):
     return table
 
 
-def _widths(counts: dict[str, int]) -> str:
-    """'4×16 2×4 B': how many instructions of which width in bytes."""
-    return " ".join(f"{n}×{width}" for width, n in counts.items()) + " B"
-
-
-def _matrix(counts: dict[str, int]) -> str:
-    return " ".join(f"{n}×{name}" for name, n in counts.items()) or "-"
+def _counts(counts: dict[str, int]) -> str:
+    """'4×16 2×4': how many instructions of which width (in bytes) or name."""
+    return " ".join(f"{n}×{kind}" for kind, n in counts.items())

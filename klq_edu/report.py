@@ -1,23 +1,25 @@
 """What an experiment shows: a terminal table, completions before and after, and one self-contained report page."""
 
 import base64
-import io
+import os
 import platform
+import shlex
+import sys
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 import torch
+from jinja2 import Template
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from klq_edu import figures
 from klq_edu.experiment import Result, summarise_results
 from klq_edu.figures import STYLES, Picture
 from klq_edu.rlhf.loop import METRICS, resolve_device
+from klq_edu.rlhf.runs import write_json
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
@@ -37,8 +39,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     summary = summarise_results(results).dropna(axis=1)
     shown = {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
-    for name in (n for n in STYLES if (summary["algorithm"] == n).any()):
-        part = summary[summary["algorithm"] == name]
+    for name, part in figures.in_order(summary, "algorithm", STYLES):
         cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
         rows.append({"algorithm": STYLES[name][0]} | cells)
     return pd.DataFrame(rows)
@@ -54,12 +55,11 @@ def _interval(values: pd.Series) -> str:
 
 def samples_table(results: list[Result]) -> list[dict]:
     """The first few test prompts with their completions by the reference and by each algorithm's first seed."""
-    firsts = {}
+    firsts, shown = {}, []
     for result in results:
         firsts.setdefault(result.variant, result)
-    shown = []
     for i in range(PROMPTS_SHOWN):
-        before = next(iter(firsts.values())).before.iloc[i]
+        before = results[0].before.iloc[i]
         rows = [("reference", before)] + [(STYLES[name][0], r.after.iloc[i]) for name, r in firsts.items()]
         lines = [{"who": who, "completion": row["completion"], "reward": row["reward"]} for who, row in rows]
         shown.append({"prompt": before["prompt"], "lines": lines})
@@ -70,9 +70,9 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     data = results_table(results)
     caption = f"* mean over the last quarter of training. {_seeds(results)}"
-    table = Table(title=f"world {escape(world.name)}, {_scale(results)}", caption=caption)
-    for column in data.columns:
-        table.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=column == "algorithm")
+    numbers = (Column(name, justify="right") for name in data.columns[1:])
+    title = f"world {escape(world.name)}, {_scale(results)}"
+    table = Table(Column("algorithm", no_wrap=True), *numbers, title=title, caption=caption)
     for row in data.itertuples(index=False):
         table.add_row(*row)
     console.print(table)
@@ -114,18 +114,15 @@ def write(path: str | Path, world: World, results: list[Result]) -> Path:
 
     Beside it go its figures as SVG files (figures/) and its table of numbers, one row per run (results.csv).
     """
-    path = Path(path)
+    path, shown = Path(path), []
     (path.parent / "figures").mkdir(exist_ok=True)
-    shown = []
     for name, (title, picture) in pictures(world, results).items():
-        svg = _svg(picture)
-        (path.parent / "figures" / f"{name}.svg").write_bytes(svg)
-        src = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+        svg = path.parent / "figures" / f"{name}.svg"
+        picture.figure.savefig(svg, metadata={"Date": None})
+        src = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
         shown.append({"title": title, "src": src, "caption": picture.caption, "alt": picture.alt})
     summarise_results(results).to_csv(path.parent / "results.csv", index=False)
-    template = jinja2.Environment(autoescape=True).from_string(
-        files("klq_edu").joinpath("report.html").read_text(encoding="utf-8")
-    )
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
@@ -142,18 +139,15 @@ def machine(device: str) -> dict[str, str]:
     device = resolve_device(device)
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
-    return {
-        "python": platform.python_version(),
-        **packages,
-        "machine": f"{platform.machine()}, {_cores()}",
-        "device": device,
-    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    place = {"machine": f"{platform.machine()}, {cores} cores", "device": device}
+    return {"python": platform.python_version(), **packages, **place}
 
 
-def _cores() -> str:
-    import os
-
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+def write_provenance(csv: Path, device: str, **content) -> None:
+    """The JSON beside a CSV that says where it comes from: command, what else there is to say, software, machine."""
+    command = {"command": shlex.join(["klq", *sys.argv[1:]])}
+    write_json(csv.with_suffix(".json"), command | content | machine(device))
 
 
 def _scale(results: list[Result]) -> str:
@@ -163,12 +157,5 @@ def _scale(results: list[Result]) -> str:
 
 def _seeds(results: list[Result]) -> str:
     count = len({r.settings["seed"] for r in results})
-    if count == 1:
-        return "One seed: no error bars, so small differences mean nothing"
-    return f"Median over {count} seeds [lowest, highest]"
-
-
-def _svg(picture: Picture) -> bytes:
-    buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    several = f"Median over {count} seeds [lowest, highest]"
+    return several if count > 1 else "One seed: no error bars, so small differences mean nothing"

@@ -1,10 +1,7 @@
 """`klq sweep`: the same rollout budget and learning rates for every algorithm in the grammar world, as one CSV."""
 
-import json
 import math
-import shlex
 import signal
-import sys
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -52,9 +49,8 @@ class SweepConfig:
         """Folder name -> settings of every run."""
         common = {"updates": self.updates, "device": "cpu", "eval_every": 10, "checkpoint_every": self.updates}
         found = {}
-        for tau, variant, critic, rate, seed in product(
-            self.taus, self.variants, self.critics, self.learning_rates, range(self.seeds)
-        ):
+        axes = (self.taus, self.variants, self.critics, self.learning_rates, range(self.seeds))
+        for tau, variant, critic, rate, seed in product(*axes):
             kind, _, scale = critic.partition(":")
             changes = common | {"critic": kind, "value_grad_scale": float(scale) if scale else None}
             name = f"{variant}-{critic.replace(':', '')}-tau{tau:g}-lr{rate:g}-{self.updates}-seed{seed}"
@@ -68,20 +64,18 @@ def run_sweep(config: SweepConfig) -> Path:
     from concurrent.futures import ProcessPoolExecutor, as_completed
 
     import pandas as pd
-    from rich.console import Console
+    import torch
     from rich.progress import Progress
 
-    from klq_edu.report import machine
+    from klq_edu.report import write_provenance
     from klq_edu.rlhf.runs import writable_folder
     from klq_edu.worlds import load
 
     out = writable_folder(config.out)
     load("grammar")  # train the shared reference once, before the workers start
     experiments = config.experiments()
-    with (
-        Progress(console=Console()) as progress,
-        ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn"), initializer=one_thread) as pool,
-    ):
+    spawn = multiprocessing.get_context("spawn")  # one thread each: fastest for small models, and reproducible
+    with Progress() as progress, ProcessPoolExecutor(config.jobs, spawn, torch.set_num_threads, (1,)) as pool:
         bar = progress.add_task("sweep", total=len(experiments))
         futures = [pool.submit(one_run, settings, config.runs / name) for name, settings in experiments.items()]
         try:
@@ -97,10 +91,8 @@ def run_sweep(config: SweepConfig) -> Path:
     path = out / f"{config.name}.csv"
     pd.DataFrame([f.result() for f in futures]).to_csv(path, index=False)
     sweep = {name: str(value) for name, value in asdict(config).items()}
-    first = experiments[next(iter(experiments))].to_dict()
-    command = shlex.join(["klq", *sys.argv[1:]])
-    provenance = {"command": command, "sweep": sweep, "settings of the first run": first, **machine("cpu")}
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    first = next(iter(experiments.values())).to_dict()
+    write_provenance(path, "cpu", sweep=sweep, **{"settings of the first run": first})
     path.with_suffix(".md").write_text(markdown(path) + "\n", encoding="utf-8")
     return path
 
@@ -128,13 +120,6 @@ def _cells(part, rates: list[float]) -> list[str]:
     shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
     reached = part.loc[part["learning_rate"] == best, f"rollouts_to_{MILESTONES[0]:g}"].fillna(math.inf).median()
     return [*shown, f"{reached:.0f}"]
-
-
-def one_thread() -> None:
-    """A worker's set-up: small models are fastest, and reproducible, on one thread."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def one_run(settings: TrainConfig, folder: Path) -> dict:

@@ -1,9 +1,9 @@
 """Who competes: the naive way, ours, and peers, imported only where they are installed, each with what it computes."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from klq_edu.bench.workloads import WORKLOADS, Outputs
 
 PACKAGES = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}
 ONLY_CE = "cross-entropy only: no value, no reference"
+MOST_OF_CE = f"{ONLY_CE}; tiny gradients are dropped"
+ONLY_GRPO = "GRPO loss with a sampled KL (k3): no value, no entropy, no exact KL"
 BETA = 0.04
 
 
@@ -40,36 +42,28 @@ def contenders(name: str, device: str, compiled: bool = False, reference: bool =
     if reference and name != "returns":
         found.append(Contender("reference", truth, truth, load.naive_gemms, optional=False))
     for backend in ["torch"] + ["triton"] * device.startswith("cuda"):
-        found.append(
-            Contender(f"ours ({backend})", partial(load.ours, backend=backend), truth, load.gemms, optional=False)
-        )
+        ours = partial(load.ours, backend=backend)
+        found.append(Contender(f"ours ({backend})", ours, truth, load.gemms, optional=False))
     return found + peers(name, device)
 
 
 def absent_peers() -> list[str]:
     """What would compete if it were installed."""
-    missing = [package for module, package in PACKAGES.items() if not importlib.util.find_spec(module)]
-    return missing + (
-        [] if hasattr(F, "linear_cross_entropy") else ["F.linear_cross_entropy (in newer versions of torch)"]
-    )
+    missing = [package for module, package in PACKAGES.items() if not find_spec(module)]
+    return missing + ["F.linear_cross_entropy (in newer versions of torch)"] * (not hasattr(F, "linear_cross_entropy"))
 
 
 def peers(name: str, device: str) -> list[Contender]:
     """The peers that can do some of this workload on this device."""
-    gpu, found = device.startswith("cuda"), []
-    here = {module for module in PACKAGES if importlib.util.find_spec(module)}
-    if name == "klq":
-        if hasattr(F, "linear_cross_entropy"):
-            found.append(Contender("F.linear_cross_entropy", torch_ce, cross_entropy, (3, 0), ONLY_CE))
-        if gpu and "liger_kernel" in here:
-            found.append(Contender("liger cross-entropy", liger_ce, cross_entropy, (3, 0), ONLY_CE))
-        if gpu and "cut_cross_entropy" in here:
-            note = f"{ONLY_CE}; tiny gradients are dropped"
-            found.append(Contender("cut-cross-entropy", cut_ce, cross_entropy, (1, 3), note))
-    if name == "klq_ref" and "liger_kernel" in here:
-        note = "GRPO loss with a sampled KL (k3): no value, no entropy, no exact KL"
-        found.append(Contender("liger GRPO", partial(liger_grpo, compiled=gpu), grpo, (5, 0), note))
-    return found
+    gpu, (liger, cut) = device.startswith("cuda"), map(find_spec, PACKAGES)
+    new = hasattr(F, "linear_cross_entropy")
+    known = [
+        ("klq", new, Contender("F.linear_cross_entropy", torch_ce, cross_entropy, (3, 0), ONLY_CE)),
+        ("klq", gpu and liger, Contender("liger cross-entropy", liger_ce, cross_entropy, (3, 0), ONLY_CE)),
+        ("klq", gpu and cut, Contender("cut-cross-entropy", cut_ce, cross_entropy, (1, 3), MOST_OF_CE)),
+        ("klq_ref", liger, Contender("liger GRPO", partial(liger_grpo, compiled=gpu), grpo, (5, 0), ONLY_GRPO)),
+    ]
+    return [peer for workload, here, peer in known if here and workload == name]
 
 
 def cross_entropy(x: dict) -> Outputs:

@@ -64,8 +64,7 @@ def repeat(contender: Contender, x: dict) -> tuple[float, float]:
     runs = []
     while sum(map(sum, runs)) < SHORTEST:
         runs.append(run_once(contender, x)[1:])
-    forward, backward = (sum(part) / len(runs) for part in zip(*runs, strict=True))
-    return forward, backward
+    return tuple(sum(part) / len(runs) for part in zip(*runs, strict=True))
 
 
 def reference_gemm(size: Size, device: str) -> Callable[[], float]:

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import threading
-import time
 
 MEGABYTE = 2**20
 SAMPLE_EVERY = 0.003
@@ -52,11 +51,10 @@ def resident_peak(call) -> float:
 
     def watch() -> None:
         nonlocal peak
-        while not done.is_set():
+        while not done.wait(SAMPLE_EVERY):
             peak = max(peak, process.memory_info().rss)
-            time.sleep(SAMPLE_EVERY)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     call()
     done.set()

@@ -1,8 +1,6 @@
 """`klq bench`: fused versus naive, with peers, as a table, a CSV with provenance, and figures."""
 
-import json
 import math
-import shlex
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -202,22 +200,21 @@ def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> Non
     import torch
 
     from klq_edu.bench.contenders import PACKAGES
-    from klq_edu.report import machine
+    from klq_edu.report import write_provenance
 
     columns = [*COLUMNS, *dict.fromkeys(name for row in rows for name in row if name.startswith("error_"))]
     pd.DataFrame(rows).reindex(columns=columns).to_csv(path, index=False)
     installed = {package: version(package) for module, package in PACKAGES.items() if find_spec(module)}
     settings = {name: str(value) for name, value in asdict(config).items()}
-    provenance = {"command": shlex.join(["klq", *sys.argv[1:]]), "settings": settings, "method": METHOD}
-    provenance |= {**machine(device), **installed, "threads": torch.get_num_threads()}
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    threads = torch.get_num_threads()
+    write_provenance(path, device, settings=settings, method=METHOD, **installed, threads=threads)
 
 
 def print_tables(console, path: Path) -> None:
     """One table per workload and size, one line per contender; under it, what those compute that don't do the same."""
     import pandas as pd
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from klq_edu.bench.workloads import WORKLOADS
 
@@ -227,10 +224,9 @@ def print_tables(console, path: Path) -> None:
         title = f"{first['workload']}: {WORKLOADS[first['workload']].title}\n{size} {first['dtype']}"
         others = part[part["computes"] != "the same"].drop_duplicates("contender")
         caption = "\n".join(f"{row.contender} computes {row.computes}" for row in others.itertuples())
-        table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("contender", overflow="fold")
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right", no_wrap=True)
+        columns = Column("contender", overflow="fold"), *(Column(h, justify="right", no_wrap=True) for h in HEADINGS)
+        look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+        table = Table(*columns, title=title, caption=caption, **look)
         for name, stages in part.groupby("contender", sort=False):
             table.add_row(name, *cells(stages.set_index("stage")))
         console.print(table)
@@ -254,7 +250,7 @@ def _text(x: float, form: str) -> str:
     return "" if math.isnan(x) else format(x, form)
 
 
-def draw(path: Path) -> list[Path]:
+def draw(path: Path) -> None:
     """The figures beside the CSV, as SVG files that carry their captions."""
     import pandas as pd
 
@@ -265,11 +261,10 @@ def draw(path: Path) -> list[Path]:
     pictures = {"times": figures.bench_times(rows)} if len(rows) else {}
     for (workload, dtype), part in rows.groupby(["workload", "dtype"], sort=False):
         for axis, rest in (("v", ["n", "h"]), ("n", ["v", "h"])):
-            groups = [p for _, p in part.groupby(rest) if p[axis].nunique() > 1]
-            if groups:
-                longest = max(groups, key=lambda p: p[axis].nunique())
+            groups = (p for _, p in part.groupby(rest))
+            longest = max(groups, key=lambda p: p[axis].nunique(), default=part[:0])
+            if longest[axis].nunique() > 1:
                 pictures[f"{workload}-{dtype}-{axis}"] = figures.bench_scaling(longest, axis)
-    made = [path.with_name(f"{path.stem}-{name}.svg") for name in pictures]
-    for file, picture in zip(made, pictures.values()):
-        picture.figure.savefig(file, metadata={"Date": None, "Title": picture.alt, "Description": picture.caption})
-    return made
+    for name, picture in pictures.items():
+        metadata = {"Date": None, "Title": picture.alt, "Description": picture.caption}
+        picture.figure.savefig(path.with_name(f"{path.stem}-{name}.svg"), metadata=metadata)

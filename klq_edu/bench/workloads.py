@@ -39,16 +39,13 @@ class Workload(NamedTuple):
 def make_inputs(name: str, size: Size, seed: int, device: str) -> dict:
     """The inputs of a workload, drawn on the CPU (so alike on every device) and moved there."""
     x = WORKLOADS[name].inputs(size, torch.Generator().manual_seed(seed))
-    dtype = getattr(torch, size.dtype)
-    for key in ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits"):
-        if key in x:
-            x[key] = x[key].to(dtype)
-    x = {key: value.to(device) for key, value in x.items()}
+    rounded = ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits", "model")
+    x = {key: value.to(device, getattr(torch, size.dtype) if key in rounded else None) for key, value in x.items()}
     for key in ("hidden", "weight", "logits", "values"):
         if key in x and name != "returns":
             x[key].requires_grad_()
     if "model" in x:
-        x["optimizer"] = _adam(x["model"].to(dtype))
+        x["optimizer"] = _adam(x["model"])
     return x
 
 
@@ -101,11 +98,9 @@ def _update_inputs(size: Size, rng: torch.Generator) -> dict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
         model = LlamaForCausalLM(config).eval()
-    x = {name: _random(rng, size.n // size.t, size.t) for name in ("values", "targets")}
-    x |= {
-        "ref_logprobs": _random(rng, *x["values"].shape) - 9,
-        "tokens": torch.randint(size.v, (len(x["values"]), size.t + 1), generator=rng),
-    }
+    x = {name: _random(rng, size.n // size.t, size.t) for name in ("values", "targets", "ref_logprobs")}
+    x["ref_logprobs"] -= 9
+    x["tokens"] = torch.randint(size.v, (size.n // size.t, size.t + 1), generator=rng)
     return x | {"mask": torch.ones_like(x["values"], dtype=torch.bool), "model": model}
 
 

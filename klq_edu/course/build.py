@@ -22,13 +22,13 @@ from klq_edu.course import html
 from klq_edu.course.chapters import Chapter, load, load_all
 from klq_edu.course.display import FRAMES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
+from klq_edu.course.html import TAG
 
 HOLE = f'raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TAG = re.compile(r"\\tag\{([\d.]+)\}")
 EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
 CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 
@@ -74,16 +74,12 @@ def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode
     return tuple(_edition(notebook.cells, chapter.exercises, student) for student in (False, True))
 
 
-def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> NotebookNode:
+def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> None:
     """Run every cell in a fresh kernel, in place."""
     with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
-        client = NotebookClient(
-            notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
-            record_timing=False,
-        )  # fmt: skip
-        client.execute()
+        place = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, record_timing=False).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
-    return notebook
 
 
 def failures(full: NotebookNode, chapter: Chapter) -> list[str]:
@@ -104,9 +100,8 @@ def drift(folder: Path, chapter: Chapter) -> list[Path]:
 def equations(notebook: NotebookNode) -> list[str]:
     """Numbers of the displayed equations in order; ValueError for one without a number."""
     found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
-    for equation in found:
-        if not TAG.search(equation):
-            raise ValueError(f"a displayed equation without \\tag: {equation}")
+    if bare := [equation for equation in found if not TAG.search(equation)]:
+        raise ValueError(f"a displayed equation without \\tag: {bare[0]}")
     return [TAG.search(equation).group(1) for equation in found]
 
 
@@ -122,13 +117,11 @@ def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student:
             continue
         text = with_holes(cell.source) if student else without_markers(cell.source)
         text = re.sub(r"<!-- hints ([\d.]+) -->", lambda m: hints(exercises[m.group(1)]), text)
-        new = (nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell)(text)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        new.id = f"{digest}-{seen[digest]}"
-        seen[digest] += 1
         tags += ["nbval-check-output"] if not student and "check.exercise(" in text else []
-        new.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        made.append(new)
+        new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
+        made.append(new(text, id=f"{digest}-{seen[digest]}", metadata={"tags": tags} if tags else {}))
+        seen[digest] += 1
     return nbformat.v4.new_notebook(cells=made, metadata=METADATA)
 
 
@@ -145,7 +138,6 @@ def without_markers(text: str) -> str:
 def hints(exercise: Exercise) -> str:
     """Three folded hints, and what to expect of the exercise."""
     stars = "●" * exercise.level + "○" * (3 - exercise.level)
-    folded = (
-        f"<details><summary>Hint {i}</summary>\n\n{hint}\n\n</details>" for i, hint in enumerate(exercise.hints, 1)
-    )
-    return f"*Difficulty {stars}, about {exercise.minutes} minutes.*\n\n" + "\n\n".join(folded)
+    parts = [f"*Difficulty {stars}, about {exercise.minutes} minutes.*"]
+    parts += [f"<details><summary>Hint {i}</summary>\n\n{x}\n\n</details>" for i, x in enumerate(exercise.hints, 1)]
+    return "\n\n".join(parts)

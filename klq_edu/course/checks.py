@@ -33,17 +33,11 @@ class Checks:
         Both sides are numbers or float64 tensors of one shape, from independent routes. Raises TypeError for another
         precision, ValueError for shapes that differ or nothing to compare, AssertionError where the equation fails.
         """
-        left, right = _float64(number, "left", lhs), _float64(number, "right", rhs)
-        _comparable(number, left, right)
-        gap = torch.where(left == right, 0.0, (left - right).abs())  # equal infinities agree
-        self._enter(number, gap, tol, left, right, "=")
+        self._enter(number, lhs, rhs, tol, "=")
 
     def inequality(self, number: str, smaller, larger, tol: float = 1e-10) -> None:
         """Assert smaller ≤ larger up to rounding, number by number; errors as for `equation`."""
-        left, right = _float64(number, "left", smaller), _float64(number, "right", larger)
-        _comparable(number, left, right)
-        gap = torch.where(left <= right, 0.0, left - right)  # NaN is not <=, and stays
-        self._enter(number, gap, tol, left, right, "≤")
+        self._enter(number, smaller, larger, tol, "≤")
 
     def exercise(self, number: str, answer) -> None:
         """Grade an answer (a function, or a value) on fresh random inputs, say what is wrong, remember what passed."""
@@ -59,7 +53,10 @@ class Checks:
         worst, count = max(self.errors.values(), default=0.0), len(self.errors)
         print(f"{count} equation{'s' * (count != 1)} verified, worst error {worst:.0e}".replace("0e+00", "0"))
 
-    def _enter(self, number: str, gap: Tensor, tol: float, left: Tensor, right: Tensor, sign: str) -> None:
+    def _enter(self, number: str, lhs, rhs, tol: float, sign: str) -> None:
+        left, right = _sides(number, lhs, rhs)
+        holds = left == right if sign == "=" else left <= right  # equal infinities agree, NaN with nothing
+        gap = torch.where(holds, 0.0, (left - right).abs())
         allowed = tol * torch.where(right.isfinite(), right, 1.0).abs().clamp(min=1.0)
         worst = (gap / allowed).nan_to_num(nan=math.inf).argmax()
         if not gap.view(-1)[worst] <= allowed.view(-1)[worst]:
@@ -82,17 +79,16 @@ def start(notebook: str) -> Checks:
     return Checks(notebook, chapter.exercises, progress)
 
 
-def _float64(number: str, side: str, x) -> Tensor:
-    x = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)
-    if x.dtype != torch.float64:
-        raise TypeError(f"({number}): the {side} side is {x.dtype}; equations are checked in float64")
-    return x.detach().contiguous()
-
-
-def _comparable(number: str, left: Tensor, right: Tensor) -> None:
+def _sides(number: str, *sides) -> list[Tensor]:
+    sides = [x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64) for x in sides]
+    for side, x in zip(("left", "right"), sides):
+        if x.dtype != torch.float64:
+            raise TypeError(f"({number}): the {side} side is {x.dtype}; equations are checked in float64")
+    left, right = sides = [x.detach().contiguous() for x in sides]
     if left.shape != right.shape:
         raise ValueError(f"({number}): the left side has shape {tuple(left.shape)}, the right {tuple(right.shape)}")
     if left.numel() == 0:
         raise ValueError(f"({number}): nothing to compare, both sides are empty")
     if left.data_ptr() == right.data_ptr():
         raise ValueError(f"({number}): both sides are the same tensor, which proves nothing")
+    return sides

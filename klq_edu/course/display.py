@@ -81,9 +81,11 @@ def live(widget: Widget):
     """The ipywidgets: one control per option above the picture they change."""
     import ipywidgets
 
-    picture = ipywidgets.Image(format="png", layout={"width": f"{96 * widget.size[0]:.0f}px"})
-    start = widget.twin[0]
-    controls = {k: _control(ipywidgets, k, choices, start[k]) for k, choices in widget.options.items()}
+    picture, controls = ipywidgets.Image(format="png", layout={"width": f"{96 * widget.size[0]:.0f}px"}), {}
+    for name, choices in widget.options.items():
+        words = any(isinstance(c, str | bool) for c in choices)
+        control = ipywidgets.ToggleButtons if words else ipywidgets.SelectionSlider
+        controls[name] = control(options=choices, value=widget.twin[0][name], description=name)
 
     def update(_=None):
         picture.value = frame(widget, {k: c.value for k, c in controls.items()})
@@ -92,12 +94,6 @@ def live(widget: Widget):
         control.observe(update, names="value")
     update()
     return ipywidgets.VBox([*controls.values(), picture])
-
-
-def _control(ipywidgets, name: str, choices: list, value):
-    if any(isinstance(c, str | bool) for c in choices):
-        return ipywidgets.ToggleButtons(options=choices, value=value, description=name)
-    return ipywidgets.SelectionSlider(options=choices, value=value, description=name)
 
 
 def frame(widget: Widget, values: dict, dpi: int = 80) -> bytes:

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,10 +99,9 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
-    results, message = [], None
     with _watched() as rung:
         try:
-            results += (exercise.outcome(answer, x) for x in trials)
+            results, message = [exercise.outcome(answer, x) for x in trials], None
         except BaseException as error:
             message = _complaint(error)
     if signal.SIGINT in rung:  # whatever the answer made of it
@@ -175,51 +174,49 @@ def _complaint(error: BaseException) -> str:
 
 def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str | None:
     """None where all results are right, else the message of the mistake that gives just these, or how they differ."""
-    right = [exercise.outcome(exercise.solution, x) for x in trials]
-    gaps = [_gap(got, want, exercise.tol) for got, want in zip(results, right, strict=True)]
-    if not any(gaps):
+
+    def differences(other: Callable) -> Iterator[str]:
+        return (_difference(got, exercise.outcome(other, x), x, exercise.tol) for got, x in zip(results, trials))
+
+    found = list(differences(exercise.solution))
+    if not any(found):
         return None
     for mistake in exercise.mistakes:
-        if not any(_gap(got, exercise.outcome(mistake.answer, x), exercise.tol) for got, x in zip(results, trials)):
+        if not any(differences(mistake.answer)):
             return mistake.message
-    i, often = next(i for i, gap in enumerate(gaps) if gap), sum(map(bool, gaps))
-    shown = (
-        str(list(x.shape)) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else str(x)
-        for x in trials[i]
-    )
-    where = f" (Wrong on {often} of {TRIALS} random inputs, first with arguments {', '.join(shown)}.)"
-    return _difference(results[i], right[i], *gaps[i], trials[i]) + where
+    (text, arguments), *more = [(text, x) for text, x in zip(found, trials) if text]
+    shown = (list(x.shape) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else x for x in arguments)
+    where = f"Wrong on {1 + len(more)} of {TRIALS} random inputs, first with arguments {', '.join(map(str, shown))}."
+    return f"{text} ({where})"
 
 
-def _gap(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> tuple[str | None, tuple | None] | None:
-    """The first place that differs: which result, and the index in it (None: shapes, or the number of results)."""
+def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, tol: float) -> str:
+    """In words: the first number that differs, and in which direction; empty where nothing does."""
     if got.keys() != want.keys():
-        return None, None
+        return f"{len(want)} results are expected, yours gives {len(got)}."
     for name, right in want.items():
         if got[name].shape != right.shape:
-            return name, None
+            return f"{name}a result of shape {tuple(right.shape)} is expected, yours has {tuple(got[name].shape)}."
         scale = max([1e-4, *right[right.isfinite()].abs().tolist()])
         off = ~torch.isclose(got[name], right, rtol=0.0, atol=tol * scale, equal_nan=True)
         if off.any():
-            return name, tuple(off.nonzero()[0].tolist())
-    return None
+            index = tuple(off.nonzero()[0].tolist())
+            x, y = got[name][index].item(), right[index].item()
+            way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, padding that got in"
+            way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
+            text = f"{name}{_place(index, right, arguments)}yours gives {x:.7g} where {y:.7g} is expected: {way}."
+            return text.replace("nan", "NaN (not a number)")
+    return ""
 
 
-def _difference(got: dict, want: dict, name: str | None, index: tuple | None, arguments: tuple) -> str:
-    """In words: a gap, what stands there if a mask among the arguments tells, and in which direction it is."""
-    if name is None:
-        return f"{len(want)} results are expected, yours gives {len(got)}."
-    g, w, at = got[name], want[name], ""
-    if index is None:
-        return f"{name}a result of shape {tuple(w.shape)} is expected, yours has {tuple(g.shape)}."
+def _place(index: tuple, result: Tensor, arguments: tuple) -> str:
+    """An index in words, and what stands there if a mask among the arguments tells."""
+    at = f"at {list(index)} " if index else ""
     mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
-    if index and mask is not None and w.shape in (mask.shape, mask.shape[:1]):
-        length = int(mask[index[0]].sum())
-        kind = "a real token, in " if mask[index].all() else "on padding, in "
-        kind = "the last token, in " if index[1:] == (length - 1,) else kind if len(index) > 1 else ""
-        at = f" ({kind}a row of length {length})"
-    at = f"at {list(index)}{at} " if index else ""
-    x, y = g[index].item(), w[index].item()
-    way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, or padding that got in"
-    way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
-    return f"{name}{at}yours gives {x:.7g} where {y:.7g} is expected: {way}.".replace("nan", "NaN (not a number)")
+    if not index or mask is None or result.shape not in (mask.shape, mask.shape[:1]):
+        return at
+    length = int(mask[index[0]].sum())
+    if len(index) == 1:
+        return f"{at}(a row of length {length}) "
+    token = "the last token" if index[1:] == (length - 1,) else "a real token" if mask[index] else "on padding"
+    return f"{at}({token}, in a row of length {length}) "

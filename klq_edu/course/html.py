@@ -11,9 +11,10 @@ from pygments.formatters import HtmlFormatter
 
 from klq_edu.course.chapters import Chapter
 
-CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
-MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\\w])\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
-FOLD = re.compile(r"<details>\s*<summary>[^\n]*?</summary>|</details>")
+SPECIAL = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|(?<![\\\w])\$(?P<inline>[^$\n]+?)\$"
+    r"|(?P<fold><details>\s*<summary>[^\n]*?</summary>|</details>)", re.DOTALL,
+)  # fmt: skip
 TAG = re.compile(r"\\tag\{([\d.]+)\}")
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
@@ -36,8 +37,8 @@ class Kept:
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
     """An executed notebook as a page; `frames` holds its widgets as HTML."""
-    copy, kept = NotebookNode(notebook), Kept()
-    copy["cells"] = [_for_page(cell, frames, kept) for cell in notebook.cells]
+    kept = Kept()
+    copy = NotebookNode(notebook, cells=[_for_page(cell, frames, kept) for cell in notebook.cells])
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(copy)
     at = [c.number for c in chapters].index(chapter.number)
@@ -49,18 +50,16 @@ def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], fram
 
 def with_mathml(text: str, kept: Kept) -> str:
     """Markdown whose TeX formulas have become MathML and whose folds stay folds; code is left alone."""
-    parts = CODE.split(text)
-    return "".join(part if CODE.fullmatch(part) else _prose(part, kept) for part in parts)
+    return SPECIAL.sub(lambda m: _replacement(m, kept), text)
 
 
-def _prose(text: str, kept: Kept) -> str:
-    text = MATH.sub(lambda m: _mathml(m, kept), text)
-    return FOLD.sub(lambda m: f"\n\n{kept.away(m[0])}\n\n", text)
-
-
-def _mathml(match: re.Match, kept: Kept) -> str:
-    if inline := match["inline"]:
-        return kept.away(_convert(inline, "inline"))
+def _replacement(match: re.Match, kept: Kept) -> str:
+    if match["code"]:
+        return match[0]
+    if match["fold"]:
+        return f"\n\n{kept.away(match[0])}\n\n"
+    if match["inline"]:
+        return kept.away(_convert(match["inline"], "inline"))
     number = TAG.search(match["block"])
     formula = _convert(TAG.sub("", match["block"]), "block")
     label = f'<span class="number">({number[1]})</span>' if number else ""
@@ -75,19 +74,15 @@ def _convert(tex: str, display: str) -> str:
 
 
 def _for_page(cell: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
-    cell = NotebookNode(cell)
     if cell.cell_type == "markdown":
-        cell["source"] = with_mathml(cell.source, kept)
-    else:
-        cell["outputs"] = [_for_screen(output, frames, kept) for output in cell.outputs]
-    return cell
+        return NotebookNode(cell, source=with_mathml(cell.source, kept))
+    return NotebookNode(cell, outputs=[_for_screen(output, frames, kept) for output in cell.outputs])
 
 
 def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     """A widget's static twin gives way to the widget itself; Markdown gets its formulas."""
     data = output.get("data", {})
-    name = output.get("metadata", {}).get("image/png", {}).get("klq_widget")
-    if name:
+    if name := output.get("metadata", {}).get("image/png", {}).get("klq_widget"):
         text = kept.away((frames / f"{name}.html").read_text(encoding="utf-8"))
         return NotebookNode(output, data={"text/html": text}, metadata={})
     if "text/markdown" in data:
