@@ -25,7 +25,7 @@ def main() -> None:
 
 def _ended(error: BaseException, signum: int | None) -> int | str | None:
     """Exit status after an exception; where a signal came it may be any (an import then reports ImportError)."""
-    signum = signum or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signum", None))
+    signum = getattr(error, "signum", signum or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None))
     if signum:
         _say("\nInterrupted; what is done is kept. The same command continues with what is missing.")
         return 128 + signum

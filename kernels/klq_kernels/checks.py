@@ -189,7 +189,8 @@ def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
     On a GPU the values are asserted on the device, so that the host never waits for them.
     """
     rule = f"tokens must lie in [0, {vocab}), the size of the vocabulary"
-    wrong = (((tokens < 0) | (tokens >= vocab)) & mask).any()
+    ids = tokens.long()  # in 8 bits the vocabulary's size would overflow
+    wrong = (((ids < 0) | (ids >= vocab)) & mask).any()
     if tokens.is_cuda:
         torch._assert_async(~wrong, f"{rule}, where unmasked")
     elif wrong:

@@ -298,7 +298,7 @@ def test_statistics_that_ride_along_with_the_loss(backend, heads, workspace_byte
         assert loss.requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("op", MODEL_OPS[:2])
 def test_any_integer_dtype_of_tokens(op, dtype, backend):
