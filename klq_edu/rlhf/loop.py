@@ -69,7 +69,8 @@ def train(
         try:
             for update in range(len(rows), config.updates):
                 start = time.perf_counter()
-                set_learning_rate(optimizer, config, update)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * config.learning_rate_factor(update)
                 batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
                 rollout = collect(
                     policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
@@ -92,9 +93,8 @@ def train(
                 state.finish_update()
                 stop.done()
                 on_update(row)
-                if update % config.checkpoint_every == config.checkpoint_every - 1 and update < config.updates - 1:
+                if update % config.checkpoint_every == config.checkpoint_every - 1 or update == config.updates - 1:
                     run.save(state)
-            run.save(state)
         except BaseException as error:
             if not (stop.busy or stop.again or isinstance(error, FloatingPointError)):
                 run.save(state)
@@ -102,12 +102,6 @@ def train(
         finally:
             run.claim({"reward": reward_identity(reward)}, again=True)
     return rows
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> None:
-    """The step size of this update, by `config.learning_rate_factor`: a function of the update, so nothing to save."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * config.learning_rate_factor(update)
 
 
 def measured(columns: dict) -> dict[str, float]:
@@ -195,13 +189,10 @@ def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     """
     if count < 1:
         raise ValueError("prompts must not be empty: got 0 rows")
-    rows = []
-    for position in range(update * batch, (update + 1) * batch):
-        epoch, place = divmod(position, count)
-        if not rows or place == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows.append(order[place].item())
-    return rows
+    first, start = divmod(update * batch, count)
+    seeds = range(seed * 1_000_003 + first, seed * 1_000_003 + 1 + (update * batch + batch - 1) // count)
+    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in seeds]  # one per epoch
+    return torch.cat(orders)[start : start + batch].tolist()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -184,25 +185,16 @@ def write_checkpoint(path: Path, state: dict) -> None:
     """Save a state with a digest behind it."""
     torch.save(state, path)
     with path.open("r+b") as file:
-        file.write(_sha256(file, path.stat().st_size))
+        file.write(hashlib.file_digest(file, "sha256").digest())
 
 
 def load_checkpoint(path: Path) -> dict:
     """The state in a checkpoint; ValueError that names the file and the way out if a single byte is not as written."""
-    size = path.stat().st_size - DIGEST_BYTES
-    with _damage(path), path.open("rb") as file:
-        if size < 0 or _sha256(file, size) != file.read():
+    with _damage(path):
+        data = np.memmap(path, mode="r")
+        if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:].tobytes():
             raise ValueError("its digest does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _sha256(file, size: int) -> bytes:
-    """Digest of the next `size` bytes."""
-    digest = hashlib.sha256()
-    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.digest()
 
 
 def read_json(path: Path) -> dict:
