@@ -82,9 +82,8 @@ class TokenTree:
                     children[state][token] = len(prefixes)
                     prefixes.append(longer)
                     starts.append(starts[state])
-        table = torch.tensor(rewards, dtype=torch.float64)
-        roots = torch.arange(len(prompts))
-        return cls(tuple(prefixes), torch.tensor(children), torch.stack(probs), table, roots)
+        tables = torch.tensor(children), torch.stack(probs), torch.tensor(rewards, dtype=torch.float64)
+        return cls(tuple(prefixes), *tables, torch.arange(len(prompts)))
 
     @classmethod
     def random(cls, vocab: int, depth: int, *, eos: int | None = None, seed: int = 0) -> "TokenTree":
@@ -208,17 +207,14 @@ class TokenTree:
 
     def rollout(self, policy: Tensor, n: int, generator: torch.Generator | None = None) -> Episodes:
         """Sample n completions; steps after the end are masked, with state, token and reward 0."""
-        policy, length = self._table(policy=policy), len(self.levels)
-        states, tokens = (torch.zeros(n, length, dtype=torch.long) for _ in range(2))
-        rewards, mask = torch.zeros(n, length, dtype=torch.float64), torch.zeros(n, length, dtype=torch.bool)
+        policy, steps = self._table(policy=policy), []
         state = self.roots[torch.randint(len(self.roots), (n,), generator=generator)]
-        for t in range(length):
+        for _ in self.levels:
             alive = state != ENDS
             action = torch.multinomial(policy[state], 1, generator=generator).squeeze(1)
-            states[:, t], tokens[:, t], mask[:, t] = state * alive, action * alive, alive
-            rewards[:, t] = self.rewards[state, action] * alive
+            steps.append((state * alive, action * alive, self.rewards[state, action] * alive, alive))
             state = torch.where(alive, self.children[state, action], ENDS)
-        return Episodes(states, tokens, rewards, mask)
+        return Episodes(*(torch.stack(column, 1) for column in zip(*steps, strict=True)))
 
 
 def _distribution(probs: Tensor, vocab: int, prefix: tuple[int, ...]) -> Tensor:

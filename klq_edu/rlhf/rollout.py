@@ -95,22 +95,19 @@ class Rollout:
 
         Logits exist only where a constraint needs them.
         """
-        keep, settings = self._keep, {"temperature": self.temperature, "mask": self.mask}
-        actions = policy.action_ids(self.tokens)
+        given, actions = (self.inputs, self._keep), policy.action_ids(self.tokens)
+        settings = {"temperature": self.temperature, "mask": self.mask}
         if self.allowed is not None:
-            logits, values = policy(self.inputs, keep)
-            ref_logits = policy.reference_logits(self.inputs, keep) if reference else None
-            logits, ref_logits = (
-                None if z is None else z.masked_fill(~self.allowed, -torch.inf) for z in (logits, ref_logits)
-            )
-            return token_stats(logits, actions, ref_logits, **settings), values
-        hidden, values = policy.features(self.inputs, keep)
+            logits, values = policy(*given)
+            both = (logits, policy.reference_logits(*given)) if reference else (logits,)
+            logits, *ref = (z.masked_fill(~self.allowed, -torch.inf) for z in both)
+            return token_stats(logits, actions, *ref, **settings), values
+        hidden, values = policy.features(*given)
         weight, settings["bias"] = _head(policy, policy.head)
-        ref = (None, None)
         if reference:
-            ref_weight, settings["ref_bias"] = _head(policy, policy.ref_head)
-            ref = (policy.reference_features(self.inputs, keep), ref_weight)
-        return linear_token_stats(hidden, weight, actions, *ref, **settings), values
+            settings["ref_hidden"] = policy.reference_features(*given)
+            settings["ref_weight"], settings["ref_bias"] = _head(policy, policy.ref_head)
+        return linear_token_stats(hidden, weight, actions, **settings), values
 
     def klq_loss(self, policy: ActorCritic, targets: Tensor, **variant) -> tuple[Tensor, TokenStats]:
         """The KLQ loss of fitting Q to targets [B, T] (see `klq_kernels.linear_klq_loss`), and the new statistics."""
