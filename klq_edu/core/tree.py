@@ -71,7 +71,10 @@ class TokenTree:
         prefixes, starts = list(prompts), [len(p) for p in prompts]
         children, probs, rewards = [], [], []
         for state, prefix in enumerate(prefixes):  # grows while it is read: breadth first
-            probs.append(_distribution(ref(prefix), vocab, prefix))
+            p = torch.as_tensor(ref(prefix), dtype=torch.float64)
+            if p.shape != (vocab,) or not (p >= 0).all() or abs(p.sum().item() - 1) > 1e-6:
+                raise ValueError(f"ref{prefix} must be {vocab} probabilities that sum to 1, got {p.tolist()}")
+            probs.append(p / p.sum())
             children.append([ENDS] * vocab)
             rewards.append([0.0] * vocab)
             for token in probs[-1].nonzero().flatten().tolist():
@@ -215,11 +218,3 @@ class TokenTree:
             steps.append((state * alive, action * alive, self.rewards[state, action] * alive, alive))
             state = torch.where(alive, self.children[state, action], ENDS)
         return Episodes(*(torch.stack(column, 1) for column in zip(*steps, strict=True)))
-
-
-def _distribution(probs: Tensor, vocab: int, prefix: tuple[int, ...]) -> Tensor:
-    """`probs` as float64, or a ValueError that says for which prefix it is not a distribution over `vocab` tokens."""
-    probs = torch.as_tensor(probs, dtype=torch.float64)
-    if probs.shape != (vocab,) or not (probs >= 0).all() or abs(probs.sum().item() - 1) > 1e-6:
-        raise ValueError(f"ref{prefix} must be {vocab} probabilities that sum to 1, got {probs.tolist()}")
-    return probs / probs.sum()

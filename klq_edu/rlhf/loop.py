@@ -170,10 +170,9 @@ def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
     Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
     Raises FloatingPointError, before any parameter has changed, where a gradient is not finite.
     """
-    critic = list(policy.critic_modules().parameters())
-    known = set(map(id, critic))
-    others = [p for p in policy.trainable().values() if id(p) not in known]
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic, others)])
+    critic = policy.critic_modules()
+    others = [p for name, p in policy.trainable().items() if name.split(".")[0] not in critic]
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic.parameters(), others)])
     if not norms.isfinite().all():
         raise FloatingPointError(f"gradient norms (critic, policy) are {norms.tolist()}: lower learning_rate")
     return norms[1]

@@ -11,7 +11,7 @@ top-p, no penalties. At the borders of a text the model's own `generate` is foll
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -85,10 +85,8 @@ class Rollout:
 
     def rows(self, index: Tensor) -> "Rollout":
         """The sub-batch with these rows."""
-        out = {f.name: take_rows(getattr(self, f.name), index, len(self)) for f in fields(self)}
-        for name in ("prompts", "completions"):
-            out[name] = [getattr(self, name)[i] for i in index.tolist()]
-        return Rollout(**out)
+        texts = {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("prompts", "completions")}
+        return Rollout(**take_rows(vars(self), index, len(self)) | texts)
 
     def stats(self, policy: ActorCritic, reference: bool = False):
         """(TokenStats, values) of these completions under the policy as it is now, differentiable.
@@ -147,8 +145,7 @@ def collect(
     ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
     seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
     known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
-    pairs = zip(tokens, mask & known, strict=True)
-    texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in pairs]
+    texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(tokens, mask & known)]
     ended = torch.isin(tokens, eos).any(1)  # masked tokens follow one in any case
     zeros = torch.zeros(mask.shape, device=policy.device)
     rollout = Rollout(

@@ -79,14 +79,12 @@ class Run:
         if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             raise ValueError(f"this loop is one process, but WORLD_SIZE is {processes}: start it without torchrun")
         try:
-            self.lock.acquire()
+            lock = self.lock.acquire()
         except Timeout:
             raise ValueError(f"{self.folder} is in use by another process: wait, or choose another (--out)") from None
-        try:
+        with lock:
             self._accept_raised_updates()
             yield
-        finally:
-            self.lock.release()
 
     def claim(self, identity: dict[str, str], again: bool = False) -> None:
         """Record these digests of what is trained on what. Raises ValueError naming those that were recorded otherwise.
@@ -142,8 +140,7 @@ class Run:
         """Write the checkpoint of the last finished update, and the metrics as a table (no update yet: do nothing)."""
         if state.updates:
             replace_file(self.checkpoint, lambda path: write_checkpoint(path, state.to_dict()))
-            table = pd.DataFrame(self.rows())
-            replace_file(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+            replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
 
     def say_finished(self, updates: int) -> None:
         """Say that there is nothing to do, so that old results are not taken for new ones."""
@@ -155,10 +152,8 @@ class Run:
         differ = {k: (found.get(k), given.get(k)) for k in found | given if found.get(k) != given.get(k)}
         raised = differ.keys() == {"updates"} and None not in differ["updates"] and found["updates"] < given["updates"]
         if self.config.exists() and differ and not raised:
-            rule = " (updates may be raised, nothing else changed)" if "updates" in differ else ""
-            raise ValueError(
-                f"{self.folder} holds other settings (there, here): {differ}{rule}; use another folder (--out)"
-            )
+            rule = "updates may be raised, nothing else changed; use another folder (--out)"
+            raise ValueError(f"{self.folder} holds other settings (there, here): {differ}; {rule}")
         return found
 
     def _accept_raised_updates(self) -> None:
