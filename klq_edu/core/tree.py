@@ -63,9 +63,7 @@ class TokenTree:
         (torch.Size([7, 2]), 1.5)
         """
         if vocab < 1 or depth < 1 or not prompts:
-            raise ValueError(
-                f"need vocab, depth >= 1 and a prompt, got vocab={vocab}, depth={depth}, prompts={prompts}"
-            )
+            raise ValueError(f"need vocab, depth >= 1 and a prompt, got {vocab=}, {depth=}, {prompts=}")
         if eos is not None and not 0 <= eos < vocab:
             raise ValueError(f"eos must lie in [0, {vocab}), got {eos}")
         prefixes, starts = list(prompts), [len(p) for p in prompts]

@@ -111,8 +111,7 @@ def measured(columns: dict) -> dict[str, float]:
     numbers = {name: x.item() if getattr(x, "ndim", None) == 0 else x for name, x in columns.items()}
     for name, x in numbers.items():
         if not isinstance(name, str) or name in METRICS or not isinstance(x, int | float):
-            rule = "under names that the loop doesn't use itself"
-            raise TypeError(f"evaluate must return a dict of numbers {rule}, got {name!r}: {x!r}")
+            raise TypeError(f"evaluate must return a dict of numbers under names of its own, got {name!r}: {x!r}")
     return numbers
 
 
@@ -189,8 +188,8 @@ def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     if count < 1:
         raise ValueError("prompts must not be empty: got 0 rows")
     first, start = divmod(update * batch, count)
-    seeds = range(seed * 1_000_003 + first, seed * 1_000_003 + 1 + (update * batch + batch - 1) // count)
-    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in seeds]  # one per epoch
+    epochs = range(first, 1 + (update * batch + batch - 1) // count)
+    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
     return torch.cat(orders)[start : start + batch].tolist()
 
 

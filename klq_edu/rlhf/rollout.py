@@ -76,9 +76,8 @@ class Rollout:
 
     def __post_init__(self):
         right_padded(self.mask)
-        if not self.mask.any(dim=1).all():
-            row = int((~self.mask.any(dim=1)).nonzero()[0])
-            raise ValueError(f"mask: row {row} is empty; every completion needs at least one real token")
+        if len(empty := (~self.mask.any(dim=1)).nonzero()):
+            raise ValueError(f"mask: row {empty[0].item()} is empty; every completion needs at least one real token")
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -139,9 +138,8 @@ def collect(
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
     tokens, mask, allowed, trunk = _sample(
-        policy, prompt_ids, attention, eos, constraint and (constraint, constraint.start(prompts)),
-        max_new_tokens, temperature, generator,
-    )  # fmt: skip
+        policy, prompt_ids, attention, eos, constraint, prompts, max_new_tokens, temperature, generator
+    )
     ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
     seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
     known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
@@ -218,16 +216,16 @@ def _head(policy: ActorCritic, head: torch.nn.Linear) -> tuple[Tensor, Tensor | 
     return policy.cast(head.weight), None if head.bias is None else policy.cast(head.bias)
 
 
-def _sample(policy, ids, attention, eos, constrained, steps, temperature, generator):
+def _sample(policy, ids, attention, eos, constraint, prompts, steps, temperature, generator):
     """Autoregressive sampling: tokens and mask [B, T], allowed tokens [B, T, A] or None, trunk activations or None."""
     decode = Decoder(policy)
-    rule, state = constrained or (None, None)
+    state = None if constraint is None else constraint.start(prompts)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     tokens, mask, allowed = [], [], []
     for _ in range(steps):
         logits = decode(ids, attention).float() / temperature
-        if rule is not None:
-            allowed.append(rule.allowed(state).to(logits.device))
+        if constraint is not None:
+            allowed.append(constraint.allowed(state).to(logits.device))
             logits = logits.masked_fill(~allowed[-1], -torch.inf)
         probs = logits.softmax(-1).cpu()
         if not probs.isfinite().all():
@@ -236,8 +234,8 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
         ids = policy.token_ids(actions)
         tokens.append(ids)
         mask.append(alive)
-        if rule is not None:
-            state = rule.advance(state, ids.squeeze(1).to(state.device))
+        if constraint is not None:
+            state = constraint.advance(state, ids.squeeze(1).to(state.device))
         alive = alive & ~torch.isin(ids.squeeze(1), eos)
         attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
         if not alive.any():
