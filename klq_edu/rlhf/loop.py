@@ -69,7 +69,7 @@ def train(
         try:
             for update in range(len(rows), config.updates):
                 start = time.perf_counter()
-                for group in optimizer.param_groups:
+                for group in optimizer.param_groups:  # a function of the update, so nothing to save
                     group["lr"] = config.learning_rate * config.learning_rate_factor(update)
                 batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
                 rollout = collect(
