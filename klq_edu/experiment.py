@@ -123,6 +123,6 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
         if "judge" in r.after:
             row |= {"judge_before": r.before["judge"].mean(), "judge_after": r.after["judge"].mean()}
         row |= {"reward": last_quarter(r.rows, "reward"), "kl": last_quarter(r.rows, "kl")}
-        row |= {"attained": r.rows[-1].get("attained", float("nan"))}
-        rows.append(row | {"seconds": sum(x["seconds"] for x in r.rows)})
+        row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": sum(x["seconds"] for x in r.rows)}
+        rows.append(row)
     return pd.DataFrame(rows)

@@ -18,7 +18,6 @@ def show_update(progress: bars.Progress, bar: bars.TaskID) -> Callable[[dict], N
 
     def show(row: dict) -> None:
         gain = f"attained {row['attained']:.0%}" if "attained" in row else f"reward {row['reward']:+.2f}"
-        note = f"{gain}  KL {row['kl']:.2f}"
-        progress.update(bar, completed=row["update"] + 1, note=note)
+        progress.update(bar, completed=row["update"] + 1, note=f"{gain}  KL {row['kl']:.2f}")
 
     return show

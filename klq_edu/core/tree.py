@@ -63,15 +63,16 @@ class TokenTree:
         (torch.Size([7, 2]), 1.5)
         """
         if vocab < 1 or depth < 1 or not prompts:
-            raise ValueError(
-                f"need vocab, depth >= 1 and a prompt, got vocab={vocab}, depth={depth}, prompts={prompts}"
-            )
+            raise ValueError(f"need vocab, depth >= 1 and a prompt, got {vocab=}, {depth=}, {prompts=}")
         if eos is not None and not 0 <= eos < vocab:
             raise ValueError(f"eos must lie in [0, {vocab}), got {eos}")
         prefixes, starts = list(prompts), [len(p) for p in prompts]
         children, probs, rewards = [], [], []
         for state, prefix in enumerate(prefixes):  # grows while it is read: breadth first
-            probs.append(_distribution(ref(prefix), vocab, prefix))
+            p = torch.as_tensor(ref(prefix), dtype=torch.float64)
+            if p.shape != (vocab,) or not (p >= 0).all() or abs(p.sum().item() - 1) > 1e-6:
+                raise ValueError(f"ref{prefix} must be {vocab} probabilities that sum to 1, got {p.tolist()}")
+            probs.append(p / p.sum())
             children.append([ENDS] * vocab)
             rewards.append([0.0] * vocab)
             for token in probs[-1].nonzero().flatten().tolist():
@@ -82,9 +83,8 @@ class TokenTree:
                     children[state][token] = len(prefixes)
                     prefixes.append(longer)
                     starts.append(starts[state])
-        table = torch.tensor(rewards, dtype=torch.float64)
-        roots = torch.arange(len(prompts))
-        return cls(tuple(prefixes), torch.tensor(children), torch.stack(probs), table, roots)
+        tables = torch.tensor(children), torch.stack(probs), torch.tensor(rewards, dtype=torch.float64)
+        return cls(tuple(prefixes), *tables, torch.arange(len(prompts)))
 
     @classmethod
     def random(cls, vocab: int, depth: int, *, eos: int | None = None, seed: int = 0) -> "TokenTree":
@@ -208,22 +208,11 @@ class TokenTree:
 
     def rollout(self, policy: Tensor, n: int, generator: torch.Generator | None = None) -> Episodes:
         """Sample n completions; steps after the end are masked, with state, token and reward 0."""
-        policy, length = self._table(policy=policy), len(self.levels)
-        states, tokens = (torch.zeros(n, length, dtype=torch.long) for _ in range(2))
-        rewards, mask = torch.zeros(n, length, dtype=torch.float64), torch.zeros(n, length, dtype=torch.bool)
+        policy, steps = self._table(policy=policy), []
         state = self.roots[torch.randint(len(self.roots), (n,), generator=generator)]
-        for t in range(length):
+        for _ in self.levels:
             alive = state != ENDS
             action = torch.multinomial(policy[state], 1, generator=generator).squeeze(1)
-            states[:, t], tokens[:, t], mask[:, t] = state * alive, action * alive, alive
-            rewards[:, t] = self.rewards[state, action] * alive
+            steps.append((state * alive, action * alive, self.rewards[state, action] * alive, alive))
             state = torch.where(alive, self.children[state, action], ENDS)
-        return Episodes(states, tokens, rewards, mask)
-
-
-def _distribution(probs: Tensor, vocab: int, prefix: tuple[int, ...]) -> Tensor:
-    """`probs` as float64, or a ValueError that says for which prefix it is not a distribution over `vocab` tokens."""
-    probs = torch.as_tensor(probs, dtype=torch.float64)
-    if probs.shape != (vocab,) or not (probs >= 0).all() or abs(probs.sum().item() - 1) > 1e-6:
-        raise ValueError(f"ref{prefix} must be {vocab} probabilities that sum to 1, got {probs.tolist()}")
-    return probs / probs.sum()
+        return Episodes(*(torch.stack(column, 1) for column in zip(*steps, strict=True)))

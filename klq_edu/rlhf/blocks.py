@@ -5,7 +5,7 @@ Works for any Hugging Face causal LM whose blocks are one list of one kind, beca
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,17 +51,11 @@ def final_norm(lm: PreTrainedModel) -> nn.Module:
     return norms[0]
 
 
-@contextmanager
-def watch_block(lm: PreTrainedModel, block: int | None, see: Callable[[tuple, dict], None]):
-    """Within this context `see(args, kwargs)` is called before block number `block` runs (None: never)."""
+def watch_block(lm: PreTrainedModel, block: int | None, see: Callable[[tuple, dict], None]) -> AbstractContextManager:
+    """Until this context ends `see(args, kwargs)` is called before block number `block` runs (None: never)."""
     if block is None:
-        yield
-        return
-    handle = blocks_of(lm)[block].register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return nullcontext()
+    return blocks_of(lm)[block].register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)
 
 
 class _Reached(Exception):

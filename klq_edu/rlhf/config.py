@@ -4,8 +4,9 @@ Standard library only, so that `--help` is instant.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -73,34 +74,37 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), get_args(f.type) if get_origin(f.type) is Literal else ()
-            if choices:
-                _require(f.name, value in choices, self, f"must be one of {choices}")
-            elif value is not None and f.type not in (str, bool):
-                _require(f.name, _is_number(value, whole=f.type is int), self, f"must be {NUMBERS[f.type is int]}")
-        for name in COUNTS:
-            _require(name, getattr(self, name) >= 1, self, "must be an integer >= 1")
-        for name in ("tau", "learning_rate", "max_grad_norm", "temperature", "ratio_clip"):
-            _require(name, getattr(self, name) > 0, self, "must be a finite number > 0")
-        for name in ("gamma", "lam", "final_lr_fraction"):
-            _require(name, 0 <= getattr(self, name) <= 1, self, "must lie in [0, 1]")
-        _require("alpha", 0 < self.alpha <= 1, self, "must lie in (0, 1]")
-        for name in ("warmup_updates", "seed", "vf_coef"):
-            _require(name, getattr(self, name) >= 0, self, "must be >= 0")
-        _require("minibatches", self.minibatches <= self.batch_size, self, "must not exceed batch_size")
+            if get_origin(f.type) is Literal:
+                self._require(f"must be one of {get_args(f.type)}", get_args(f.type).__contains__, f.name)
+            elif f.type is int:
+                self._require("must be an integer", lambda x: _is_number(x) and isinstance(x, int), f.name)
+            elif f.type not in (str, bool):
+                self._require("must be a finite number", lambda x: x is None or _is_number(x), f.name)
+        counts = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
+        positive = ("tau", "learning_rate", "max_grad_norm", "temperature", "ratio_clip")
+        self._require("must be an integer >= 1", lambda x: x >= 1, *counts)
+        self._require("must be a finite number > 0", lambda x: x > 0, *positive)
+        self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "final_lr_fraction")
+        self._require("must lie in (0, 1]", lambda x: 0 < x <= 1, "alpha")
+        self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed", "vf_coef")
+        self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
         """Thresholds are positive, given where the loss needs them, and absent where they would have no effect."""
         if self.algorithm != "klq":
-            _require("loss", self.loss == "l2", self, f"is a KLQ variant and has no effect on {self.algorithm}")
+            self._require(f"is a KLQ variant and has no effect on {self.algorithm}", lambda x: x == "l2", "loss")
         needed = THRESHOLDS[self.loss]
         allowed = needed if self.algorithm == "klq" else ("clip",)
-        for name in ("clip", "log_ratio_clip", "delta"):
-            value = getattr(self, name)
-            _require(name, value is None or value > 0, self, "must be > 0 or None")
-            _require(name, value is not None or name not in needed, self, f"must be given for loss={self.loss!r}")
-            _require(name, value is None or name in allowed, self, f"has no effect on {self.algorithm} {self.loss}")
+        idle = [name for name in ("clip", "log_ratio_clip", "delta") if name not in allowed]
+        self._require("must be > 0 or None", lambda x: x is None or x > 0, "clip", "log_ratio_clip", "delta")
+        self._require(f"must be given for loss={self.loss!r}", lambda x: x is not None, *needed)
+        self._require(f"has no effect on {self.algorithm} {self.loss}", lambda x: x is None, *idle)
+
+    def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            if not holds(value := getattr(self, name)):
+                raise ValueError(f"{name} {rule}, got {value!r}")
 
     @property
     def trunk_scale(self) -> float:
@@ -124,7 +128,6 @@ class TrainConfig:
         return asdict(self)
 
 
-COUNTS = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
 THRESHOLDS = {
     "l2": (),
     "huber": ("delta",),
@@ -132,15 +135,8 @@ THRESHOLDS = {
     "ratio_clipped": ("log_ratio_clip",),
     "double_clipped": ("clip", "log_ratio_clip"),
 }
-NUMBERS = ("a finite number", "an integer")
 
 
-def _is_number(value, whole: bool) -> bool:
-    """True for a finite number that is no boolean, and an integer if it must be whole."""
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(name: str, holds: bool, config: TrainConfig, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} {rule}, got {getattr(config, name)!r}")
+def _is_number(x) -> bool:
+    """True for a finite number that is no boolean."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

@@ -69,7 +69,8 @@ def train(
         try:
             for update in range(len(rows), config.updates):
                 start = time.perf_counter()
-                set_learning_rate(optimizer, config, update)
+                for group in optimizer.param_groups:  # a function of the update, so nothing to save
+                    group["lr"] = config.learning_rate * config.learning_rate_factor(update)
                 batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
                 rollout = collect(
                     policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
@@ -92,9 +93,8 @@ def train(
                 state.finish_update()
                 stop.done()
                 on_update(row)
-                if update % config.checkpoint_every == config.checkpoint_every - 1 and update < config.updates - 1:
+                if update % config.checkpoint_every == config.checkpoint_every - 1 or update == config.updates - 1:
                     run.save(state)
-            run.save(state)
         except BaseException as error:
             if not (stop.busy or stop.again or isinstance(error, FloatingPointError)):
                 run.save(state)
@@ -104,12 +104,6 @@ def train(
     return rows
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> None:
-    """The step size of this update, by `config.learning_rate_factor`: a function of the update, so nothing to save."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * config.learning_rate_factor(update)
-
-
 def measured(columns: dict) -> dict[str, float]:
     """What `evaluate` returned, as plain numbers (0-dimensional tensors are some); TypeError names what is none."""
     if not isinstance(columns, dict):
@@ -117,8 +111,7 @@ def measured(columns: dict) -> dict[str, float]:
     numbers = {name: x.item() if getattr(x, "ndim", None) == 0 else x for name, x in columns.items()}
     for name, x in numbers.items():
         if not isinstance(name, str) or name in METRICS or not isinstance(x, int | float):
-            rule = "under names that the loop doesn't use itself"
-            raise TypeError(f"evaluate must return a dict of numbers {rule}, got {name!r}: {x!r}")
+            raise TypeError(f"evaluate must return a dict of numbers under names of its own, got {name!r}: {x!r}")
     return numbers
 
 
@@ -176,10 +169,9 @@ def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
     Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
     Raises FloatingPointError, before any parameter has changed, where a gradient is not finite.
     """
-    critic = list(policy.critic_modules().parameters())
-    known = set(map(id, critic))
-    others = [p for p in policy.trainable().values() if id(p) not in known]
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic, others)])
+    critic = policy.critic_modules()
+    others = [p for name, p in policy.trainable().items() if name.split(".")[0] not in critic]
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic.parameters(), others)])
     if not norms.isfinite().all():
         raise FloatingPointError(f"gradient norms (critic, policy) are {norms.tolist()}: lower learning_rate")
     return norms[1]
@@ -195,13 +187,10 @@ def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     """
     if count < 1:
         raise ValueError("prompts must not be empty: got 0 rows")
-    rows = []
-    for position in range(update * batch, (update + 1) * batch):
-        epoch, place = divmod(position, count)
-        if not rows or place == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows.append(order[place].item())
-    return rows
+    first, start = divmod(update * batch, count)
+    epochs = range(first, 1 + (update * batch + batch - 1) // count)
+    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
+    return torch.cat(orders)[start : start + batch].tolist()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -62,8 +62,7 @@ class ActorCritic(nn.Module):
         self.ref_head = copy.deepcopy(self.head).requires_grad_(False) if trainable_blocks is None else self.head
         self.critic_body = copy.deepcopy(self.body) if critic == "separate" else None
         self.value_head = nn.Linear(self.head.in_features, 1, device=lm.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.start_value(0.0)
         self.value_is_set = False
         self.to(lm.device)
         _check_forward(self)
@@ -76,7 +75,11 @@ class ActorCritic(nn.Module):
         """
         policy = cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), **kwargs)
         if (saved := Path(folder) / VALUE_FILE).exists():
-            _load_strictly(policy.critic_modules(), load_file(saved), saved)
+            try:
+                policy.critic_modules().load_state_dict(load_file(saved))
+            except RuntimeError as error:
+                fit = "does not fit this critic (same critic and trainable_blocks as saved?)"
+                raise ValueError(f"{saved} {fit}: {error}") from error
             policy.value_is_set = True
         return policy
 
@@ -286,9 +289,7 @@ def _forward_errors(policy: ActorCritic) -> dict[str, float]:
 def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:
     """A frozen copy of the head with the rows of these tokens only."""
     small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
-    small.weight.data = head.weight.data[vocab.to(head.weight.device)]
-    if head.bias is not None:
-        small.bias.data = head.bias.data[vocab.to(head.weight.device)]
+    small.load_state_dict({name: x[vocab.to(x.device)] for name, x in head.state_dict().items()})
     return small.requires_grad_(False)
 
 
@@ -302,12 +303,3 @@ def _check_vocab(vocab: Tensor | None, size: int, trainable_blocks: int | None) 
         ends = f"{vocab[0].item()}…{vocab[-1].item()}" if len(vocab) else "none"
         raise ValueError(f"vocab must hold at least one id, all in [0, {size}), got {ends}")
     return vocab
-
-
-def _load_strictly(module: nn.Module, state: dict, source: Path) -> None:
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in state.items()}
-    if expected != given:
-        differ = sorted(set(expected.items()) ^ set(given.items()))[:4]
-        raise ValueError(f"{source} does not fit this critic (same critic and trainable_blocks as saved?): {differ}")
-    module.load_state_dict(state)

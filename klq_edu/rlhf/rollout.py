@@ -11,7 +11,7 @@ top-p, no penalties. At the borders of a text the model's own `generate` is foll
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -76,41 +76,35 @@ class Rollout:
 
     def __post_init__(self):
         right_padded(self.mask)
-        if not self.mask.any(dim=1).all():
-            row = int((~self.mask.any(dim=1)).nonzero()[0])
-            raise ValueError(f"mask: row {row} is empty; every completion needs at least one real token")
+        if len(empty := (~self.mask.any(dim=1)).nonzero()):
+            raise ValueError(f"mask: row {empty[0].item()} is empty; every completion needs at least one real token")
 
     def __len__(self) -> int:
         return len(self.mask)
 
     def rows(self, index: Tensor) -> "Rollout":
         """The sub-batch with these rows."""
-        out = {f.name: take_rows(getattr(self, f.name), index, len(self)) for f in fields(self)}
-        for name in ("prompts", "completions"):
-            out[name] = [getattr(self, name)[i] for i in index.tolist()]
-        return Rollout(**out)
+        texts = {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("prompts", "completions")}
+        return Rollout(**take_rows(vars(self), index, len(self)) | texts)
 
     def stats(self, policy: ActorCritic, reference: bool = False):
         """(TokenStats, values) of these completions under the policy as it is now, differentiable.
 
         Logits exist only where a constraint needs them.
         """
-        keep, settings = self._keep, {"temperature": self.temperature, "mask": self.mask}
-        actions = policy.action_ids(self.tokens)
+        given, actions = (self.inputs, self._keep), policy.action_ids(self.tokens)
+        settings = {"temperature": self.temperature, "mask": self.mask}
         if self.allowed is not None:
-            logits, values = policy(self.inputs, keep)
-            ref_logits = policy.reference_logits(self.inputs, keep) if reference else None
-            logits, ref_logits = (
-                None if z is None else z.masked_fill(~self.allowed, -torch.inf) for z in (logits, ref_logits)
-            )
-            return token_stats(logits, actions, ref_logits, **settings), values
-        hidden, values = policy.features(self.inputs, keep)
+            logits, values = policy(*given)
+            both = (logits, policy.reference_logits(*given)) if reference else (logits,)
+            logits, *ref = (z.masked_fill(~self.allowed, -torch.inf) for z in both)
+            return token_stats(logits, actions, *ref, **settings), values
+        hidden, values = policy.features(*given)
         weight, settings["bias"] = _head(policy, policy.head)
-        ref = (None, None)
         if reference:
-            ref_weight, settings["ref_bias"] = _head(policy, policy.ref_head)
-            ref = (policy.reference_features(self.inputs, keep), ref_weight)
-        return linear_token_stats(hidden, weight, actions, *ref, **settings), values
+            settings["ref_hidden"] = policy.reference_features(*given)
+            settings["ref_weight"], settings["ref_bias"] = _head(policy, policy.ref_head)
+        return linear_token_stats(hidden, weight, actions, **settings), values
 
     def klq_loss(self, policy: ActorCritic, targets: Tensor, **variant) -> tuple[Tensor, TokenStats]:
         """The KLQ loss of fitting Q to targets [B, T] (see `klq_kernels.linear_klq_loss`), and the new statistics."""
@@ -144,14 +138,12 @@ def collect(
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
     tokens, mask, allowed, trunk = _sample(
-        policy, prompt_ids, attention, eos, constraint and (constraint, constraint.start(prompts)),
-        max_new_tokens, temperature, generator,
-    )  # fmt: skip
+        policy, prompt_ids, attention, eos, constraint, prompts, max_new_tokens, temperature, generator
+    )
     ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
     seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
     known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
-    pairs = zip(tokens, mask & known, strict=True)
-    texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in pairs]
+    texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(tokens, mask & known)]
     ended = torch.isin(tokens, eos).any(1)  # masked tokens follow one in any case
     zeros = torch.zeros(mask.shape, device=policy.device)
     rollout = Rollout(
@@ -224,16 +216,16 @@ def _head(policy: ActorCritic, head: torch.nn.Linear) -> tuple[Tensor, Tensor | 
     return policy.cast(head.weight), None if head.bias is None else policy.cast(head.bias)
 
 
-def _sample(policy, ids, attention, eos, constrained, steps, temperature, generator):
+def _sample(policy, ids, attention, eos, constraint, prompts, steps, temperature, generator):
     """Autoregressive sampling: tokens and mask [B, T], allowed tokens [B, T, A] or None, trunk activations or None."""
     decode = Decoder(policy)
-    rule, state = constrained or (None, None)
+    state = None if constraint is None else constraint.start(prompts)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     tokens, mask, allowed = [], [], []
     for _ in range(steps):
         logits = decode(ids, attention).float() / temperature
-        if rule is not None:
-            allowed.append(rule.allowed(state).to(logits.device))
+        if constraint is not None:
+            allowed.append(constraint.allowed(state).to(logits.device))
             logits = logits.masked_fill(~allowed[-1], -torch.inf)
         probs = logits.softmax(-1).cpu()
         if not probs.isfinite().all():
@@ -242,8 +234,8 @@ def _sample(policy, ids, attention, eos, constrained, steps, temperature, genera
         ids = policy.token_ids(actions)
         tokens.append(ids)
         mask.append(alive)
-        if rule is not None:
-            state = rule.advance(state, ids.squeeze(1).to(state.device))
+        if constraint is not None:
+            state = constraint.advance(state, ids.squeeze(1).to(state.device))
         alive = alive & ~torch.isin(ids.squeeze(1), eos)
         attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
         if not alive.any():

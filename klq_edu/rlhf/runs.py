@@ -16,6 +16,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -78,14 +79,12 @@ class Run:
         if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             raise ValueError(f"this loop is one process, but WORLD_SIZE is {processes}: start it without torchrun")
         try:
-            self.lock.acquire()
+            lock = self.lock.acquire()
         except Timeout:
             raise ValueError(f"{self.folder} is in use by another process: wait, or choose another (--out)") from None
-        try:
+        with lock:
             self._accept_raised_updates()
             yield
-        finally:
-            self.lock.release()
 
     def claim(self, identity: dict[str, str], again: bool = False) -> None:
         """Record these digests of what is trained on what. Raises ValueError naming those that were recorded otherwise.
@@ -141,8 +140,7 @@ class Run:
         """Write the checkpoint of the last finished update, and the metrics as a table (no update yet: do nothing)."""
         if state.updates:
             replace_file(self.checkpoint, lambda path: write_checkpoint(path, state.to_dict()))
-            table = pd.DataFrame(self.rows())
-            replace_file(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+            replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
 
     def say_finished(self, updates: int) -> None:
         """Say that there is nothing to do, so that old results are not taken for new ones."""
@@ -154,10 +152,8 @@ class Run:
         differ = {k: (found.get(k), given.get(k)) for k in found | given if found.get(k) != given.get(k)}
         raised = differ.keys() == {"updates"} and None not in differ["updates"] and found["updates"] < given["updates"]
         if self.config.exists() and differ and not raised:
-            rule = " (updates may be raised, nothing else changed)" if "updates" in differ else ""
-            raise ValueError(
-                f"{self.folder} holds other settings (there, here): {differ}{rule}; use another folder (--out)"
-            )
+            rule = "updates may be raised, nothing else changed; use another folder (--out)"
+            raise ValueError(f"{self.folder} holds other settings (there, here): {differ}; {rule}")
         return found
 
     def _accept_raised_updates(self) -> None:
@@ -184,25 +180,16 @@ def write_checkpoint(path: Path, state: dict) -> None:
     """Save a state with a digest behind it."""
     torch.save(state, path)
     with path.open("r+b") as file:
-        file.write(_sha256(file, path.stat().st_size))
+        file.write(hashlib.file_digest(file, "sha256").digest())
 
 
 def load_checkpoint(path: Path) -> dict:
     """The state in a checkpoint; ValueError that names the file and the way out if a single byte is not as written."""
-    size = path.stat().st_size - DIGEST_BYTES
-    with _damage(path), path.open("rb") as file:
-        if size < 0 or _sha256(file, size) != file.read():
+    with _damage(path):
+        data = np.memmap(path, mode="r")
+        if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:].tobytes():
             raise ValueError("its digest does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _sha256(file, size: int) -> bytes:
-    """Digest of the next `size` bytes."""
-    digest = hashlib.sha256()
-    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.digest()
 
 
 def read_json(path: Path) -> dict:

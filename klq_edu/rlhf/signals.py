@@ -12,11 +12,8 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked to stop; `signum` says which."""
 
     def __init__(self, signum: int):
-        super().__init__(signum)
+        super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-    def __str__(self) -> str:
-        return signal.Signals(self.signum).name
 
 
 class StopSignals:
@@ -30,10 +27,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            found = {s: signal.getsignal(s) for s in SIGNALS}
-            self._before = {s: handler for s, handler in found.items() if handler not in (signal.SIG_IGN, None)}
-            for s in self._before:
-                signal.signal(s, self._receive)
+            for s in SIGNALS:
+                if signal.getsignal(s) not in (signal.SIG_IGN, None):
+                    self._before[s] = signal.signal(s, self._receive)
         return self
 
     def __exit__(self, *_) -> None:

@@ -32,6 +32,7 @@ DEEDS = ("smiles", "sings", "helps", "waits", "lies", "weeps")
 EVENTS = ("shines", "grows", "rests", "falls", "burns", "breaks")
 ADVERBS = ("gently", "bravely", "again", "alone", "slowly", "bitterly", "together", "forever")
 END = "."
+FOLLOWERS = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END)}
 PAD = "<pad>"
 LONGEST = 5
 
@@ -67,16 +68,9 @@ def successors(words: tuple[str, ...]) -> tuple[str, ...]:
     >>> successors(("kind", "river"))
     ('shines', 'grows', 'rests', 'falls', 'burns', 'breaks')
     """
-    last = words[-1] if words else ""
     if not words:
         return ADJECTIVES + PEOPLE + THINGS
-    if last in ADJECTIVES:
-        return PEOPLE + THINGS
-    if last in PEOPLE:
-        return DEEDS
-    if last in THINGS:
-        return EVENTS
-    return (*ADVERBS, END) if last in DEEDS + EVENTS else (END,)
+    return next((after for kind, after in FOLLOWERS.items() if words[-1] in kind), (END,))
 
 
 def raw_score(words: tuple[str, ...]) -> float:
@@ -150,14 +144,10 @@ class TreeReader:
         texts = [" ".join(tokenizer.convert_ids_to_tokens(list(p))) for p in paths]
         self.sequences = encode_prompts(tokenizer, texts, policy, 0)
         width = self.sequences[0].shape[1]
-        index = {p: i for i, p in enumerate(tree.prefixes)}
-        place = {}
-        for row, path in enumerate(paths):
-            for n in range(1, len(path) + 1):
-                if (state := index.get(path[:n])) is not None:
-                    place[state] = (row, width - len(path) + n - 1)
-        self.states = torch.tensor(sorted(place))
-        self.rows, self.columns = torch.tensor([place[s] for s in sorted(place)]).T
+        ends = [(row, path, n) for row, path in enumerate(paths) for n in range(1, len(path) + 1)]
+        place = {path[:n]: (row, width - len(path) + n - 1) for row, path, n in ends}  # where each prefix is read
+        self.states = torch.tensor([s for s, prefix in enumerate(tree.prefixes) if prefix in place])
+        self.rows, self.columns = torch.tensor([place[tree.prefixes[s]] for s in self.states]).T
 
     @torch.no_grad()
     def __call__(self, policy: ActorCritic) -> Tensor:
@@ -260,10 +250,7 @@ def load_grammar(seed: int = 0) -> World:
 
 def standardise(tree: TokenTree) -> TokenTree:
     """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
-    states, tokens = tree.leaves
-    weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[states, tokens]
-    mean = (weights * scores).sum()
-    std = (weights * (scores - mean) ** 2).sum().sqrt()
-    rewards = torch.zeros_like(tree.rewards)
-    rewards[states, tokens] = (scores - mean) / std
-    return replace(tree, rewards=rewards)
+    weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[tree.leaves]
+    centred = scores - (weights * scores).sum()
+    std = (weights * centred**2).sum().sqrt()
+    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / std))

@@ -81,14 +81,12 @@ def load_stories() -> World:
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     openers = files("klq_edu.worlds").joinpath("openers.txt").read_text(encoding="utf-8").splitlines()
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}))
-    frequent = torch.arange(FREQUENT_TOKENS)
+    special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    vocab = torch.tensor([i for i in range(FREQUENT_TOKENS) if i not in special])
 
     def make_policy(config: TrainConfig) -> ActorCritic:
-        return ActorCritic.from_pretrained(
-            folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic,
-            vocab=frequent[~torch.isin(frequent, special)],
-        )  # fmt: skip
+        settings = {"trainable_blocks": TRAINABLE_BLOCKS, "critic": config.critic, "vocab": vocab}
+        return ActorCritic.from_pretrained(folder, **settings)
 
     return World(
         "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
