@@ -12,7 +12,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked to stop; `signum` says which."""
 
     def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
+        super().__init__(signum)  # what pickle makes it from again, in the parent of a sweep's workers
         self.signum = signum
 
 

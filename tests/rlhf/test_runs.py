@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -309,6 +310,11 @@ def test_a_signal_drops_an_update_not_begun_and_finishes_one_that_is(tmp_path, g
     assert [signal.getsignal(s) for s in SIGNALS] == before
     assert load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["updates"] == kept
     assert timeless(go(tmp_path / "cut")) == timeless(whole)
+
+
+def test_an_interruption_reaches_the_parent_process_as_it_was():
+    again = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert isinstance(again, KeyboardInterrupt) and again.signum == signal.SIGTERM
 
 
 def test_a_signal_that_the_reward_swallows_still_drops_the_update(tmp_path, go):
