@@ -65,11 +65,13 @@ def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict]
     run.claim({"reward": reward_identity(world.reward)}, again=True)
     centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
     policy.start_value(0.0 if centred else before["reward"].mean())
+    (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
     train(
         policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
         evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
     )  # fmt: skip
     after = held_out_samples(world, policy, config)
+    run.claim({"reward": reward_identity(world.reward)}, again=True)
     samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
     write_json(run.folder / SAMPLES_FILE, samples)
     return read_result(run)

@@ -175,6 +175,8 @@ def same_shape(shape: torch.Size, of: str, **given: torch.Tensor) -> None:
 def right_padded(mask: torch.Tensor) -> None:
     """Raise ValueError unless every row of `mask` is True…True False…False; on a GPU, assert it on the device."""
     rule = "mask must be right-padded (True up to the last real token, then False)"
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be [B, T], got shape {tuple(mask.shape)}")
     holes = mask[:, 1:] > mask[:, :-1]
     if mask.is_cuda:
         torch._assert_async(~holes.any(), rule)
@@ -194,7 +196,7 @@ def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
     if tokens.is_cuda:
         torch._assert_async(~wrong, f"{rule}, where unmasked")
     elif wrong:
-        low, high = tokens[mask].aminmax()
+        low, high = ids[mask].aminmax()
         raise ValueError(f"{rule}, got ids from {int(low)} to {int(high)} on unmasked positions")
 
 

@@ -1,10 +1,11 @@
 """Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, by name."""
 
 import signal
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,14 +79,16 @@ class Exercise:
 
 @contextmanager
 def _isolated():
-    """float64 and gradients on; precision, gradient mode and random numbers of torch are put back afterwards."""
-    before = torch.get_default_dtype()
+    """float64 and gradients on; torch's precision, device, gradient mode and random numbers are put back afterwards."""
+    before, device = torch.get_default_dtype(), torch.get_default_device()
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.set_default_dtype(torch.float64)
         try:
             yield
         finally:
             torch.set_default_dtype(before)
+            if torch.get_default_device() != device:
+                torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @_isolated()
@@ -94,11 +97,13 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
 
     A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt. Whatever
     an answer is, raises or does to its arguments, it gets a verdict; only a real Ctrl-C gets through. After 10 seconds
-    it is interrupted, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it.
+    it is interrupted, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it,
+    and nothing stops one endless call into C.
     """
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
+    right = [exercise.outcome(exercise.solution, x) for x in trials]  # before the answer can change what it calls
     with _watched() as rung:
         try:
             results, message = [exercise.outcome(answer, x) for x in trials], None
@@ -108,7 +113,7 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
         raise KeyboardInterrupt
     if rung:
         message = f"your answer was stopped after {SECONDS:g} seconds; is there a loop that never ends?"
-    message = message or _judge(exercise, results, trials)
+    message = message or _judge(exercise, results, right, trials)
     if message == NOT_ATTEMPTED:
         return Verdict(None, f"· Exercise {exercise.number}: {message}.")
     if message:
@@ -147,10 +152,20 @@ def _watched():
     """In the main thread: ends what takes too long, yields a list of the signals that came, and puts all back."""
     rung, begun, main = [], time.monotonic(), threading.current_thread() is threading.main_thread()
 
+    def insist(_, event, __):
+        if event == "line":
+            raise KeyboardInterrupt
+        return insist
+
     def ring(number, frame):
         rung.append(number)
+        if number == ALARM and rung.count(ALARM) > 1:  # the first was caught: interrupt every line of what catches it
+            while frame and frame.f_code is not _call.__code__:
+                frame.f_trace, frame = insist, frame.f_back
+            sys.settrace(insist)
         raise KeyboardInterrupt
 
+    tracer = sys.gettrace()
     handlers = {n: signal.signal(n, ring) for n in (signal.SIGINT, ALARM) if main and n}
     left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0) if ALARM in handlers else (0, 0)
     try:
@@ -158,6 +173,7 @@ def _watched():
     finally:
         if ALARM in handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.settrace(tracer)
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
         if left:
@@ -172,17 +188,17 @@ def _complaint(error: BaseException) -> str:
     return str(error) if isinstance(error, Wrong) else f"your answer stopped with {said}"
 
 
-def _judge(exercise: Exercise, results: list[dict], trials: list[tuple]) -> str | None:
+def _judge(exercise: Exercise, results: list[dict], right: list[dict], trials: list[tuple]) -> str | None:
     """None where all results are right, else the message of the mistake that gives just these, or how they differ."""
 
-    def differences(other: Callable) -> Iterator[str]:
-        return (_difference(got, exercise.outcome(other, x), x, exercise.tol) for got, x in zip(results, trials))
+    def differences(others: Iterable[dict]) -> Iterator[str]:
+        return (_difference(got, want, x, exercise.tol) for got, want, x in zip(results, others, trials))
 
-    found = list(differences(exercise.solution))
+    found = list(differences(right))
     if not any(found):
         return None
     for mistake in exercise.mistakes:
-        if not any(differences(mistake.answer)):
+        if not any(differences(exercise.outcome(mistake.answer, x) for x in trials)):
             return mistake.message
     (text, arguments), *more = [(text, x) for text, x in zip(found, trials) if text]
     shown = (list(x.shape) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else x for x in arguments)
@@ -204,7 +220,8 @@ def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tupl
             x, y = got[name][index].item(), right[index].item()
             way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, padding that got in"
             way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
-            text = f"{name}{_place(index, right, arguments)}yours gives {x:.7g} where {y:.7g} is expected: {way}."
+            form = ".7g" if f"{x:.7g}" != f"{y:.7g}" else ".12g"
+            text = f"{name}{_place(index, right, arguments)}yours gives {x:{form}} where {y:{form}} is expected: {way}."
             return text.replace("nan", "NaN (not a number)")
     return ""
 

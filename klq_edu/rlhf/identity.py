@@ -1,5 +1,6 @@
 """What a run was trained on, in digests: the same folder must not answer for another model, prompts or reward."""
 
+import builtins
 import copyreg
 import hashlib
 import itertools
@@ -19,12 +20,12 @@ LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "pl
 
 
 def identity(prompts: Dataset, reward: Callable, policy: ActorCritic | None = None) -> dict[str, str]:
-    """Digests of the prompts (all columns and rows, whatever format they come in), of the reward, and of the policy.
+    """Digests of the prompts (all columns and rows, as training sees them), of the reward, and of the policy.
 
     Of the policy: the frozen reference, the trainable parameters' names and shapes, and their present values but for
     the value head's, which a run sets in its first update.
     """
-    rows = list(prompts.with_format(None).iter(1000))
+    rows = list(prompts.iter(1000))
     found = {"prompts": fingerprint([sorted(prompts.column_names), rows]), "reward": reward_identity(reward)}
     if policy is None:
         return found
@@ -63,7 +64,9 @@ def _feed(add: Callable, x, seen: dict[int, tuple]) -> None:
         add(f"number {known[0]}".encode())
     elif isinstance(x, torch.Tensor):
         add(f"{x.dtype}{tuple(x.shape)}".encode())
-        add(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        x = x.detach().cpu()
+        x = (x if x.layout == torch.strided else x.to_dense()).resolve_conj().resolve_neg()
+        add(x.contiguous().reshape(-1).view(torch.uint8).numpy())
     elif (parts := _parts(x)) is None:
         add(repr(x).encode("utf-8", "backslashreplace"))
     else:
@@ -81,7 +84,7 @@ def _parts(x) -> list | tuple | None:
             return None
         case list() | tuple():
             return x
-        case dict():
+        case dict() if type(x) is dict:
             return [part for item in x.items() for part in item]
         case set() | frozenset():  # their order differs from process to process
             return sorted(map(fingerprint, x))
@@ -92,11 +95,13 @@ def _parts(x) -> list | tuple | None:
         case property():
             return x.fget, x.fset
         case torch.nn.Module():
-            return [type(x), x.state_dict()]
+            own = {k: v for k, v in vars(x).items() if k[0] != "_" and k != "training"}
+            return [type(x), own, dict(x._parameters), dict(x._buffers), dict(x.named_children())]
         case PreTrainedTokenizerBase():
             return [sorted(x.get_vocab().items())]
         case type() if not _installed(x):
-            return [_name(x), x.__bases__, {k: v for k, v in vars(x).items() if k[:2] != "__" or k == "__call__"}]
+            kept = {k: v for k, v in vars(x).items() if k[:2] != "__" or isinstance(v, types.FunctionType)}
+            return [_name(x), x.__bases__, kept]
         case type() | types.ModuleType() | types.BuiltinFunctionType():
             return [_name(x)]
     return [x.__wrapped__] if hasattr(x, "__wrapped__") else _pickled(x)
@@ -108,16 +113,24 @@ def _name(x) -> str:
 
 def _installed(x) -> bool:
     """Whether a function or class is Python's or of an installed package: then it counts by name, not by its code."""
-    file = getattr(sys.modules.get(x.__module__), "__file__", None)
-    return x.__module__ != "__main__" and (file is None or file.startswith(LIBRARIES))
+    module = x if isinstance(x, types.ModuleType) else sys.modules.get(x.__module__)
+    if module is None or module.__name__ == "__main__" or (module is builtins and not hasattr(builtins, x.__name__)):
+        return False  # run by path or by exec: nobody else has it
+    file = getattr(module, "__file__", None)
+    return file is None or file.startswith(LIBRARIES)
 
 
 def _function_parts(f: types.FunctionType) -> list:
     """Name, code, and all outside it that it uses."""
-    used = {name: f.__globals__[name] for name in sorted(_names(f.__code__)) if name in f.__globals__}
-    used |= {name: _name(x) for name, x in used.items() if isinstance(x, types.FunctionType) and _installed(x)}
+    names = sorted(_names(f.__code__))
+    used = {name: f.__globals__[name] for name in names if name in f.__globals__}
+    for name, x in used.items():
+        if isinstance(x, types.FunctionType) and _installed(x):
+            used[name] = _name(x)
+        elif isinstance(x, types.ModuleType) and not _installed(x):
+            used[name] = {n: getattr(x, n) for n in names if hasattr(x, n)}
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]  # an empty cell has no contents
-    return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, cells, used]
+    return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, vars(f), cells, used]
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from klq_edu.core.estimators import k3
 from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import identity, reward_identity
+from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, collect
@@ -49,18 +49,23 @@ def train(
     `evaluate(policy)` adds columns every `config.eval_every` updates. A fresh value head starts at the mean reward of
     the first batch, which the reference sampled. If `run` holds a checkpoint of the same run, training continues from
     it with the same random numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and
-    finish one that has; then the state is saved, as it is after an error, unless that came amid the optimiser steps of
-    an update or tells of divergence: then the last checkpoint counts. A second signal stops at once.
+    finish one that has; then the state is saved, as it is after an error, unless that came between the first optimiser
+    step and the end of an update (its evaluation included) or tells of divergence: then the last checkpoint counts. A
+    second signal stops at once.
 
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
     prepare(policy, prompts, config)
+    given = config.to_dict()
+    if differ := {k: (v, given[k]) for k, v in run.settings.items() if k in given and v != given[k]}:
+        raise ValueError(f"run and config have other settings (run, config): {differ}; make both of one config")
     check_prompts(tokenizer, prompts["prompt"], policy, config.max_new_tokens)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
-    state = TrainState(policy.trainable(), optimizer, generator)
+    state, value_was_set = TrainState(policy.trainable(), optimizer, generator), policy.value_is_set
     with run.writing(), StopSignals() as stop:
-        run.claim(identity(prompts, reward, policy))
+        rest = {"tokenizer": fingerprint(tokenizer), "constraint": fingerprint(constraint)}
+        run.claim(identity(prompts, reward, policy) | rest)
         rows = run.resume(state)
         if len(rows) >= config.updates:
             run.say_finished(len(rows))
@@ -96,6 +101,8 @@ def train(
                 if update % config.checkpoint_every == config.checkpoint_every - 1 or update == config.updates - 1:
                     run.save(state)
         except BaseException as error:
+            if not (state.updates or stop.busy):  # the dropped first update may have set V
+                policy.value_is_set = value_was_set
             if not (stop.busy or stop.again or isinstance(error, FloatingPointError)):
                 run.save(state)
             raise

@@ -49,7 +49,7 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
 def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:
     """What the reward's signature names of `completion_ids` and `ended`; a ** alone gets the dataset's columns only."""
     try:
-        names = inspect.signature(reward).parameters
+        names = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward).parameters
     except (TypeError, ValueError):  # some builtins have none
         return {}
     facts = {"completion_ids": [row[keep].tolist() for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]}

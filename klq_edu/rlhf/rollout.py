@@ -161,7 +161,8 @@ def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_t
     check_prompts(tokenizer, prompts, policy, max_new_tokens)
     rows = tokenise(tokenizer, prompts)
     width = max(map(len, rows))
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never read: attention masks it
+    known = policy.lm.get_input_embeddings().num_embeddings
+    fill = pad if (pad := tokenizer.pad_token_id) is not None and pad < known else 0  # attention masks it
     ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
     attention = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=policy.device)
     return ids, attention
@@ -175,12 +176,14 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
     if not len(prompts):
         raise ValueError("prompts must not be empty: got a list of 0 prompts")
     room, found = context(policy.lm) - max_new_tokens, {}
+    known = policy.lm.get_input_embeddings().num_embeddings
     long = f"of more than {room} tokens, the context of {context(policy.lm)} less max_new_tokens={max_new_tokens}"
     for start in range(0, len(prompts), 1000):  # so that the ids of a large dataset are not held at once
         part = prompts[start : start + 1000]
         rows = tokenise(tokenizer, [p if isinstance(p, str) else "" for p in part])
         for i, (prompt, row) in enumerate(zip(part, rows, strict=True), start):
             kind = "no text" if not isinstance(prompt, str) else "without tokens" if not row else long
+            kind = "with tokens that the model does not have" if max(row, default=0) >= known else kind
             if kind is not long or len(row) > room:
                 found.setdefault(kind, []).append(i)
     if found:
@@ -195,7 +198,8 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
 def tokenise(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, after what the tokenizer puts before a text unless the prompt begins with that."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    text = next((p for p, row in zip(prompts, rows, strict=True) if row), "a")
+    special = set(tokenizer.all_special_ids)  # a prompt that is a BOS would be found in front of itself
+    text = next((p for p, row in zip(prompts, rows, strict=True) if row and special.isdisjoint(row)), "a")
     bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
     front = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
     return [row if row[: len(front)] == front else front + row for row in rows]

@@ -68,6 +68,9 @@ class Run:
         self.checkpoint, self.lock = self.folder / "checkpoint.pt", FileLock(self.folder / ".lock", timeout=0)
         self._recorded_settings()
         if not self.config.exists():
+            with _damage(self.config):
+                if self.checkpoint.exists():
+                    raise ValueError("it is missing, but there is a checkpoint")
             write_json(self.config, settings)
 
     @contextmanager
@@ -93,12 +96,14 @@ class Run:
         Other initial weights matter only while there is no checkpoint.
         """
         recorded, begun = read_json(self.identity), self.checkpoint.exists()
-        known = recorded if recorded or not begun else {key: ["unknown"] for key in identity}
-        differ = {k: known[k] for k, v in identity.items() if not again and v not in known.get(k, [v])}
+        known = {k: recorded.get(k, ["unknown"] if begun else [v]) for k, v in identity.items()}
+        differ = {k: known[k] for k, v in identity.items() if not again and v not in known[k]}
         start_differs = differ.pop(START, None) and not begun
         if differ:
             shown = "; ".join(f"{k} (there {' or '.join(v)}, here {identity[k]})" for k, v in differ.items())
-            raise ValueError(f"{self.folder} holds another run, it differs in {shown}; use another folder (--out)")
+            way = "use another folder (--out)"
+            way += "; a reward that changes by itself may have an attribute `identity`" if "reward" in differ else ""
+            raise ValueError(f"{self.folder} holds another run, it differs in {shown}; {way}")
         if start_differs:
             raise ValueError(
                 f"{self.folder} has no checkpoint yet, and the policy no longer has the weights it began with there "
@@ -139,6 +144,9 @@ class Run:
     def save(self, state: TrainState) -> None:
         """Write the checkpoint of the last finished update, and the metrics as a table (no update yet: do nothing)."""
         if state.updates:
+            for log in (self.metrics, self.samples):  # never behind the checkpoint, whatever happens
+                if log.exists():
+                    _sync(log)
             replace_file(self.checkpoint, lambda path: write_checkpoint(path, state.to_dict()))
             replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
 
@@ -213,7 +221,8 @@ def write_text(path: Path, text: str) -> None:
 
 def _lines(path: Path) -> list[str]:
     """The complete lines of a log: U+2028 and the like end none, and what follows the last newline was cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    with _damage(path):
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
 def writable_folder(folder: str | Path) -> Path:

@@ -59,7 +59,15 @@ def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:
     return {"with padding of NaN: ": answer(*arguments), "with padding of leftovers: ": answer(*leftovers)}
 
 
-def differentiate(loss, *inputs: Tensor) -> list[Tensor]:
+def tensor64(x) -> Tensor:
+    """An answer's result, if it is an ordinary float64 tensor; Wrong says what it is instead."""
+    if isinstance(x, Tensor) and (x.dtype, x.layout, x.device.type) == (torch.float64, torch.strided, "cpu"):
+        return x
+    kind = f"a {x.dtype} tensor ({x.layout}, {x.device})" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    raise Wrong(f"a torch.float64 tensor is expected, yours is {kind}.")
+
+
+def differentiate(loss, *inputs: Tensor, finite: bool = True) -> list[Tensor]:
     """Gradients of an answer's loss, to be differentiated again, 0 for an input without; Wrong where there is none."""
     if not isinstance(loss, Tensor) or loss.shape != () or loss.dtype != torch.float64:
         kind = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -68,5 +76,7 @@ def differentiate(loss, *inputs: Tensor) -> list[Tensor]:
         )
     if not loss.requires_grad:
         raise Wrong("your loss carries no gradient at all: everything in it is detached, so nothing would be learnt.")
+    if finite and not loss.isfinite():
+        raise Wrong(f"your loss is {loss.item()}: look for 0/0, log 0 or ∞ − ∞.")
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

@@ -6,7 +6,7 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.estimators import k1, k2, k3
-from klq_edu.course.chapters import Chapter, differentiate
+from klq_edu.course.chapters import Chapter, differentiate, tensor64
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake, Wrong
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
@@ -103,8 +103,8 @@ def _logits_and_ref(generator: Generator) -> tuple:
 
 def _right_even_where_tiny(answer, x: Tensor) -> dict[str, Tensor]:
     """Values at ordinary log-ratios and, if those are right, whether the four tiny ones are right to 0.1 %."""
-    ordinary, tiny = answer(x[4:]), answer(x[:4])
-    if not all(isinstance(y, Tensor) and y.shape == (4,) for y in (ordinary, tiny)):
+    ordinary, tiny = tensor64(answer(x[4:])), tensor64(answer(x[:4]))
+    if not all(y.shape == (4,) for y in (ordinary, tiny)):
         return {"": ordinary}
     wrong = not torch.allclose(ordinary, my_k3(x[4:]))
     near = (tiny / my_k3(x[:4]) - 1).abs() < 1e-3

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_edu.core.returns import lambda_returns
 from klq_edu.core.tree import TokenTree
-from klq_edu.course.chapters import Chapter, on_any_padding
+from klq_edu.course.chapters import Chapter, on_any_padding, tensor64
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake, Wrong
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
@@ -128,10 +128,10 @@ class _FewOperations(TorchDispatchMode):
 
     def __init__(self, length: int):
         super().__init__()
-        self.length, self.left = length, OPERATIONS * math.ceil(math.log2(length))
+        self.used, self.length, self.left = 0, length, OPERATIONS * math.ceil(math.log2(length))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.left -= 1
+        self.used, self.left = self.used + 1, self.left - 1
         if self.left < 0:
             raise Wrong(
                 f"right for small T, but in too many steps: more than {OPERATIONS} operations a round for "
@@ -156,13 +156,15 @@ class _NumbersStay(TorchFunctionMode):
 def _every_length(answer, delta: Tensor, decay: Tensor) -> dict[str, Tensor]:
     """Results for the end of a row, of several lengths; if those are right, for all of it with few operations."""
     parts = {f"for T = {n}: ": (delta[-n:], decay[-n:]) for n in LENGTHS}
-    found = {name: answer(*part) for name, part in parts.items()}
+    found = {name: tensor64(answer(*part)) for name, part in parts.items()}
     pairs = [(found[name], scan(*part)) for name, part in parts.items()]
-    right = all(isinstance(x, Tensor) and x.shape == y.shape and torch.allclose(x, y) for x, y in pairs)
+    right = all(x.shape == y.shape and torch.allclose(x, y) for x, y in pairs)
     long = torch.full_like(delta, torch.nan)
     if right:
-        with _FewOperations(len(delta)), _NumbersStay():
-            long = answer(delta, decay)
+        with _FewOperations(len(delta)) as few, _NumbersStay():
+            long = tensor64(answer(delta, decay))
+        if few.used < math.ceil(math.log2(len(delta))):
+            raise Wrong("right for small T, but the work is not done by rounds of tensor operations.")
     return found | {f"for T = {len(delta)}: ": long}
 
 

@@ -106,13 +106,15 @@ def _wrong_loss(stop=True, tau_of=lambda tau: tau, sign=1.0, half=0.5, mean=None
 
 
 def _loss_and_gradients(answer, logprobs, ref_logprobs, values, extra, mask, tau) -> dict[str, Tensor]:
-    """Loss and its gradients in log-probs and values, with targets that were made from both (NaN where masked)."""
-    nan = torch.tensor(torch.nan, dtype=torch.float64)
-    logprobs, values = (torch.where(mask, x, nan).requires_grad_() for x in (logprobs, values))
-    targets = tau * (logprobs - ref_logprobs) + values + extra
-    loss = answer(logprobs, ref_logprobs, values, targets, mask, tau)
-    by_logprobs, by_values = differentiate(loss, logprobs, values)
-    return {"the loss: ": loss, "its gradient in logprobs: ": by_logprobs, "its gradient in values: ": by_values}
+    """Loss and its gradients in log-probs and values, with targets made from both; padding is NaN, then leftovers."""
+    found = {}
+    for padding in (torch.nan, 7.0):
+        p, v = (torch.where(mask, x, padding).requires_grad_() for x in (logprobs, values))
+        loss = answer(p, ref_logprobs, v, tau * (p - ref_logprobs) + v + extra, mask, tau)
+        parts = (loss, *differentiate(loss, p, v, finite=False))
+        names = ("the loss: ", "its gradient in logprobs: ", "its gradient in values: ")
+        found |= {f"with padding of {padding}, {name}": part for name, part in zip(names, parts)}
+    return found
 
 
 def _batch(generator: Generator) -> tuple:
@@ -158,6 +160,9 @@ EXERCISES = {
             Mistake("times the mask", lambda p, r, v, t, m, tau: 0.5 * (
                         ((tau * (p - r) + v - t.detach()) ** 2) * m).sum() / m.sum(),
                     "NaN times 0 is NaN: multiplying by the mask lets padding poison the sum. Use torch.where."),
+            Mistake("skips NaN", lambda p, r, v, t, m, tau: 0.5 * (
+                        (tau * (p - r) + v - t.detach()).nan_to_num() ** 2).sum() / m.sum(),
+                    "you skipped NaN, but padding may hold any leftovers; the mask says what is real."),
             Mistake("masked too late", lambda p, r, v, t, m, tau: 0.5 * torch.where(
                         m, (tau * (p - r) + v - t.detach()) ** 2, 0.0).sum() / m.sum(),
                     "the loss is right, but its gradient on padding is NaN (0 times the NaN inside the square): apply "
