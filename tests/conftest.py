@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 3}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {}),
+    "phi": ("PhiConfig", {}),
 }
 
 

@@ -293,3 +293,13 @@ BAD = {
 def test_a_coefficient_out_of_range_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_zero_probabilities_are_not_multiplied_by_infinity():
+    """β = 0 leaves no trace of a policy with a zero; log(0/π_b) is −inf, and log(0/0) of a forbidden token is 0."""
+    old, ref, q = (torch.tensor(x).double() for x in ([0.0, 0.4, 0.6], [0.2, 0.3, 0.5], [1.0, 0.5, -0.2]))
+    torch.testing.assert_close(ppo_penalty_step(old, q, ref, 0.5, 0.0), boltzmann(q, ref, 0.5)[0])
+    zero_one, value = torch.tensor([0.0, 1.0]).double(), torch.tensor(2.0).double()
+    assert action_values(zero_one, value, torch.tensor([0.5, 0.5]).double(), 0.3)[0] == -torch.inf
+    assert action_values(zero_one, value, zero_one, 0.3).tolist() == [2.0, 2.0]
+    assert klq_step(zero_one, value, torch.ones(2).double(), torch.full((2,), 0.5).double(), 0.3)[0][0] == 0

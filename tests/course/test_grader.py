@@ -3,6 +3,7 @@
 import itertools
 import math
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -173,12 +174,17 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
             with suppress(Exception):
                 time.sleep(0.001)
 
+    def deaf(*_):
+        while True:
+            with suppress(BaseException):
+                time.sleep(100)
+
     def patient(*_):
         while True:
             pass
 
     monkeypatch.setattr(exercises, "SECONDS", 0.02)
-    rung = []
+    rung, tracer = [], sys.gettrace()
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 60.0, 7.0)
@@ -186,6 +192,7 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
             for answer in (stubborn, patient):
                 verdict = grade(exercise, answer)
                 assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
+        assert "stopped after" in grade(EXERCISES["1.1"], deaf).message and sys.gettrace() is tracer
         left, every = signal.getitimer(signal.ITIMER_REAL)
         assert 1.0 < left < 59.5 and every == 7.0 and not rung  # the time that grading took is off
         signal.setitimer(signal.ITIMER_REAL, 0.01)
@@ -229,14 +236,47 @@ def test_what_an_answer_does_to_torch_is_undone():
         torch.set_default_dtype(torch.float16)
         torch.set_grad_enabled(False)
         torch.manual_seed(3)
+        torch.set_default_device("meta")
         return loss
 
     assert grade(exercise, meddling).passed
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
+    assert torch.get_default_device().type == "cpu"
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert grade(exercise, exercise.solution).passed, "whatever mode it is called in"
+
+
+def test_what_an_answer_replaces_does_not_change_what_is_right(monkeypatch):
+    monkeypatch.setattr(torch, "softmax", torch.softmax)  # put back afterwards
+
+    def cheat(q, ref, tau):
+        torch.softmax = lambda *_: torch.zeros(5)
+        return torch.zeros(5)
+
+    assert grade(EXERCISES["1.2"], cheat).passed is False
+
+
+def test_padding_of_a_loss_may_be_anything():
+    def skips(logprobs, ref_logprobs, values, targets, mask, tau):
+        error = tau * (logprobs - ref_logprobs) + values - targets.detach()
+        return 0.5 * (error[~error.isnan()] ** 2).sum() / mask.sum()
+
+    assert "padding may hold any leftovers" in grade(EXERCISES["6.1"], skips).message
+
+
+def test_a_loss_that_is_no_number_is_named():
+    for number in ("4.2", "7.3"):
+        verdict = grade(EXERCISES[number], lambda *x, n=number: EXERCISES[n].solution(*x) + torch.nan)
+        assert verdict.passed is False and "your loss is nan" in verdict.message
+
+
+@pytest.mark.parametrize("kind", [Tensor.tolist, Tensor.float, Tensor.to_sparse], ids=["list", "float32", "sparse"])
+def test_a_result_of_another_kind_is_named(kind):
+    for number in ("4.1", "5.2"):
+        verdict = grade(EXERCISES[number], lambda *x, n=number: kind(EXERCISES[n].solution(*x)))
+        assert "a torch.float64 tensor is expected, yours is a " in verdict.message
 
 
 def test_a_broken_progress_file_costs_the_memory_not_the_check(tmp_path, capsys):
@@ -265,6 +305,12 @@ def one_by_one(delta, decay, of=list, to=torch.tensor):
     return to(sums[:0:-1])
 
 
+def in_secret(answer, *arguments):
+    """Where no mode of this thread sees what numbers are taken out."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(answer, *arguments, of=Tensor.tolist).result()
+
+
 def ceil_log2(length):
     return math.ceil(math.log2(length))
 
@@ -289,6 +335,7 @@ SCANS = [  # answer, whether it passes, what is said
     (lambda d, a: one_by_one(d, a, of=lambda x: [y.item() for y in x]), False, "`item` takes numbers out"),
     (lambda d, a: one_by_one(d, a, to=torch.stack), False, "operations a round"),
     (lambda d, a: one_by_one(d, a, of=Tensor.unbind, to=torch.stack), False, "operations a round"),
+    (lambda d, a: in_secret(one_by_one, d, a), False, "not done by rounds of tensor operations"),
     (by_cumprod, False, "NaN"),  # 0/0 after the end of an episode
 ]
 

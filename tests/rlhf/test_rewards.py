@@ -23,6 +23,14 @@ def test_scores_are_paid_on_the_last_real_token():
     assert batch.rewards.tolist() == [[0, 1, 0], [0, 0, 2], [3, 0, 0]]
 
 
+def test_a_module_is_asked_by_its_forward():
+    class Scorer(torch.nn.Module):
+        def forward(self, prompts, completions, completion_ids):
+            return [float(len(ids)) for ids in completion_ids]
+
+    assert score(Scorer(), rollout()).tolist() == [2, 3, 1]
+
+
 def test_columns_of_the_dataset_reach_the_reward():
     seen = {}
     score(lambda **kwargs: seen.update(kwargs) or [0.0] * 3, rollout(), answer=["x", "y", "z"])

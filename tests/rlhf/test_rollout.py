@@ -1,5 +1,7 @@
 """Rollouts sample exactly the distribution whose log-probabilities they store, and mask what is not there."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from klq_edu.rlhf.algorithms import klq, make_targets
+from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import Rollout, check_prompts, collect, encode_prompts
 
@@ -220,6 +224,35 @@ def test_prompts_begin_as_the_tokenizer_begins_texts_and_never_end_them(tiny_lm,
     else:
         with pytest.raises(ValueError, match="1 without tokens"):
             encode_prompts(tokenizer, [""], policy, 6)
+
+
+def test_a_prompt_that_is_a_bos_takes_it_from_no_other(tiny_lm):
+    ids, _ = encode_prompts(words("<bos> $A"), ["<bos>", "w5 w6"], ActorCritic(tiny_lm()), 6)
+    assert ids[1].tolist() == [2, 5, 6]
+
+
+def test_ids_that_the_model_does_not_have_are_never_looked_up(tiny_lm, tokenizer):
+    """A padding token added without resizing the model pads as any other; in a prompt such a token is named."""
+    tokenizer, policy = copy.deepcopy(tokenizer), ActorCritic(tiny_lm())
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= 61 > encode_prompts(tokenizer, ["w5 w6", "w7"], policy, 6)[0].max()
+    with pytest.raises(ValueError, match=r"1 with tokens that the model does not have \(first: prompts\[1\]"):
+        encode_prompts(tokenizer, ["w5", "w6 [PAD]"], policy, 6)
+
+
+def test_a_heads_bias_counts_for_policy_reference_and_loss(tiny_lm, tokenizer):
+    lm = tiny_lm("phi")
+    lm.lm_head.bias.data.normal_()
+    reference, policy = copy.deepcopy(lm), ActorCritic(lm)
+    lm.lm_head.bias.data.normal_()
+    rollout = sample(policy, tokenizer, ["w5 w6"] * 4)
+    for plain, stored in ((lm, rollout.logprobs), (reference, rollout.ref_logprobs)):
+        whole = torch.cat([torch.tensor([[5, 6]] * 4), rollout.tokens], 1)
+        logp = plain(whole).logits[:, 1:-1].log_softmax(-1).gather(2, rollout.tokens[..., None])[..., 0]
+        torch.testing.assert_close(stored[rollout.mask], logp[rollout.mask], rtol=1e-4, atol=1e-4)
+    config = TrainConfig()
+    step = klq(policy, rollout, make_targets(rollout, config), config)
+    torch.testing.assert_close(step.logprobs[rollout.mask], rollout.logprobs[rollout.mask], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run's folder answers for one run only, survives signals, kills and torn files, and refuses the rest by name."""
 
 import ast
+import copy
 import json
 import os
 import pickle
@@ -9,7 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import types
+from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +21,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from klq_edu import experiment
+from klq_edu.experiment import run_experiment
 from klq_edu.rlhf import runs
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, reward_identity
@@ -24,6 +30,7 @@ from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.runs import Run, TrainState, load_checkpoint
 from klq_edu.rlhf.signals import SIGNALS, Interrupted
+from klq_edu.worlds.presets import WORLDS
 
 PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)]})
 ROOT = Path(__file__).parents[2]
@@ -123,6 +130,33 @@ def test_a_folder_does_not_answer_for_another_run(tmp_path, go, tiny_lm, change,
     assert before is None or timeless(go(tmp_path)) == before
 
 
+def test_a_folder_does_not_answer_for_another_tokenizer_constraint_or_config(tmp_path, go, tiny_lm, tokenizer):
+    go(tmp_path)
+    rest = (PROMPTS, REWARD, settings())
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["w99"])
+    for kind, named in (({"tokenizer": other}, "tokenizer"), ({"constraint": object()}, "constraint")):
+        given = {"tokenizer": tokenizer} | kind
+        with pytest.raises(ValueError, match=f"it differs in {named}"):
+            policy, run = ActorCritic(tiny_lm(), trainable_blocks=1), Run(tmp_path, settings().to_dict())
+            train(policy, given.pop("tokenizer"), *rest, run=run, **given)
+    with pytest.raises(ValueError, match=r"run and config have other settings.*'tau': \(0.2, 0.3\)"):
+        policy, run = ActorCritic(tiny_lm(), trainable_blocks=1), Run(tmp_path, settings().to_dict())
+        train(policy, tokenizer, PROMPTS, REWARD, settings(tau=0.3), run=run)
+
+
+def test_a_helper_module_that_a_reward_calls_counts():
+    helpers = types.ModuleType("helpers")
+    helpers.__file__ = "helpers.py"
+    space = {"__name__": "__main__", "helpers": helpers}
+    exec("def reward(prompts, completions): return [helpers.score(c) for c in completions]", space)
+    found = set()
+    for weight in "12":
+        exec(f"def score(c): return {weight}.0", vars(helpers))
+        found.add(reward_identity(space["reward"]))
+    assert len(found) == 2
+
+
 def test_a_finished_run_says_so_and_trains_nothing(tmp_path, go, capsys):
     rows = go(tmp_path)
     policy_rows = go(tmp_path, on_update=raising(AssertionError("trained")))
@@ -153,11 +187,41 @@ def test_updates_may_be_raised_but_not_lowered(tmp_path, go, capsys):
         go(tmp_path, config=settings(updates=8, tau=0.3))
 
 
-def test_a_folder_without_identity_is_refused(tmp_path, go):
+@pytest.mark.parametrize("updates", [4, 5])
+def test_a_folder_without_identity_or_settings_is_refused(tmp_path, go, updates):
     go(tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="differs in prompts .there unknown"):
-        go(tmp_path)
+        go(tmp_path, config=settings(updates=updates))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is damaged .it is missing, but there is a checkpoint"):
+        go(tmp_path, config=settings(updates=updates, tau=7.0))
+
+
+def test_raised_updates_cut_off_in_the_last_samples_are_not_finished(tmp_path, grammar, monkeypatch):
+    """The samples of the shorter run must not pass for those of the longer one."""
+    config = replace(WORLDS["grammar"], updates=1, batch_size=4, epochs=1)
+    run_experiment(grammar, config, tmp_path)
+    calls, sample = [], experiment.held_out_samples
+
+    def cut_off(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "held_out_samples", cut_off)
+        run_experiment(grammar, replace(config, updates=2), tmp_path)
+    assert experiment.read_result(Run(tmp_path, {"world": "grammar", **replace(config, updates=2).to_dict()})) is None
+
+
+def test_a_dropped_first_update_leaves_the_value_head_unset(tmp_path, go, tiny_lm):
+    policy = on_backward(ActorCritic(tiny_lm(), trainable_blocks=1), send(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(tmp_path / "a", policy=policy, reward=weighted(100.0))
+    row = go(tmp_path / "b", policy=policy)[0]
+    assert row["value"] == pytest.approx(row["reward"])
 
 
 THRESHOLD = 1
@@ -183,9 +247,17 @@ def matching(pattern):
     return lambda prompts, completions: [float(bool(pattern.match(c))) for c in completions]
 
 
-def edited(body, helped="0.0"):
+def carrying(**attributes):
+    def reward(prompts, completions):
+        return [reward.scale] * len(completions)
+
+    vars(reward).update(attributes)
+    return reward
+
+
+def edited(body, helped="0.0", module="__main__"):
     """An object of a class with this code, as after an edit: the name is always the same."""
-    space = {"__name__": "__main__"}
+    space = {"__name__": module}
     code = f"def __call__(self, prompts, completions): {body}\n    def helped(self): return [{helped}]"
     exec(f"class Edited:\n    {code}", space)
     return space["Edited"]()
@@ -206,6 +278,11 @@ def edited(body, helped="0.0"):
         (matching(re.compile("a")), matching(re.compile("b"))),
         (edited("return [1.0]"), edited("return [2.0]")),
         (edited("return self.helped()", "1.0"), edited("return self.helped()", "2.0")),
+        (edited("return [1.0]", module="builtins"), edited("return [2.0]", module="builtins")),
+        (torch.nn.Sequential(torch.nn.LeakyReLU(0.1)), torch.nn.Sequential(torch.nn.LeakyReLU(0.2))),
+        (carrying(scale=1), carrying(scale=2)),
+        (weighted(torch.eye(2).to_sparse()), weighted(torch.ones(2, 2).to_sparse())),
+        (weighted(Counter("a")), weighted(Counter("b"))),
     ],
     ids=lambda reward: "",
 )
@@ -426,6 +503,10 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkey
     monkeypatch.setattr(runs, "_sync", lambda path: order.append(("sync", path.name, path.exists())))
     Run(tmp_path, {}).save(state)
     assert order[0] == ("sync", "checkpoint.pt.new", True)  # on the disk before it takes the old one's place
+    (tmp_path / "metrics.jsonl").touch()
+    order.clear()
+    Run(tmp_path, {}).save(state)
+    assert [name for _, name, _ in order[:2]] == ["metrics.jsonl", "checkpoint.pt.new"]  # the log is never behind
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
@@ -434,6 +515,13 @@ def test_a_torn_file_is_named_with_the_way_out(tmp_path, go, name, text):
     go(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name} is damaged .*empty the folder"):
+        go(tmp_path)
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path, go):
+    go(tmp_path)
+    (tmp_path / "samples.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match="samples.jsonl is damaged"):
         go(tmp_path)
 
 

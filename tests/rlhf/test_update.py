@@ -306,6 +306,16 @@ def test_minibatches_part_the_batch_in_each_epoch(run, algorithm):
     assert sum(max(differences(got, guess).values()) < TOLERANCE for guess in guesses) == 1
 
 
+def test_each_epoch_is_shuffled_anew(run, monkeypatch):
+    parts, real = [], ALGORITHMS[KLQ]
+    monkeypatch.setitem(
+        ALGORITHMS, KLQ, lambda policy, old, *rest: parts.append(old.prompts) or real(policy, old, *rest)
+    )
+    run({"minibatches": 2, "epochs": 6, "updates": 1})
+    epochs = [tuple(first + second) for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(PROMPTS["prompt"]))} and len(set(epochs)) > 2
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_dtype_bfloat16_rounds_but_keeps_the_formulas(run, algorithm):
     got, given = run({"algorithm": algorithm, "dtype": "bfloat16", "updates": 1, "epochs": 1} | LINEAR)
