@@ -176,22 +176,24 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
     if not len(prompts):
         raise ValueError("prompts must not be empty: got a list of 0 prompts")
     room, found = context(policy.lm) - max_new_tokens, {}
-    known = policy.lm.get_input_embeddings().num_embeddings
+    known, foreign = policy.lm.get_input_embeddings().num_embeddings, "with tokens that the model does not have"
     long = f"of more than {room} tokens, the context of {context(policy.lm)} less max_new_tokens={max_new_tokens}"
     for start in range(0, len(prompts), 1000):  # so that the ids of a large dataset are not held at once
         part = prompts[start : start + 1000]
         rows = tokenise(tokenizer, [p if isinstance(p, str) else "" for p in part])
         for i, (prompt, row) in enumerate(zip(part, rows, strict=True), start):
             kind = "no text" if not isinstance(prompt, str) else "without tokens" if not row else long
-            kind = "with tokens that the model does not have" if max(row, default=0) >= known else kind
+            kind = foreign if max(row, default=0) >= known else kind
             if kind is not long or len(row) > room:
                 found.setdefault(kind, []).append(i)
     if found:
         kinds = [f"{len(at)} {kind} (first: prompts[{at[0]}] = {prompts[at[0]]!r:.60})" for kind, at in found.items()]
         limit = f" <= {room - len(tokenise(tokenizer, [''])[0])}" if room < torch.inf else ""
+        ids = "tokenizer(row['prompt'], add_special_tokens=False)['input_ids']"
+        limit += f" and max({ids}) < {known}" if foreign in found else ""
         raise ValueError(
             f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: isinstance(row['prompt'], str) "
-            f"and 0 < len(tokenizer(row['prompt'], add_special_tokens=False)['input_ids']){limit})"
+            f"and 0 < len({ids}){limit})"
         )
 
 
@@ -210,7 +212,7 @@ def stop_ids(policy: ActorCritic, tokenizer) -> list[int]:
     lm, possible = policy.lm, range(policy.head.out_features) if policy.vocab is None else set(policy.vocab.tolist())
     for source in (getattr(lm, "generation_config", None), lm.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        if found := [i for i in (ids if isinstance(ids, list) else [ids]) if i in possible]:
+        if found := [i for i in (ids if isinstance(ids, list | tuple) else [ids]) if i in possible]:
             return found
     return []
 

@@ -131,8 +131,9 @@ class Run:
 
     def rows(self) -> list[dict]:
         """The logged metrics, one dict per update. A last line that was cut off in writing is left out."""
+        lines = _lines(self.metrics)
         with _damage(self.metrics):
-            return [json.loads(line) for line in _lines(self.metrics)]
+            return [json.loads(line) for line in lines]
 
     def log(self, row: dict, rollout: Rollout) -> None:
         """Append one update's metrics and its first few completions."""

@@ -1,6 +1,7 @@
 """Rollouts sample exactly the distribution whose log-probabilities they store, and mask what is not there."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -238,6 +239,11 @@ def test_ids_that_the_model_does_not_have_are_never_looked_up(tiny_lm, tokenizer
     assert tokenizer.pad_token_id >= 61 > encode_prompts(tokenizer, ["w5 w6", "w7"], policy, 6)[0].max()
     with pytest.raises(ValueError, match=r"1 with tokens that the model does not have \(first: prompts\[1\]"):
         encode_prompts(tokenizer, ["w5", "w6 [PAD]"], policy, 6)
+    with pytest.raises(ValueError) as caught:
+        check_prompts(tokenizer, ["w5", "w6 [PAD]"], policy, 6)
+    advice = re.search(r"prompts\.filter\((.*)\)$", str(caught.value)).group(1)
+    keep = eval(advice, {"tokenizer": tokenizer})
+    assert [keep({"prompt": p}) for p in ("w5", "w6 [PAD]")] == [True, False]
 
 
 def test_a_heads_bias_counts_for_policy_reference_and_loss(tiny_lm, tokenizer):

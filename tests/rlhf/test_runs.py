@@ -523,6 +523,10 @@ def test_a_log_that_is_no_text_is_named(tmp_path, go):
     (tmp_path / "samples.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="samples.jsonl is damaged"):
         go(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged [^(]*[(]'utf-8' codec") as caught:
+        go(tmp_path)
+    assert str(caught.value).count("is damaged") == 1
 
 
 def test_a_line_cut_off_in_writing_does_not_matter(tmp_path, go):
