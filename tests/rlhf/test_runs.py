@@ -525,7 +525,7 @@ def test_a_log_that_is_no_text_is_named(tmp_path, go):
         go(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="metrics.jsonl is damaged [^(]*[(]'utf-8' codec") as caught:
-        go(tmp_path)
+        Run(tmp_path, settings().to_dict()).rows()
     assert str(caught.value).count("is damaged") == 1
 
 
