@@ -13,21 +13,21 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from klq_edu.experiment import Result
-from klq_edu.report import print_results
+from klq_edu.app.experiment import Result
+from klq_edu.app.report import print_results
 from klq_edu.rlhf.config import TrainConfig
 
 
 def klq(*args, **environment):
     """Run the command line in a fresh process."""
     env = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "klq_edu.cli", *map(str, args)]
+    command = [sys.executable, "-m", "klq_edu.app.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 WATCHED = """
 import sys
-from klq_edu.cli import main
+from klq_edu.app.cli import main
 try:
     main()
 finally:
@@ -68,7 +68,7 @@ def test_bad_values_are_one_clear_line(args, message, tmp_path):
 
 SIGNALLED = """
 import builtins, os, signal, sys
-from klq_edu.cli import main
+from klq_edu.app.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
 load, (where, name, wrapped) = builtins.__import__, sys.argv[1:4]
 def interrupted(module, *args, **kwargs):
@@ -117,7 +117,7 @@ def test_the_demo_runs_reports_and_does_not_repeat_itself(tmp_path):
 def test_signals_keep_what_is_done_and_the_same_command_continues(tmp_path):
     args = ("demo", "--world", "grammar", "--algorithms", "klq", "--updates", "60")
     assert klq(*args, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, "-m", "klq_edu.cli", *args, "--out", str(tmp_path / "cut")]
+    command = [sys.executable, "-m", "klq_edu.app.cli", *args, "--out", str(tmp_path / "cut")]
     logs = {name: tmp_path / name / "grammar" / "klq-tau0.2-60x64-seed0" / "metrics.jsonl" for name in ("whole", "cut")}
     done = []
     for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -204,7 +204,7 @@ def test_the_doctor_reports_versions_devices_and_weights():
 def test_the_doctor_works_where_much_is_missing():
     """It must not crash on what it is there to report, and its advice must be readable (brackets and all)."""
     code = "import sys; sys.modules.update(transformers=None, datasets=None, gguf=None)\n"
-    code += "from klq_edu import doctor; doctor.DEMO_PACKAGES = ('no-such-package',); doctor.run_doctor()"
+    code += "from klq_edu.app import doctor; doctor.DEMO_PACKAGES = ('no-such-package',); doctor.run_doctor()"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )

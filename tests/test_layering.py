@@ -7,15 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"klq_kernels"},
-    {"klq_edu.core"},
-    {"klq_edu.rlhf", "klq_edu.figures", "klq_edu.terminal"},
+    {"klq_edu.core", "klq_edu.machine"},
+    {"klq_edu.files", "klq_edu.figures"},
+    {"klq_edu.rlhf"},
     {"klq_edu.worlds"},
-    {"klq_edu.course"},
-    {"klq_edu.experiment"},
-    {"klq_edu.report"},
-    {"klq_edu.inspection", "klq_edu.demo", "klq_edu.sweep", "klq_edu.bench", "klq_edu.doctor"},
-    {"klq_edu.commands"},
-    {"klq_edu.cli"},
+    {"klq_edu.bench", "klq_edu.course"},
+    {"klq_edu.app"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 PACKAGES = {"klq_kernels": ROOT / "kernels", "klq_edu": ROOT}

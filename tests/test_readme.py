@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from klq_edu.sweep import markdown
+from klq_edu.app.sweep import markdown
 from klq_edu.worlds.presets import preset
 
 ROOT = Path(__file__).parents[1]

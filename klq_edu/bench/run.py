@@ -105,8 +105,8 @@ def run_bench(config: BenchConfig) -> Path:
     from rich.progress import Progress
 
     from klq_edu.bench.contenders import absent_peers, contenders
-    from klq_edu.rlhf.loop import resolve_device
-    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.files import writable_folder
+    from klq_edu.machine import resolve_device
 
     console, device, rows, interrupted = Console(), str(resolve_device(config.device)), [], False
     path = writable_folder(config.out) / f"{config.name}.csv"
@@ -200,7 +200,7 @@ def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> Non
     import torch
 
     from klq_edu.bench.contenders import PACKAGES
-    from klq_edu.report import write_provenance
+    from klq_edu.files import write_provenance
 
     columns = [*COLUMNS, *dict.fromkeys(name for row in rows for name in row if name.startswith("error_"))]
     pd.DataFrame(rows).reindex(columns=columns).to_csv(path, index=False)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from klq_edu.core.estimators import k3
+from klq_edu.machine import resolve_device
 from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
@@ -198,14 +199,3 @@ def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     epochs = range(first, 1 + (update * batch + batch - 1) // count)
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
     return torch.cat(orders)[start : start + batch].tolist()
-
-
-def resolve_device(name: str) -> torch.device:
-    """'auto' picks cuda, then mps, then cpu; anything else must name a device that is there."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not usable here ({error}): use 'auto' or 'cpu'") from error

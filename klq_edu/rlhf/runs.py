@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
+from klq_edu.files import complete_lines, damage, read_json, replace_file, sync, writable_folder, write_json, write_text
 from klq_edu.rlhf.rollout import Rollout
 
 SAMPLES = 4
@@ -68,7 +69,7 @@ class Run:
         self.checkpoint, self.lock = self.folder / "checkpoint.pt", FileLock(self.folder / ".lock", timeout=0)
         self._recorded_settings()
         if not self.config.exists():
-            with _damage(self.config):
+            with damage(self.config):
                 if self.checkpoint.exists():
                     raise ValueError("it is missing, but there is a checkpoint")
             write_json(self.config, settings)
@@ -120,7 +121,7 @@ class Run:
         if self.checkpoint.exists():
             state.restore(load_checkpoint(self.checkpoint))
         for log in (self.metrics, self.samples):
-            write_text(log, "".join(f"{line}\n" for line in _lines(log)[: state.updates]))
+            write_text(log, "".join(f"{line}\n" for line in complete_lines(log)[: state.updates]))
         rows = self.rows()
         if [row.get("update") for row in rows] != list(range(state.updates)):
             raise ValueError(
@@ -131,8 +132,8 @@ class Run:
 
     def rows(self) -> list[dict]:
         """The logged metrics, one dict per update. A last line that was cut off in writing is left out."""
-        lines = _lines(self.metrics)
-        with _damage(self.metrics):
+        lines = complete_lines(self.metrics)
+        with damage(self.metrics):
             return [json.loads(line) for line in lines]
 
     def log(self, row: dict, rollout: Rollout) -> None:
@@ -147,7 +148,7 @@ class Run:
         if state.updates:
             for log in (self.metrics, self.samples):  # never behind the checkpoint, whatever happens
                 if log.exists():
-                    _sync(log)
+                    sync(log)
             replace_file(self.checkpoint, lambda path: write_checkpoint(path, state.to_dict()))
             replace_file(self.folder / "metrics.csv", lambda path: pd.DataFrame(self.rows()).to_csv(path, index=False))
 
@@ -175,16 +176,6 @@ class Run:
             print(f"{self.folder}: updates raised from {raised['from']} to {raised['to']}; the longer schedule applies")
 
 
-@contextmanager
-def _damage(path: Path):
-    """Within this context a ValueError (JSON or UTF-8 that is none) names the file and the way out."""
-    try:
-        yield
-    except ValueError as error:
-        way = "restore it from a backup, empty the folder to train from the start, or use another (--out)"
-        raise ValueError(f"{path} is damaged ({error}): {way}") from error
-
-
 def write_checkpoint(path: Path, state: dict) -> None:
     """Save a state with a digest behind it."""
     torch.save(state, path)
@@ -194,67 +185,8 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """The state in a checkpoint; ValueError that names the file and the way out if a single byte is not as written."""
-    with _damage(path):
+    with damage(path):
         data = np.memmap(path, mode="r")
         if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:].tobytes():
             raise ValueError("its digest does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty where there is no file; ValueError names a damaged one and the way out."""
-    with _damage(path):
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    return found
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, complete or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, complete or not at all."""
-    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8", newline="\n"))
-
-
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a log: U+2028 and the like end none, and what follows the last newline was cut off."""
-    with _damage(path):
-        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-
-
-def writable_folder(folder: str | Path) -> Path:
-    """The folder, created if need be; OSError that says what to do if nothing can be written there."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to the output folder {folder} ({error}): choose another with --out") from error
-    return folder
-
-
-def replace_file(path: Path, write) -> None:
-    """Write a file so that an interrupt or a power cut leaves the old one or the new one, never half of either."""
-    draft = path.with_name(path.name + ".new")
-    try:
-        write(draft)
-        _sync(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    if os.name != "nt":  # Windows can't sync folders
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from klq_edu.core.tree import ENDS, TokenTree
+from klq_edu.machine import threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import encode_prompts
 from klq_edu.worlds.cache import cached_folder
-from klq_edu.worlds.world import World, threads
+from klq_edu.worlds.world import World
 
 PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
 ADJECTIVES = ("kind", "old", "quiet", "proud", "cruel", "lost")

@@ -1,11 +1,9 @@
 """World: something to train on, bundled so that demo, sweep, notebooks and tests ask for it by name."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from klq_edu.core.tree import TokenTree
@@ -47,14 +45,3 @@ class World:
     judge: Reward | None = None
     judge_name: str = ""
     threads: int | None = None
-
-
-@contextmanager
-def threads(count: int | None):
-    """Within this context torch computes with `count` CPU threads (None: as before)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,10 +14,10 @@
 import pandas as pd
 import torch
 
+from klq_edu.app.doctor import examine
 from klq_edu.core.improvement import action_values, boltzmann
 from klq_edu.course import explore, start
 from klq_edu.course.chapters import c00_map_and_doctor as course
-from klq_edu.doctor import examine
 from klq_kernels.reference import kl_divergence, masked_mean
 
 check = start("00")

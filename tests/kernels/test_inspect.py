@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from klq_edu.inspection import KERNELS, InspectConfig, findings, floor_seconds
+from klq_edu.app.inspection import KERNELS, InspectConfig, findings, floor_seconds
 from klq_kernels.offline import TARGETS, Finding, problems
 
 GOOD = Finding(

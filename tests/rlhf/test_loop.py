@@ -4,10 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from klq_edu.machine import resolve_device
 from klq_edu.rlhf import loop
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.loop import METRICS, clip_gradients, prompt_rows, resolve_device, train
+from klq_edu.rlhf.loop import METRICS, clip_gradients, prompt_rows, train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect

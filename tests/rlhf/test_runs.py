@@ -21,8 +21,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from klq_edu import experiment
-from klq_edu.experiment import run_experiment
+from klq_edu import files
+from klq_edu.app import experiment
+from klq_edu.app.experiment import run_experiment
 from klq_edu.rlhf import runs
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, reward_identity
@@ -500,7 +501,8 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkey
         Run(tmp_path, {}).save(state)
     assert path.read_bytes() == good and not list(tmp_path.glob("*.new"))
     order = []
-    monkeypatch.setattr(runs, "_sync", lambda path: order.append(("sync", path.name, path.exists())))
+    for module in (runs, files):
+        monkeypatch.setattr(module, "sync", lambda path: order.append(("sync", path.name, path.exists())))
     Run(tmp_path, {}).save(state)
     assert order[0] == ("sync", "checkpoint.pt.new", True)  # on the disk before it takes the old one's place
     (tmp_path / "metrics.jsonl").touch()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from klq_edu.experiment import run_experiment
+from klq_edu.app.experiment import run_experiment
 from klq_edu.rlhf.rollout import collect
 from klq_edu.worlds.grammar import LONGEST, PROMPTS, raw_score, successors
 from klq_edu.worlds.presets import preset

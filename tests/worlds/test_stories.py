@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from klq_edu.experiment import run_experiment
+from klq_edu.app.experiment import run_experiment
 from klq_edu.worlds import load, stories, weights
 from klq_edu.worlds.presets import preset
 

@@ -187,5 +187,5 @@ CHAPTER = Chapter(
     "00", "map_and_doctor", "Map, notation and doctor",
     "What is in this course, how do its checks work, and is my machine ready?",
     20, "all of it, from above",
-    ("klq_edu.doctor.examine", "klq_edu.course"), EXERCISES,
+    ("klq_edu.app.doctor.examine", "klq_edu.course"), EXERCISES,
 )  # fmt: skip

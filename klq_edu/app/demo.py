@@ -54,10 +54,10 @@ class DemoConfig:
 
 def run_all(console, name: str, experiments: dict[Path, TrainConfig]):
     """The world of this name and the results of all experiments (folder -> settings): run what is missing, print."""
-    from klq_edu.experiment import run_experiment
+    from klq_edu.app.experiment import run_experiment
+    from klq_edu.app.report import print_results
+    from klq_edu.app.terminal import progress_bars, show_update
     from klq_edu.figures import STYLES
-    from klq_edu.report import print_results
-    from klq_edu.terminal import progress_bars, show_update
     from klq_edu.worlds import load
 
     with console.status(f"loading the world {name} (the first time takes up to half a minute longer)"):
@@ -80,8 +80,8 @@ def run_demo(config: DemoConfig) -> Path:
     from rich.console import Console
     from rich.markup import escape
 
-    from klq_edu import report
-    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.app import report
+    from klq_edu.files import writable_folder
 
     console, start = Console(), time.perf_counter()
     folder = writable_folder(config.out / config.world)
@@ -99,8 +99,8 @@ def run_train(name: str, config: TrainConfig, out: Path, save_model: Path | None
     from rich.console import Console
     from rich.markup import escape
 
-    from klq_edu.experiment import trained_policy
-    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.app.experiment import trained_policy
+    from klq_edu.files import writable_folder
 
     console = Console()
     if save_model:

@@ -7,15 +7,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from klq_edu.files import read_json, write_json
+from klq_edu.machine import resolve_device, threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import identity, reward_identity
-from klq_edu.rlhf.loop import resolve_device, train
+from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run, load_checkpoint, read_json, write_json
+from klq_edu.rlhf.runs import Run, load_checkpoint
 from klq_edu.worlds.presets import variant_of
-from klq_edu.worlds.world import World, threads
+from klq_edu.worlds.world import World
 
 SAMPLES_PER_PROMPT = 2
 SAMPLING_SEED = 20_250_823

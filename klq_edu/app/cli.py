@@ -16,7 +16,7 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # a terminal that can't show τ must not end a run
     with StopSignals() as stop:
         try:
-            from klq_edu.commands import run
+            from klq_edu.app.commands import run
 
             run()
         except BaseException as error:

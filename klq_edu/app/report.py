@@ -1,25 +1,19 @@
 """What an experiment shows: a terminal table, completions before and after, and one self-contained report page."""
 
 import base64
-import os
-import platform
-import shlex
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import torch
 from jinja2 import Template
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from klq_edu import figures
-from klq_edu.experiment import Result, summarise_results
+from klq_edu.app.experiment import Result, summarise_results
 from klq_edu.figures import STYLES, Picture
-from klq_edu.rlhf.loop import METRICS, resolve_device
-from klq_edu.rlhf.runs import write_json
+from klq_edu.machine import facts
+from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
@@ -126,28 +120,12 @@ def write(path: str | Path, world: World, results: list[Result]) -> Path:
     metrics = {k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]}
     page = template.render(
         world=world.name, scale=_scale(results), seeds=_seeds(results), table=results_table(results),
-        samples=samples_table(results), figures=shown, metrics=metrics, machine=machine(results[0].settings["device"]),
+        samples=samples_table(results), figures=shown, metrics=metrics, machine=facts(results[0].settings["device"]),
         settings=[(STYLES[r.variant][0], r.settings) for r in results if r.settings["seed"] == 0],
         judge=world.judge_name,
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def machine(device: str) -> dict[str, str]:
-    """Provenance of a measurement on this device: software versions and the class of machine, no names or paths."""
-    device = resolve_device(device)
-    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    place = {"machine": f"{platform.machine()}, {cores} cores", "device": device}
-    return {"python": platform.python_version(), **packages, **place}
-
-
-def write_provenance(csv: Path, device: str, **content) -> None:
-    """The JSON beside a CSV that says where it comes from: command, what else there is to say, software, machine."""
-    command = {"command": shlex.join(["klq", *sys.argv[1:]])}
-    write_json(csv.with_suffix(".json"), command | content | machine(device))
 
 
 def _scale(results: list[Result]) -> str:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from klq_edu.app.demo import DemoConfig
+from klq_edu.app.inspection import InspectConfig
+from klq_edu.app.sweep import SweepConfig
 from klq_edu.bench.run import BenchConfig
-from klq_edu.demo import DemoConfig
-from klq_edu.inspection import InspectConfig
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.sweep import SweepConfig
 from klq_edu.worlds.presets import WORLDS
 
 
@@ -39,7 +39,7 @@ app = tyro.extras.SubcommandApp()
 @app.command(name="demo")
 def demo(config: tyro.conf.OmitArgPrefixes[DemoConfig]) -> None:
     """Train a language model by KLQ and by PPO, and write a report."""
-    from klq_edu.demo import run_demo
+    from klq_edu.app.demo import run_demo
 
     run_demo(config)
 
@@ -47,7 +47,7 @@ def demo(config: tyro.conf.OmitArgPrefixes[DemoConfig]) -> None:
 @app.command(name="train")
 def train(command: Annotated[tyro.extras.subcommand_type_from_defaults(TRAIN), tyro.conf.arg(name="")]) -> None:
     """Train once, in a world of your choice, with every setting at your disposal."""
-    from klq_edu.demo import run_train
+    from klq_edu.app.demo import run_train
 
     run_train(command.world, command.config, command.out, command.save_model)
 
@@ -55,7 +55,7 @@ def train(command: Annotated[tyro.extras.subcommand_type_from_defaults(TRAIN), t
 @app.command(name="sweep")
 def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig]) -> None:
     """Compare algorithms over τ, learning rates and seeds in the grammar world, as one CSV."""
-    from klq_edu.sweep import markdown, run_sweep
+    from klq_edu.app.sweep import markdown, run_sweep
 
     path = run_sweep(config)
     print(f"{markdown(path)}\n\n{path}")
@@ -64,7 +64,7 @@ def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig]) -> None:
 @app.command(name="inspect")
 def inspect(config: tyro.conf.OmitArgPrefixes[InspectConfig]) -> None:
     """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
-    from klq_edu.inspection import run_inspect
+    from klq_edu.app.inspection import run_inspect
 
     sys.exit(0 if run_inspect(config) else 1)
 
@@ -103,7 +103,7 @@ def course(command: tyro.conf.OmitArgPrefixes[CourseCommand]) -> None:
 @app.command(name="doctor")
 def doctor() -> None:
     """Say what this machine has, what is missing, and what to do about it."""
-    from klq_edu.doctor import run_doctor
+    from klq_edu.app.doctor import run_doctor
 
     sys.exit(0 if run_doctor() else 1)
 

@@ -67,8 +67,7 @@ def run_sweep(config: SweepConfig) -> Path:
     import torch
     from rich.progress import Progress
 
-    from klq_edu.report import write_provenance
-    from klq_edu.rlhf.runs import writable_folder
+    from klq_edu.files import writable_folder, write_provenance
     from klq_edu.worlds import load
 
     out = writable_folder(config.out)
@@ -124,7 +123,7 @@ def _cells(part, rates: list[float]) -> list[str]:
 
 def one_run(settings: TrainConfig, folder: Path) -> dict:
     """Run (or read) one experiment; its row of the CSV."""
-    from klq_edu.experiment import run_experiment
+    from klq_edu.app.experiment import run_experiment
     from klq_edu.worlds import load
 
     result = run_experiment(load("grammar"), settings, folder)

@@ -1,0 +1,40 @@
+"""This machine: the device and the threads to compute with, and the facts that a measurement comes with."""
+
+import os
+import platform
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' picks cuda, then mps, then cpu; anything else must name a device that is there."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not usable here ({error}): use 'auto' or 'cpu'") from error
+
+
+@contextmanager
+def threads(count: int | None):
+    """Within this context torch computes with `count` CPU threads (None: as before)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def facts(device: str) -> dict[str, str]:
+    """Provenance of a measurement on this device: software versions and the class of machine, no names or paths."""
+    device = resolve_device(device)
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    place = {"machine": f"{platform.machine()}, {cores} cores", "device": device}
+    return {"python": platform.python_version(), **packages, **place}
