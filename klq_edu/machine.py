@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 import torch
 
+from klq_kernels.chunked import native
+
 
 def resolve_device(name: str) -> torch.device:
     """'auto' picks cuda, then mps, then cpu; anything else must name a device that is there."""
@@ -17,6 +19,17 @@ def resolve_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not usable here ({error}): use 'auto' or 'cpu'") from error
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' picks bfloat16 where this device multiplies it fast, else float32; other names are torch's."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and native(torch.bfloat16)
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextmanager

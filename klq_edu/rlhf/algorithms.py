@@ -10,7 +10,8 @@ from torch import Tensor
 
 from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
 from klq_edu.core.returns import lambda_returns, whiten
-from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.config import AlgorithmConfig
+from klq_edu.rlhf.evaluate import regress, score
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import Rollout
 
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     logprobs: Tensor
 
 
-def make_targets(rollout: Rollout, config: TrainConfig) -> Targets:
+def make_targets(rollout: Rollout, config: AlgorithmConfig) -> Targets:
     """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's."""
     out = lambda_returns(
         rollout.rewards, rollout.values, rollout.logprobs, rollout.ref_logprobs, rollout.mask,
@@ -44,31 +45,28 @@ def make_targets(rollout: Rollout, config: TrainConfig) -> Targets:
     return Targets(out.targets + config.alpha * (gains - out.advantages), gains, rollout.values + out.advantages)
 
 
-def klq(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
+def klq(policy: ActorCritic, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Step:
     """½(τ log π/π_b + V − Ĝ)² / (ατ): one regression trains policy and critic together (6)."""
-    loss, new = old.klq_loss(
-        policy, targets.q, tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip,
-        delta=config.delta,
-    )  # fmt: skip
+    loss, new = regress(policy, old, targets.q, config)
     return Step(loss / (config.alpha * config.tau), new.logprob)
 
 
-def ppo_clip(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
+def ppo_clip(policy: ActorCritic, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Step:
     """PPO's clipped surrogate plus vf_coef times the value loss."""
-    new, values = old.stats(policy)
+    new, values = score(policy, old)
     surrogate = ppo_clip_loss(new.logprob, old.logprobs, targets.advantages, old.mask, clip=config.ratio_clip)
     return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
 
 
-def ppo_penalty(policy: ActorCritic, old: Rollout, targets: Targets, config: TrainConfig) -> Step:
+def ppo_penalty(policy: ActorCritic, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Step:
     """−E[ρÂ] + (τ/α) KL(π ‖ π_old), KLQ's counterpart (claim 3), plus vf_coef times the value loss."""
-    new, values = old.stats(policy)
+    new, values = score(policy, old)
     coef = config.tau / config.alpha
     surrogate = ppo_penalty_loss(new.logprob, old.logprobs, targets.advantages, old.mask, coef=coef)
     return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
 
 
-def _critic(values: Tensor, old: Rollout, targets: Targets, config: TrainConfig) -> Tensor:
+def _critic(values: Tensor, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Tensor:
     return value_loss(values, targets.values, old.mask, clip=config.clip, old_values=old.values)
 
 

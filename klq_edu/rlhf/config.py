@@ -1,6 +1,7 @@
-"""TrainConfig: every setting of a run. This dataclass is the command line (`klq train --help`) and the documentation.
+"""Every setting, named once: AlgorithmConfig is what a loss reads, TrainConfig adds what a run of `loop.train` reads.
 
-Standard library only, so that `--help` is instant.
+These dataclasses are the command line (`klq train --help`) and the documentation. Standard library only, so that
+`--help` is instant.
 """
 
 import math
@@ -10,27 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one training run. Values out of range are refused by name."""
+class AlgorithmConfig:
+    """Settings of KLQ, PPO-clip and PPO-penalty, all that `algorithms` reads; values out of range are refused."""
 
     algorithm: Literal["klq", "ppo_clip", "ppo_penalty"] = "klq"
     """What is minimised on each batch of rollouts."""
-    updates: int = 80
-    """Batches of rollouts, each followed by `epochs` passes over it."""
-    batch_size: int = 64
-    """Completions per batch."""
-    epochs: int = 4
-    """Passes over each batch."""
-    minibatches: int = 1
-    """Optimiser steps per pass."""
-    learning_rate: float = 2e-3
-    """Adam's step size at the start; it decays linearly."""
-    warmup_updates: int = 0
-    """Updates over which the learning rate rises: Adam's first steps are its most reckless."""
-    final_lr_fraction: float = 0.05
-    """Learning rate at the end as a fraction of that at the start."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's)."""
     tau: float = 0.2
     """KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn."""
     gamma: float = 1.0
@@ -55,22 +40,6 @@ class TrainConfig:
     """Whiten the advantages Δ: PPO's habit; for KLQ an ablation that breaks the equivalence."""
     value_grad_scale: float | None = None
     """Factor on the value gradient that enters a trunk shared with the policy. None: τ for KLQ, 1 for PPO."""
-    critic: Literal["shared", "separate"] = "shared"
-    """Value head on the policy's trunk, or a critic network of its own (twice the compute)."""
-    temperature: float = 1.0
-    """Divides policy and reference logits alike, in rollouts and in losses."""
-    max_new_tokens: int = 24
-    """Length limit of a completion."""
-    eval_every: int = 5
-    """Evaluate (where the world can) every so many updates, and after the last."""
-    checkpoint_every: int = 10
-    """Save a checkpoint every so many updates; one is saved on Ctrl-C as well."""
-    seed: int = 0
-    """Same seed and number of threads, same metrics on a CPU, bit for bit."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps …"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -80,14 +49,10 @@ class TrainConfig:
                 self._require("must be an integer", lambda x: _is_number(x) and isinstance(x, int), f.name)
             elif f.type not in (str, bool):
                 self._require("must be a finite number", lambda x: x is None or _is_number(x), f.name)
-        counts = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
-        positive = ("tau", "learning_rate", "max_grad_norm", "temperature", "ratio_clip")
-        self._require("must be an integer >= 1", lambda x: x >= 1, *counts)
-        self._require("must be a finite number > 0", lambda x: x > 0, *positive)
-        self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam", "final_lr_fraction")
+        self._require("must be a finite number > 0", lambda x: x > 0, "tau", "ratio_clip")
+        self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam")
         self._require("must lie in (0, 1]", lambda x: 0 < x <= 1, "alpha")
-        self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed", "vf_coef")
-        self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
+        self._require("must be >= 0", lambda x: x >= 0, "vf_coef")
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
@@ -113,19 +78,58 @@ class TrainConfig:
             return self.value_grad_scale
         return self.tau if self.algorithm == "klq" else 1.0
 
-    def learning_rate_factor(self, update: int) -> float:
-        """Share of the learning rate in this update: a linear rise, then a linear fall to `final_lr_fraction`.
-
-        >>> config = TrainConfig(updates=11, warmup_updates=1, final_lr_fraction=0.0)
-        >>> [round(config.learning_rate_factor(u), 2) for u in (0, 1, 5, 10)]
-        [0.5, 0.9, 0.5, 0.0]
-        """
-        rise = min(1.0, (update + 1) / (self.warmup_updates + 1))
-        return rise * (1 - (1 - self.final_lr_fraction) * min(1.0, update / max(self.updates - 1, 1)))
-
     def to_dict(self) -> dict:
         """The settings as plain values, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(AlgorithmConfig):
+    """Settings of one training run: an algorithm's, and what the loop around it reads."""
+
+    updates: int = 80
+    """Batches of rollouts, each followed by `epochs` passes over it."""
+    batch_size: int = 64
+    """Completions per batch."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 1
+    """Optimiser steps per pass."""
+    learning_rate: float = 2e-3
+    """Adam's step size at the start; it decays linearly."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises: Adam's first steps are its most reckless."""
+    final_lr_fraction: float = 0.05
+    """Learning rate at the end as a fraction of that at the start."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's)."""
+    critic: Literal["shared", "separate"] = "shared"
+    """Value head on the policy's trunk, or a critic network of its own (twice the compute)."""
+    temperature: float = 1.0
+    """Divides policy and reference logits alike, in rollouts and in losses."""
+    max_new_tokens: int = 24
+    """Length limit of a completion."""
+    eval_every: int = 5
+    """Evaluate (where the world can) every so many updates, and after the last."""
+    checkpoint_every: int = 10
+    """Save a checkpoint every so many updates; one is saved on Ctrl-C as well."""
+    seed: int = 0
+    """Same seed and number of threads, same metrics on a CPU, bit for bit."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps …"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32. auto:
+    bfloat16 where the hardware multiplies it fast; a run keeps what it began with."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
+        self._require("must be an integer >= 1", lambda x: x >= 1, *counts)
+        positive = ("learning_rate", "max_grad_norm", "temperature")
+        self._require("must be a finite number > 0", lambda x: x > 0, *positive)
+        self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "final_lr_fraction")
+        self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed")
+        self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
 
 
 THRESHOLDS = {

@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from klq_edu.core.estimators import k3
-from klq_edu.machine import resolve_device
+from klq_edu.machine import resolve_device, resolve_dtype
 from klq_edu.rlhf.algorithms import ALGORITHMS, Targets, make_targets
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
+from klq_edu.rlhf.optim import clip_gradients, learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, collect
@@ -63,10 +65,12 @@ def train(
     check_prompts(tokenizer, prompts["prompt"], policy, config.max_new_tokens)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
+    schedule = {name: given[name] for name in ("updates", "warmup_updates", "final_lr_fraction")}
     state, value_was_set = TrainState(policy.trainable(), optimizer, generator), policy.value_is_set
     with run.writing(), StopSignals() as stop:
         rest = {"tokenizer": fingerprint(tokenizer), "constraint": fingerprint(constraint)}
         run.claim(identity(prompts, reward, policy) | rest)
+        policy.dtype = getattr(torch, run.keep("dtype", str(policy.dtype).removeprefix("torch.")))
         rows = run.resume(state)
         if len(rows) >= config.updates:
             run.say_finished(len(rows))
@@ -76,16 +80,17 @@ def train(
             for update in range(len(rows), config.updates):
                 start = time.perf_counter()
                 for group in optimizer.param_groups:  # a function of the update, so nothing to save
-                    group["lr"] = config.learning_rate * config.learning_rate_factor(update)
+                    group["lr"] = config.learning_rate * learning_rate_factor(update, **schedule)
                 batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
                 rollout = collect(
                     policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature, constraint=constraint, generator=generator,
                 )  # fmt: skip
                 scores = score(reward, rollout, **batch)
+                rollout = rollout.rewarded(scores)
                 if update == 0 and not policy.value_is_set:
                     policy.start_value(scores.mean().item())
-                    rollout.values = torch.where(rollout.mask, scores.mean(), 0.0)
+                    rollout = replace(rollout, values=torch.where(rollout.mask, scores.mean(), 0.0))
                 targets = make_targets(rollout, config)
                 steps = fit(policy, rollout, targets, config, optimizer, generator)
 
@@ -149,7 +154,7 @@ def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     if critic != config.critic:
         raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
     policy.to(resolve_device(config.device))
-    policy.value_grad_scale, policy.dtype = config.trunk_scale, getattr(torch, config.dtype)
+    policy.value_grad_scale, policy.dtype = config.trunk_scale, resolve_dtype(config.dtype, policy.device)
 
 
 def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor, tau: float) -> dict[str, float]:
@@ -169,20 +174,6 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
         "grad_norm": steps[:, 1].mean().item(),
         "kl_old": steps[-1, 2].item(),
     }
-
-
-def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
-    """Clip the gradient of what only V uses and that of the rest to norm `limit` each; returns the latter's norm.
-
-    Apart, because KLQ's value gradient is 1/τ times PPO's: clipped together it would shrink the policy's to nothing.
-    Raises FloatingPointError, before any parameter has changed, where a gradient is not finite.
-    """
-    critic = policy.critic_modules()
-    others = [p for name, p in policy.trainable().items() if name.split(".")[0] not in critic]
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic.parameters(), others)])
-    if not norms.isfinite().all():
-        raise FloatingPointError(f"gradient norms (critic, policy) are {norms.tolist()}: lower learning_rate")
-    return norms[1]
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from klq_edu.rlhf.blocks import TopBlocks, blocks_of, record_call, watch_block
+from klq_edu.rlhf.blocks import TopBlocks, blocks_of, record_call
+from klq_edu.rlhf.sampling import Decoder, positions
 
 VALUE_FILE = "value_head.safetensors"
 
@@ -65,7 +66,7 @@ class ActorCritic(nn.Module):
         self.start_value(0.0)
         self.value_is_set = False
         self.to(lm.device)
-        _check_forward(self)
+        self.can_drop_rows = _check_forward(self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> "ActorCritic":
@@ -150,6 +151,10 @@ class ActorCritic(nn.Module):
         """x in the dtype of forward passes, where that is not the parameters' own."""
         return x if self.dtype == torch.float32 else x.to(self.dtype)
 
+    def head_tensors(self, head: nn.Linear) -> dict[str, Tensor | None]:
+        """Weight and bias of a head in the dtype of the hidden states."""
+        return {"weight": self.cast(head.weight), "bias": None if head.bias is None else self.cast(head.bias)}
+
     def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
         """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
         with self.precision():
@@ -179,39 +184,6 @@ class ActorCritic(nn.Module):
         return actions if self.vocab is None else self.vocab[actions]
 
 
-class Decoder:
-    """Token-by-token policy logits with a key-value cache; keeps the frozen trunk's activations as it goes."""
-
-    def __init__(self, policy: ActorCritic):
-        self.policy, self.cache, self.trunk = policy, None, []
-        policy.lm.eval()
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Feed new tokens [B, n] (the mask covers all so far) and return next-token logits [B, A]."""
-        policy = self.policy
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
-        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
-        watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append(args[0]))
-        with watch, policy.precision():
-            out = policy.lm.base_model(**inputs, use_cache=True)
-            self.cache = out.past_key_values
-            return policy.head(out.last_hidden_state[:, -1])
-
-    def activations(self) -> Tensor | None:
-        """Trunk activations [B, L, d] of all tokens fed so far; None when the whole model is trained."""
-        return torch.cat(self.trunk, dim=1) if self.trunk else None
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids of left-padded sequences: the first real token is 0.
-
-    >>> positions(torch.tensor([[0, 0, 1, 1]]))
-    tensor([[0, 0, 0, 1]])
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def context(lm: PreTrainedModel) -> float:
     """The most tokens that the model takes, by its configuration; infinity where that names no limit."""
     config = lm.config.get_text_config()
@@ -226,15 +198,6 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     tensor([0.5000])
     """
     return x if factor == 1 else x * factor + x.detach() * (1 - factor)
-
-
-def take_rows(inputs, rows: Tensor, batch: int):
-    """The given rows of every [batch, …] tensor in a nested structure; everything else is passed through."""
-    if isinstance(inputs, Tensor):
-        return inputs[rows] if inputs.dim() and inputs.shape[0] == batch else inputs
-    if isinstance(inputs, dict):
-        return {key: take_rows(value, rows, batch) for key, value in inputs.items()}
-    return tuple(take_rows(x, rows, batch) for x in inputs) if isinstance(inputs, tuple) else inputs
 
 
 def _hidden(body: nn.Module, inputs: dict) -> Tensor:
@@ -253,8 +216,11 @@ def _check_head(lm: PreTrainedModel) -> None:
         raise ValueError(f"lm: the logits of {name} are capped, not head(hidden), which is assumed here")
 
 
-def _check_forward(policy: ActorCritic) -> None:
-    """Refuse a model whose logits, decoded and replayed as here, are not those of its own plain forward pass."""
+def _check_forward(policy: ActorCritic) -> bool:
+    """Refuse a model whose logits, decoded and replayed as here, are not those of its own plain forward pass.
+
+    Returns whether its cache can drop finished rows; a model whose cache can't just decodes them to the end.
+    """
     name = type(policy.lm).__name__
     try:
         errors = _forward_errors(policy)
@@ -262,10 +228,11 @@ def _check_forward(policy: ActorCritic) -> None:
         needed = "decode left-padded prompts token by token with a key-value cache, which is needed here"
         raise ValueError(f"lm: {name} can't {needed} ({type(error).__name__}: {error})") from error
     bound = 0.05 if policy.lm.dtype.itemsize < 4 else 5e-3  # bfloat16 rounds, and so may a GPU's float32 products
-    for way, error in errors.items():
-        if not error < bound:
+    for way in ("with a cache", "in one pass"):
+        if not (error := errors[way]) < bound:
             reason = "they are not head(hidden), or left padding or cache go wrong"
             raise ValueError(f"lm: the logits of {name} {way} differ by {error:.1%} from its own forward's: {reason}")
+    return errors["after dropping a row"] < bound
 
 
 @torch.no_grad()
@@ -281,9 +248,24 @@ def _forward_errors(policy: ActorCritic) -> dict[str, float]:
     steps = [decode(ids[:, :start], mask[:, :start])]
     steps += [decode(ids[:, t : t + 1], mask[:, : t + 1]) for t in range(start, end)]
     replayed = policy.policy_logits(policy.encode(ids, mask, decode.activations()), slice(-3, None))
-    found = {"with a cache": torch.stack(steps, 1), "in one pass": replayed}
     scale = torch.stack(plain).float().std().clamp(min=1e-6)
-    return {way: ((x.float() - expected).square().mean().sqrt() / scale).item() for way, x in found.items()}
+
+    def error(x: Tensor, of: Tensor = expected) -> float:
+        return ((x.float() - of).square().mean().sqrt() / scale).item()
+
+    found = {"with a cache": error(torch.stack(steps, 1)), "in one pass": error(replayed)}
+    return found | {"after dropping a row": error(_after_dropping(policy, ids, mask, start), expected[1:, 1])}
+
+
+def _after_dropping(policy: ActorCritic, ids: Tensor, mask: Tensor, start: int) -> Tensor:
+    """The second row's logits after the first was dropped from the cache; NaN where the cache can't do that."""
+    decode, second = Decoder(policy), torch.ones(1, dtype=torch.long, device=ids.device)
+    logits = decode(ids[:, :start], mask[:, :start])[1:]
+    try:
+        decode.keep(second)
+    except (AttributeError, NotImplementedError, TypeError):
+        return torch.full_like(logits, torch.nan)
+    return decode(ids[1:, start : start + 1], mask[1:, : start + 1])
 
 
 def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:

@@ -16,11 +16,11 @@ Reward = Callable[..., list[float]]
 
 
 def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
-    """Call `reward` on the rollout's texts and put each score on the completion's last real token.
+    """The scores [B] that `reward` gives to the rollout's texts; `rollout.rewarded(scores)` takes them up.
 
-    `columns` are the dataset's further columns for these prompts. Fills `rollout.rewards` [B, T] and returns the scores
-    [B]. Raises TypeError or ValueError where the reward returns no list, the wrong number of scores or one that is not
-    a finite number, and RuntimeError, from the original error, where the callable itself raises.
+    `columns` are the dataset's further columns for these prompts. Raises TypeError or ValueError where the reward
+    returns no list, the wrong number of scores or one that is not a finite number, and RuntimeError, from the original
+    error, where the callable itself raises.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     columns = _asked_for(reward, rollout) | columns
@@ -39,11 +39,8 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     for completion, s in zip(rollout.completions, scores, strict=True):
         if not _finite_number(s):
             raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
-    kind = {"device": rollout.mask.device, "dtype": rollout.logprobs.dtype}
-    scores = torch.tensor([float(s) for s in scores], **kind)  # finite in float32 as well
-    last = rollout.mask.sum(1, keepdim=True) - 1
-    rollout.rewards = torch.zeros(rollout.mask.shape, **kind).scatter(1, last, scores[:, None])
-    return scores
+    like = rollout.logprobs
+    return torch.tensor([float(s) for s in scores], device=like.device, dtype=like.dtype)  # finite in float32 as well
 
 
 def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:

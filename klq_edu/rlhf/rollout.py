@@ -11,15 +11,16 @@ top-p, no penalties. At the borders of a text the model's own `generate` is foll
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from klq_edu.core.objectives import klq_loss
-from klq_edu.rlhf.policy import ActorCritic, Decoder, context, take_rows
-from klq_kernels import TokenStats, linear_klq_loss, linear_token_stats, token_stats
+from klq_edu.rlhf.evaluate import score
+from klq_edu.rlhf.policy import ActorCritic, context
+from klq_edu.rlhf.sampling import sample
 from klq_kernels.checks import right_padded
 
 PROVIDED = ("prompts", "completions", "completion_ids", "ended")  # what a reward is given beside the dataset's columns
@@ -38,9 +39,11 @@ class Constraint(Protocol):
         """States after the chosen tokens, [B]."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """A batch of B completions of up to T tokens. Index t holds action a_t, V(s_t) and r_{t+1}.
+    """A batch of B completions of up to T tokens: complete, and never changed (`dataclasses.replace` makes another).
+
+    Index t holds action a_t, V(s_t) and r_{t+1}.
 
     Attributes:
         prompts, completions: the texts.
@@ -48,8 +51,10 @@ class Rollout:
         mask: [B, T] boolean, True up to and including EOS (or to the length limit).
         logprobs, ref_logprobs, values, entropy, kl: [B, T] float32 under the policy that sampled; log π, log π_b, V,
             H(π) and exact D(π ‖ π_b), recomputed by the training forward.
-        rewards: [B, T] the score on the last real token, 0 elsewhere; zeros until scored.
-        inputs: what the policy is called with (see `ActorCritic.encode`).
+        rewards: [B, T] the score on the last real token, 0 elsewhere; zeros until `rewarded`.
+        input_ids, attention_mask: [B, L] what a model reads: left-padded prompts, and completions but for their last
+            token.
+        trunk: [B, L, d] the frozen blocks' activations there, kept from sampling; None where all blocks are trained.
         allowed: [B, T, A] tokens that could have been chosen, or None.
         temperature: what divided the logits.
         ended: [B] boolean, True where EOS was sampled, False where the length limit cut the completion off; or None.
@@ -68,7 +73,9 @@ class Rollout:
     entropy: Tensor
     kl: Tensor
     rewards: Tensor
-    inputs: dict
+    input_ids: Tensor
+    attention_mask: Tensor
+    trunk: Tensor | None = None
     allowed: Tensor | None = None
     temperature: float = 1.0
     ended: Tensor | None = None
@@ -84,45 +91,14 @@ class Rollout:
 
     def rows(self, index: Tensor) -> "Rollout":
         """The sub-batch with these rows."""
-        texts = {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("prompts", "completions")}
-        return Rollout(**take_rows(vars(self), index, len(self)) | texts)
+        texts = {name: [x[i] for i in index.tolist()] for name, x in vars(self).items() if isinstance(x, list)}
+        return replace(self, **texts, **{name: x[index] for name, x in vars(self).items() if isinstance(x, Tensor)})
 
-    def stats(self, policy: ActorCritic, reference: bool = False):
-        """(TokenStats, values) of these completions under the policy as it is now, differentiable.
-
-        Logits exist only where a constraint needs them.
-        """
-        given, actions = (self.inputs, self._keep), policy.action_ids(self.tokens)
-        settings = {"temperature": self.temperature, "mask": self.mask}
-        if self.allowed is not None:
-            logits, values = policy(*given)
-            both = (logits, policy.reference_logits(*given)) if reference else (logits,)
-            logits, *ref = (z.masked_fill(~self.allowed, -torch.inf) for z in both)
-            return token_stats(logits, actions, *ref, **settings), values
-        hidden, values = policy.features(*given)
-        weight, settings["bias"] = _head(policy, policy.head)
-        if reference:
-            settings["ref_hidden"] = policy.reference_features(*given)
-            settings["ref_weight"], settings["ref_bias"] = _head(policy, policy.ref_head)
-        return linear_token_stats(hidden, weight, actions, **settings), values
-
-    def klq_loss(self, policy: ActorCritic, targets: Tensor, **variant) -> tuple[Tensor, TokenStats]:
-        """The KLQ loss of fitting Q to targets [B, T] (see `klq_kernels.linear_klq_loss`), and the new statistics."""
-        variant |= {"old_logprobs": self.logprobs, "old_values": self.values}
-        if self.allowed is not None:
-            new, values = self.stats(policy)
-            return klq_loss(new.logprob, self.ref_logprobs, values, targets, self.mask, **variant), new
-        hidden, values = policy.features(self.inputs, self._keep)
-        weight, bias = _head(policy, policy.head)
-        return linear_klq_loss(
-            hidden, weight, policy.action_ids(self.tokens), self.ref_logprobs, values, targets, self.mask, bias=bias,
-            temperature=self.temperature, return_stats=True, **variant,
-        )  # fmt: skip
-
-    @property
-    def _keep(self) -> slice:
-        """Positions whose outputs predict the completion's tokens."""
-        return slice(-self.tokens.shape[1], None)
+    def rewarded(self, scores: Tensor) -> "Rollout":
+        """The same with each completion's score [B] on its last real token."""
+        last = self.mask.sum(1, keepdim=True) - 1
+        zeros = torch.zeros(self.mask.shape, dtype=scores.dtype, device=scores.device)
+        return replace(self, rewards=zeros.scatter(1, last, scores.unsqueeze(1)))
 
 
 @torch.no_grad()
@@ -137,23 +113,31 @@ def collect(
     """
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
-    tokens, mask, allowed, trunk = _sample(
-        policy, prompt_ids, attention, eos, constraint, prompts, max_new_tokens, temperature, generator
+    state = None if constraint is None else constraint.start(prompts)
+    tokens, mask, allowed, trunk = sample(
+        policy, prompt_ids, attention, eos, constraint, state, max_new_tokens, temperature, generator
     )
-    ids = torch.cat([prompt_ids, tokens], dim=1)[:, :-1]  # the last token is predicted, never read
-    seen = torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1]
-    known = torch.isin(tokens, torch.tensor(sorted(tokenizer.get_vocab().values()), device=policy.device))
+    known = torch.isin(tokens, _known_ids(tokenizer, len(tokenizer)).to(policy.device))
     texts = [tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(tokens, mask & known)]
-    ended = torch.isin(tokens, eos).any(1)  # masked tokens follow one in any case
     zeros = torch.zeros(mask.shape, device=policy.device)
-    rollout = Rollout(
-        list(prompts), texts, tokens, mask, zeros, zeros, zeros, zeros, zeros, zeros.clone(),
-        policy.encode(ids, seen, trunk), allowed, temperature, ended, mask & ~known,
+    sampled = Rollout(
+        list(prompts), texts, tokens, mask, zeros, zeros, zeros, zeros, zeros, zeros,
+        input_ids=torch.cat([prompt_ids, tokens], dim=1)[:, :-1],  # the last token is predicted, never read
+        attention_mask=torch.cat([attention, torch.ones_like(tokens)], dim=1)[:, :-1],
+        trunk=trunk, allowed=allowed, temperature=temperature,
+        ended=torch.isin(tokens, eos).any(1),  # masked tokens follow one in any case
+        unknown=mask & ~known,
     )  # fmt: skip
-    stats, values = rollout.stats(policy, reference=True)
-    rollout.logprobs, rollout.entropy, rollout.ref_logprobs, rollout.kl = stats
-    rollout.values = torch.where(mask, values, 0.0)
-    return rollout
+    stats, values = score(policy, sampled, reference=True)
+    names = {"logprob": "logprobs", "ref_logprob": "ref_logprobs"}
+    columns = {names.get(name, name): x for name, x in stats._asdict().items()}
+    return replace(sampled, **columns, values=torch.where(mask, values, 0.0))
+
+
+@lru_cache(maxsize=2)
+def _known_ids(tokenizer, size: int) -> Tensor:
+    """All ids of a tokenizer of this size; listing a large vocabulary takes a tenth of a second."""
+    return torch.tensor(sorted(tokenizer.get_vocab().values()))
 
 
 def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -215,36 +199,3 @@ def stop_ids(policy: ActorCritic, tokenizer) -> list[int]:
         if found := [i for i in (ids if isinstance(ids, list | tuple) else [ids]) if i in possible]:
             return found
     return []
-
-
-def _head(policy: ActorCritic, head: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The head's weight and bias in the dtype of the hidden states."""
-    return policy.cast(head.weight), None if head.bias is None else policy.cast(head.bias)
-
-
-def _sample(policy, ids, attention, eos, constraint, prompts, steps, temperature, generator):
-    """Autoregressive sampling: tokens and mask [B, T], allowed tokens [B, T, A] or None, trunk activations or None."""
-    decode = Decoder(policy)
-    state = None if constraint is None else constraint.start(prompts)
-    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    tokens, mask, allowed = [], [], []
-    for _ in range(steps):
-        logits = decode(ids, attention).float() / temperature
-        if constraint is not None:
-            allowed.append(constraint.allowed(state).to(logits.device))
-            logits = logits.masked_fill(~allowed[-1], -torch.inf)
-        probs = logits.softmax(-1).cpu()
-        if not probs.isfinite().all():
-            raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
-        actions = torch.multinomial(probs, 1, generator=generator).to(ids.device)
-        ids = policy.token_ids(actions)
-        tokens.append(ids)
-        mask.append(alive)
-        if constraint is not None:
-            state = constraint.advance(state, ids.squeeze(1).to(state.device))
-        alive = alive & ~torch.isin(ids.squeeze(1), eos)
-        attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
-        if not alive.any():
-            break
-    choices = torch.stack(allowed, 1) if allowed else None
-    return torch.cat(tokens, 1), torch.stack(mask, 1), choices, decode.activations()

@@ -113,6 +113,13 @@ class Run:
         more = {k: [*recorded.get(k, []), v] for k, v in identity.items() if v not in recorded.get(k, [])}
         write_json(self.identity, recorded | {k: v for k, v in more.items() if k != START or k not in recorded})
 
+    def keep(self, name: str, value: str) -> str:
+        """What this run has recorded under this name; the value given now where there is nothing yet."""
+        recorded = read_json(self.identity)
+        if name not in recorded:
+            write_json(self.identity, recorded | {name: value})
+        return recorded.get(name, value)
+
     def resume(self, state: TrainState) -> list[dict]:
         """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped.
 

@@ -54,7 +54,7 @@ def grammar_batch():
                 policy, world.tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
                 constraint=world.constraint, generator=generator,
             )  # fmt: skip
-            score(world.reward, rollout, **batch)
+            rollout = rollout.rewarded(score(world.reward, rollout, **batch))
             if update < 3:
                 fit(policy, rollout, make_targets(rollout, config), config, optimizer, generator)
     policy.value_grad_scale = 1.0

@@ -1,0 +1,63 @@
+"""How a policy scores a rollout. Only here is it known whether logits are constrained, and so which operation is used.
+
+Without a constraint log-probabilities and losses come from hidden states and no logits exist; with one, what it forbids
+becomes −inf in the logits of policy and reference alike.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from klq_edu.rlhf.config import AlgorithmConfig
+from klq_edu.rlhf.policy import ActorCritic
+from klq_kernels import TokenStats, linear_klq_loss, linear_token_stats, logits_klq_loss, token_stats
+
+if TYPE_CHECKING:
+    from klq_edu.rlhf.rollout import Rollout
+
+
+def score(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[TokenStats, Tensor]:
+    """Statistics and values, each [B, T], of a rollout's tokens under the policy as it is now, differentiable.
+
+    With `reference` the statistics include log π_b and the exact KL, which cost a pass of the frozen reference.
+    """
+    model, values = _outputs(policy, rollout, reference)
+    stats = token_stats if "logits" in model else linear_token_stats
+    return stats(**model, **_tokens(policy, rollout)), values
+
+
+def regress(
+    policy: ActorCritic, rollout: "Rollout", targets: Tensor, config: AlgorithmConfig
+) -> tuple[Tensor, TokenStats]:
+    """KLQ's loss of fitting Q to targets [B, T] (6), and the statistics of the policy as it is now, detached."""
+    model, values = _outputs(policy, rollout)
+    loss = logits_klq_loss if "logits" in model else linear_klq_loss
+    return loss(
+        **model, **_tokens(policy, rollout), ref_logprobs=rollout.ref_logprobs, values=values, targets=targets,
+        tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip, delta=config.delta,
+        old_logprobs=rollout.logprobs, old_values=rollout.values, return_stats=True,
+    )  # fmt: skip
+
+
+def _tokens(policy: ActorCritic, rollout: "Rollout") -> dict:
+    """What every operation is told of the tokens."""
+    return {
+        "tokens": policy.action_ids(rollout.tokens), "mask": rollout.mask, "temperature": rollout.temperature
+    }  # fmt: skip
+
+
+def _outputs(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[dict, Tensor]:
+    """The models' part of an operation's arguments (constrained logits, or heads with their inputs), and V [B, T]."""
+    inputs = policy.encode(rollout.input_ids, rollout.attention_mask, rollout.trunk)
+    given = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted
+    if rollout.allowed is not None:
+        logits, values = policy(*given)
+        both = {"logits": logits} | ({"ref_logits": policy.reference_logits(*given)} if reference else {})
+        return {name: z.masked_fill(~rollout.allowed, -torch.inf) for name, z in both.items()}, values
+    hidden, values = policy.features(*given)
+    model = {"hidden": hidden} | policy.head_tensors(policy.head)
+    if reference:
+        ref = {"hidden": policy.reference_features(*given)} | policy.head_tensors(policy.ref_head)
+        model |= {f"ref_{name}": x for name, x in ref.items()}
+    return model, values

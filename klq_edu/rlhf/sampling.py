@@ -1,0 +1,142 @@
+"""Autoregressive sampling: a key-value cache without finished rows, and draws that depend on nothing but the seed."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from klq_edu.rlhf.blocks import watch_block
+
+WORTH_DROPPING = 1 / 8  # of the rows: dropping them copies the cache, about what one step does
+
+
+class Decoder:
+    """Token-by-token policy logits with a key-value cache; keeps the frozen trunk's activations as it goes."""
+
+    def __init__(self, policy):
+        self.policy, self.cache, self.trunk, self.rows = policy, None, [], None
+        policy.lm.eval()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Feed new tokens [b, n] of the present rows (the mask covers all so far): their next-token logits [b, A]."""
+        policy = self.policy
+        self.rows = torch.arange(len(input_ids), device=input_ids.device) if self.rows is None else self.rows
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
+        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
+        watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append((self.rows, args[0])))
+        with watch, policy.precision():
+            out = policy.lm.base_model(**inputs, use_cache=True)
+            self.cache = out.past_key_values
+            return policy.head(out.last_hidden_state[:, -1])
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with these of the present rows only."""
+        self.cache.batch_select_indices(index)
+        self.rows = self.rows[index]
+
+    def activations(self) -> Tensor | None:
+        """Trunk activations [B, L, d] of all tokens fed so far, 0 for rows not kept; None without a frozen trunk."""
+        if not self.trunk:
+            return None
+        batch = len(self.trunk[0][0])
+        whole = (x.new_zeros((batch, *x.shape[1:])).index_copy_(0, rows, x) for rows, x in self.trunk)
+        return torch.cat(list(whole), dim=1)
+
+
+def sample(
+    policy, prompt_ids: Tensor, attention: Tensor, eos: Tensor, constraint, state: Tensor | None, steps: int,
+    temperature: float, generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Tokens [B, T], their mask, allowed tokens [B, T, A] or None, trunk activations [B, L, d] or None.
+
+    Row b's token at step t is decided by one uniform number, drawn for every row and step in advance: when other rows
+    end changes nothing. Finished rows repeat their last token, masked, and are soon left out of the forward passes.
+    """
+    decode, ids, last = Decoder(policy), prompt_ids, prompt_ids[:, -1]
+    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64)
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    rows, tokens, mask, allowed = torch.arange(len(ids), device=ids.device), [], [], []
+    with packed_linears(policy):
+        for u in uniform.unbind():
+            logits = decode(ids, attention).float() / temperature
+            if constraint is not None:
+                allowed.append(constraint.allowed(state).to(logits.device))
+                logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
+            probs = logits.softmax(-1)
+            chosen = policy.token_ids(draw(probs, u.to(probs.device)[rows]))
+            last = last.index_copy(0, rows, chosen)
+            tokens.append(last)
+            mask.append(alive)
+            alive = alive & ~torch.isin(last, eos)
+            left, broken = torch.stack([alive.sum(), probs[:, 0].isnan().any()]).tolist()  # the one time the host waits
+            if broken:
+                raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
+            if not left:
+                break
+            if constraint is not None:
+                state = constraint.advance(state, last.to(state.device))
+            if policy.can_drop_rows and len(rows) - left >= WORTH_DROPPING * len(rows):
+                index = alive[rows].nonzero().squeeze(1)
+                decode.keep(index)
+                rows, attention = rows[index], attention[index]
+            ids = last[rows].unsqueeze(1)
+            attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
+    return (
+        torch.stack(tokens, 1),
+        torch.stack(mask, 1),
+        torch.stack(allowed, 1) if allowed else None,
+        decode.activations(),
+    )
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [n] drawn from probabilities [n, V] by inverting their cumulative distribution at u [n] in [0, 1).
+
+    The first index whose cumulative probability (a float64 sum) exceeds u times the total: never one with p = 0.
+
+    >>> draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 3), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    tensor([1, 3, 3])
+    """
+    probs = probs.cpu() if probs.device.type == "mps" else probs  # which has no float64
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    if probs.device.type != "cpu":  # a sum in parallel may waver in its last bits, and so rise where p = 0
+        cumulative = cumulative.where(probs > 0, 0.0).cummax(-1).values
+    total = cumulative[:, -1:]
+    bound = torch.minimum(uniform.to(probs.device).unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1).to(uniform.device)
+
+
+@contextmanager
+def packed_linears(policy):
+    """Within this context linear layers on a CPU multiply by weights that oneDNN has repacked, in the policy's dtype.
+
+    A few rows times a large matrix, all that decoding does, is bound by reading the matrix: packing it anew for every
+    token takes longer than multiplying.
+    """
+    here = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    here = here and (policy.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    linears = [m for m in policy.lm.base_model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
+    for module in linears if here else ():
+        bias = None if module.bias is None else module.bias.detach().to(policy.dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(policy.dtype))
+        module.forward = partial(_linear, packed, bias)
+    try:
+        yield
+    finally:
+        for module in linears if here else ():
+            del module.forward
+
+
+def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, bias, "none", [], "")
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids of left-padded sequences: the first real token is 0.
+
+    >>> positions(torch.tensor([[0, 0, 1, 1]]))
+    tensor([[0, 0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
