@@ -8,7 +8,8 @@ from klq_edu.machine import resolve_device
 from klq_edu.rlhf import loop
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.loop import METRICS, clip_gradients, prompt_rows, train
+from klq_edu.rlhf.loop import METRICS, prompt_rows, train
+from klq_edu.rlhf.optim import clip_gradients
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
@@ -121,7 +122,7 @@ def test_klqs_first_gradient_is_ppos_on_a_language_model(tiny_lm, tokenizer, ppo
     batch = collect(
         policy, tokenizer, PROMPTS["prompt"][:], max_new_tokens=6, generator=torch.Generator().manual_seed(1)
     )
-    score(even_words, batch, target=PROMPTS["target"][:])
+    batch = batch.rewarded(score(even_words, batch, target=PROMPTS["target"][:]))
     klq = first_gradient(policy, batch, settings(tau=tau))
     same = first_gradient(policy, batch, settings(algorithm=ppo, tau=tau, vf_coef=1 / tau))
     other = first_gradient(policy, batch, settings(algorithm=ppo, tau=tau, vf_coef=0.5))

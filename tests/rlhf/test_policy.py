@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
-from klq_edu.rlhf.policy import ActorCritic, Decoder, take_rows
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.sampling import Decoder
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [1, 1, 11, 12, 13, 14]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -147,13 +148,6 @@ def test_loading_with_another_critic_is_refused(tiny_lm, tmp_path):
     ActorCritic(tiny_lm(), critic="separate").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not fit this critic"):
         ActorCritic.from_pretrained(tmp_path)
-
-
-def test_take_rows_follows_the_batch_through_nested_inputs():
-    inputs = {"a": torch.arange(6).view(3, 2), "b": (torch.arange(3), None, "x"), "shared": torch.zeros(1, 4)}
-    out = take_rows(inputs, torch.tensor([2, 0]), 3)
-    assert out["a"].tolist() == [[4, 5], [0, 1]] and out["b"][0].tolist() == [2, 0]
-    assert out["b"][1:] == (None, "x") and out["shared"].shape == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Scores land on the last real token, and a reward that misbehaves is named."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,14 +14,14 @@ from klq_edu.rlhf.rollout import Rollout
 def rollout():
     mask, zeros = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool(), torch.zeros(3, 3)
     texts = ["a", "b", "c"]
-    return Rollout(texts, texts, zeros.long(), mask, zeros, zeros, zeros, zeros, zeros, zeros, {})
+    return Rollout(texts, texts, zeros.long(), mask, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
 
 
 def test_scores_are_paid_on_the_last_real_token():
     batch = rollout()
     scores = score(lambda prompts, completions: [1.0, torch.tensor(2.0), 3], batch)
     assert scores.tolist() == [1, 2, 3]
-    assert batch.rewards.tolist() == [[0, 1, 0], [0, 0, 2], [3, 0, 0]]
+    assert batch.rewarded(scores).rewards.tolist() == [[0, 1, 0], [0, 0, 2], [3, 0, 0]]
 
 
 def test_a_module_is_asked_by_its_forward():
@@ -78,8 +79,8 @@ class Judge:
 )
 def test_token_ids_and_endings_reach_the_rewards_that_name_them_and_no_other(reward, scores):
     """TRL's `completion_ids`: without padding, EOS included. Wrappers and ** get what they got before."""
-    batch = rollout()
-    batch.tokens, batch.ended = torch.tensor([[4, 1, 99], [5, 6, 7], [1, 99, 99]]), torch.tensor([True, False, True])
+    tokens, ended = torch.tensor([[4, 1, 99], [5, 6, 7], [1, 99, 99]]), torch.tensor([True, False, True])
+    batch = replace(rollout(), tokens=tokens, ended=ended)
     assert score(reward, batch).tolist() == scores
 
 

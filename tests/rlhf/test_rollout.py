@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenize
 
 from klq_edu.rlhf.algorithms import klq, make_targets
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.evaluate import score
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import Rollout, check_prompts, collect, encode_prompts
 
@@ -129,14 +130,14 @@ def test_rows_selects_every_field(tiny_lm, tokenizer):
     assert part.prompts == [PROMPTS[2], PROMPTS[0]]
     for name in ("tokens", "mask", "ended", "unknown"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]]), name
-    torch.testing.assert_close(part.stats(policy)[0].logprob, rollout.logprobs[[2, 0]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score(policy, part)[0].logprob, rollout.logprobs[[2, 0]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask, message", [([1, 0, 1], "right-padded"), ([0, 0, 0], "row 1 is empty")])
 def test_holes_and_empty_rows_are_refused(mask, message):
     mask, zeros = torch.tensor([[1, 1, 1], mask]).bool(), torch.zeros(2, 3)
     with pytest.raises(ValueError, match=message):
-        Rollout(["a", "b"], ["c", "d"], zeros.long(), mask, zeros, zeros, zeros, zeros, zeros, zeros, {})
+        Rollout(["a", "b"], ["c", "d"], zeros.long(), mask, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
 
 
 @pytest.mark.parametrize(
@@ -297,4 +298,4 @@ def test_ids_beyond_the_tokenizer_are_sampled_decode_to_nothing_and_are_marked(t
 def test_a_tokenizer_written_in_python_survives_ids_beyond_it(tiny_lm):
     """ByT5's raises for them; like T5's it ends a text, which no prompt may be."""
     rollout = sample(ActorCritic(tiny_lm(vocab=800)), ByT5Tokenizer(), ["a", "bc"], steps=20)
-    assert rollout.unknown.any() and rollout.inputs["input_ids"][:, :2].tolist() == [[0, 100], [101, 102]]
+    assert rollout.unknown.any() and rollout.input_ids[:, :2].tolist() == [[0, 100], [101, 102]]

@@ -28,6 +28,7 @@ from klq_edu.rlhf import runs
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, reward_identity
 from klq_edu.rlhf.loop import train
+from klq_edu.rlhf.optim import learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.runs import Run, TrainState, load_checkpoint
 from klq_edu.rlhf.signals import SIGNALS, Interrupted
@@ -177,7 +178,10 @@ def test_updates_may_be_raised_but_not_lowered(tmp_path, go, capsys):
     longer = settings(updates=6)
     rows = go(tmp_path, config=longer)
     assert timeless(rows[:4]) == timeless(first) and len(rows) == 6
-    want = [longer.learning_rate * longer.learning_rate_factor(u) for u in (4, 5)]
+    want = [
+        longer.learning_rate * learning_rate_factor(u, updates=6, warmup_updates=0, final_lr_fraction=0.05)
+        for u in (4, 5)
+    ]
     assert [row["learning_rate"] for row in rows[4:]] == want
     assert "updates raised from 4 to 6" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["raised"] == [{"after": 4, "from": 4, "to": 6}]

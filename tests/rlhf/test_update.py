@@ -32,7 +32,7 @@ TOLERANCE = 2e-3  # relative: of each metric, and of the change of all weights o
 LINEAR = {"max_grad_norm": 1e-7}  # far below Adam's ε: steps are proportional to the clipped gradients
 KLQ, CLIP, PENALTY = "klq", "ppo_clip", "ppo_penalty"
 FOR_ALL = LINEAR | {
-    "updates": 3, "batch_size": 3, "epochs": 3, "learning_rate": 1e-3, "warmup_updates": 1, "final_lr_fraction": 0.1,
+    "updates": 3, "batch_size": 2, "epochs": 3, "learning_rate": 1e-3, "warmup_updates": 1, "final_lr_fraction": 0.1,
     "tau": 0.1, "gamma": 0.5, "lam": 0.3, "value_grad_scale": 0.1, "temperature": 1.5,
     "max_new_tokens": 3, "seed": 1,
 }  # fmt: skip
