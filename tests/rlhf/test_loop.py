@@ -4,6 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from klq_edu import machine
+from klq_edu.files import read_json
 from klq_edu.machine import resolve_device
 from klq_edu.rlhf import loop
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
@@ -148,6 +150,24 @@ def test_an_infinite_gradient_stops_before_any_parameter_changes(tiny_lm):
         p.grad = torch.full_like(p, torch.inf)
     with pytest.raises(FloatingPointError, match="gradient norms .* lower learning_rate"):
         clip_gradients(policy, 1.0)
+
+
+@pytest.mark.parametrize("fast, chosen", [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_picks_what_the_cpu_does_well_and_a_run_keeps_it(
+    tmp_path, tiny_lm, tokenizer, monkeypatch, fast, chosen
+):
+    """Another machine, or another version's choice, must not change the arithmetic halfway."""
+    auto = settings(dtype="auto", device="cpu")
+    monkeypatch.setattr(machine, "native", lambda dtype: fast)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "auto", tiny_lm, tokenizer, auto, on_update=interrupt)
+    monkeypatch.setattr(machine, "native", lambda dtype: not fast)
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+    rows = run(tmp_path / "auto", tiny_lm, tokenizer, auto, policy=policy)
+    kept = read_json(tmp_path / "auto" / "run.json")["dtype"]
+    assert policy.dtype == chosen == getattr(torch, kept)
+    named = settings(dtype=kept, device="cpu")
+    assert timeless(rows) == timeless(run(tmp_path / "named", tiny_lm, tokenizer, named))
 
 
 def test_the_policy_carries_out_the_settings_or_refuses_them(tmp_path, tiny_lm, tokenizer):
