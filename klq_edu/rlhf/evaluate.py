@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from klq_edu.rlhf.config import AlgorithmConfig
 from klq_edu.rlhf.policy import ActorCritic
@@ -42,22 +43,21 @@ def regress(
 
 def _tokens(policy: ActorCritic, rollout: "Rollout") -> dict:
     """What every operation is told of the tokens."""
-    return {
-        "tokens": policy.action_ids(rollout.tokens), "mask": rollout.mask, "temperature": rollout.temperature
-    }  # fmt: skip
+    actions = policy.action_ids(rollout.tokens)
+    return {"tokens": actions, "mask": rollout.mask, "temperature": rollout.temperature}
 
 
 def _outputs(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[dict, Tensor]:
     """The models' part of an operation's arguments (constrained logits, or heads with their inputs), and V [B, T]."""
     inputs = policy.encode(rollout.input_ids, rollout.attention_mask, rollout.trunk)
     given = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted
-    if rollout.allowed is not None:
-        logits, values = policy(*given)
-        both = {"logits": logits} | ({"ref_logits": policy.reference_logits(*given)} if reference else {})
-        return {name: z.masked_fill(~rollout.allowed, -torch.inf) for name, z in both.items()}, values
     hidden, values = policy.features(*given)
     model = {"hidden": hidden} | policy.head_tensors(policy.head)
     if reference:
         ref = {"hidden": policy.reference_features(*given)} | policy.head_tensors(policy.ref_head)
         model |= {f"ref_{name}": x for name, x in ref.items()}
-    return model, values
+    if rollout.allowed is None:
+        return model, values
+    heads = {"logits": ("hidden", "weight", "bias"), "ref_logits": ("ref_hidden", "ref_weight", "ref_bias")}
+    both = {name: linear(*map(model.get, head)) for name, head in heads.items() if head[0] in model}
+    return {name: z.masked_fill(~rollout.allowed, -torch.inf) for name, z in both.items()}, values

@@ -155,17 +155,6 @@ class ActorCritic(nn.Module):
         """Weight and bias of a head in the dtype of the hidden states."""
         return {"weight": self.cast(head.weight), "bias": None if head.bias is None else self.cast(head.bias)}
 
-    def policy_logits(self, inputs: dict, keep: slice) -> Tensor:
-        """Logits [B, T, A] over the allowed vocabulary at the positions `keep`."""
-        with self.precision():
-            return self.head(self.cast(_hidden(self.body, inputs)[:, keep]))
-
-    @torch.no_grad()
-    def reference_logits(self, inputs: dict, keep: slice) -> Tensor:
-        """The frozen reference's logits [B, T, A]; no gradient."""
-        with self.precision():
-            return self.ref_head(self.reference_features(inputs, keep))
-
     def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
         hidden, values = self.features(inputs, keep)
@@ -247,7 +236,7 @@ def _forward_errors(policy: ActorCritic) -> dict[str, float]:
     decode = Decoder(policy)
     steps = [decode(ids[:, :start], mask[:, :start])]
     steps += [decode(ids[:, t : t + 1], mask[:, : t + 1]) for t in range(start, end)]
-    replayed = policy.policy_logits(policy.encode(ids, mask, decode.activations()), slice(-3, None))
+    replayed, _ = policy(policy.encode(ids, mask, decode.activations()), slice(-3, None))
     scale = torch.stack(plain).float().std().clamp(min=1e-6)
 
     def error(x: Tensor, of: Tensor = expected) -> float:

@@ -154,7 +154,7 @@ class TreeReader:
     def __call__(self, policy: ActorCritic) -> Tensor:
         """The policy as a table [S, V], float64, zero off the grammar."""
         inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
-        logits = policy.policy_logits(inputs, slice(0, None))[self.rows, self.columns].cpu().double()
+        logits = policy(inputs, slice(0, None))[0][self.rows, self.columns].cpu().double()
         table = self.possible.double()
         table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
         return table
