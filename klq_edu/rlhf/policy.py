@@ -92,8 +92,8 @@ class ActorCritic(nn.Module):
 
     def critic_modules(self) -> nn.ModuleDict:
         """What only V uses: the value head, and the separate critic's network if there is one."""
-        modules = {"value_head": self.value_head}
-        return nn.ModuleDict(modules | ({"critic_body": self.critic_body} if self.critic_body is not None else {}))
+        modules = {"value_head": self.value_head, "critic_body": self.critic_body}
+        return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
 
     @property
     def device(self) -> torch.device:
@@ -147,13 +147,13 @@ class ActorCritic(nn.Module):
         with self.precision():
             return self.cast(_hidden(self.ref_body, inputs)[:, keep])
 
-    def cast(self, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor | None) -> Tensor | None:
         """x in the dtype of forward passes, where that is not the parameters' own."""
-        return x if self.dtype == torch.float32 else x.to(self.dtype)
+        return x if x is None or self.dtype == torch.float32 else x.to(self.dtype)
 
     def head_tensors(self, head: nn.Linear) -> dict[str, Tensor | None]:
         """Weight and bias of a head in the dtype of the hidden states."""
-        return {"weight": self.cast(head.weight), "bias": None if head.bias is None else self.cast(head.bias)}
+        return {"weight": self.cast(head.weight), "bias": self.cast(head.bias)}
 
     def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
