@@ -38,7 +38,13 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
     for chapter in chosen(only):
         print(f"{chapter.name} …", flush=True)
         build(folder, chapter)
-    (folder / "README.md").write_text(html.course_map(load_all(), folder), encoding="utf-8")
+    (folder / "README.md").write_text(course_map(folder), encoding="utf-8")
+
+
+def course_map(folder: Path) -> str:
+    """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
+    rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
+    return html.PAGES.get_template("map.md.j2").render(rows=rows)
 
 
 def stale(folder: Path, only: tuple[str, ...] = ()) -> list[Path]:

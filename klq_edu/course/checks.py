@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from klq_edu.course.chapters import load
 from klq_edu.course.exercises import Exercise, grade
 from klq_edu.course.progress import Progress
 
@@ -69,8 +70,6 @@ class Checks:
 
 def start(notebook: str) -> Checks:
     """Open notebook "NN": float64 everywhere, seed 0; prints what there is to do and what is done already."""
-    from klq_edu.course.chapters import load
-
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     chapter, progress = load(notebook), Progress()

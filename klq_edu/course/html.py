@@ -88,11 +88,3 @@ def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     if "text/markdown" in data:
         return NotebookNode(output, data={"text/markdown": with_mathml(data["text/markdown"], kept)})
     return output
-
-
-def course_map(chapters: list[Chapter], folder: Path) -> str:
-    """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
-    from klq_edu.course.build import editions, equations
-
-    rows = [(c, len(equations(editions(folder, c)[0]))) for c in chapters]
-    return PAGES.get_template("map.md.j2").render(rows=rows)
