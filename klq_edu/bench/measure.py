@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klq_edu.bench.config import Size
 from klq_edu.bench.contenders import Contender
-from klq_edu.bench.sizes import Size
 from klq_edu.bench.workloads import SHARED, Outputs
 
 CHECKED_ROWS = 64

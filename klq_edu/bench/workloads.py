@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klq_edu.bench.sizes import Size
+from klq_edu.bench.config import Size
 from klq_kernels import lambda_returns, linear_klq_loss, linear_token_stats, token_stats
 from klq_kernels.reference import klq_loss
 
