@@ -20,7 +20,7 @@ class Size(NamedTuple):
         return " ".join([*axes, self.dtype])
 
 
-MAIN = {
+MAIN = {  # workload -> the size at which it is measured first
     "logits_stats": Size(4096, 32000, 512),  # H here and below: only the reference GEMM has it
     "linear_stats": Size(2048, 32000, 512),
     "klq_ref": Size(2048, 32000, 512),
@@ -28,14 +28,8 @@ MAIN = {
     "returns": Size(64 * 1024, None, None, 1024),
     "update": Size(1024, 32000, 256, 128),
 }
-"""Workload -> the size at which it is measured first."""
-
-SWEEP = {"klq_ref": [Size(512, v, 512) for v in (8000, 32000, 64000)]}
-"""Workload -> further sizes, for the figures over V and N."""
-
-QUICK = {name: Size(64, 300, 32, size.t and 16) for name, size in MAIN.items()}
-QUICK["returns"] = Size(64, None, None, 16)
-"""Sizes that take seconds, to see that everything works; timings at these mean nothing."""
+SWEEP = {"klq_ref": [Size(512, v, 512) for v in (8000, 32000, 64000)]}  # further sizes, for the figures over V and N
+QUICK = {name: Size(64, size.v and 300, size.h and 32, size.t and 16) for name, size in MAIN.items()}  # takes seconds
 
 
 @dataclass(frozen=True)
