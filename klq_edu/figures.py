@@ -50,7 +50,13 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, sm
     """
     figure, axes = panels(len(columns))
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        _curves(axis, runs, column, label, smooth)
+        for name, part in in_order(runs, "algorithm", STYLES):
+            table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
+            table, style = table.rolling(smooth, min_periods=1).mean(), _line(name)
+            marker = "o" if len(table) < 30 else ""
+            axis.plot(table.index, table.median(axis=1), marker=marker, ms=3, **style)
+            axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+        axis.set(xlabel="completions sampled", ylabel=label)
     axes[0].legend()
     seeds = runs["seed"].nunique()
     spread = f"median of {seeds} seeds, bands from lowest to highest" if seeds > 1 else "one seed, so no error bars"
@@ -66,7 +72,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     `frontier` has columns "kl" and "reward": the optimum for many τ. With it the runs' exact values are drawn
     ("exact_kl", "exact_reward"), without it the batches' means.
     """
-    figure, (axis,) = panels(1, width=6.2)
+    figure, (axis,) = panels(1)
     x, y, exact = "kl", "reward", ""
     if frontier is not None:
         x, y = "exact_kl", "exact_reward"
@@ -89,15 +95,13 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
 
 def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
-    figure, (axis,) = panels(1, width=6.2)
-    _curves(axis, runs, "regret", "regret  J* − J(π)   [reward]", marker="o", ms=3)
-    axis.set_yscale("log")
-    axis.legend()
-    caption = (
-        f"Distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: no sampling noise "
-        "is left in these curves but that of training itself. Lower is better, and 0 cannot be crossed."
+    remark = (
+        f"The regret is the distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: "
+        "no sampling noise is left in these curves but that of training itself. Lower is better; 0 cannot be crossed."
     )
-    return Picture(figure, caption, f"Regret on a logarithmic axis for {_names(runs)}.")
+    picture = learning_curves(runs, {"regret": "regret J* − J(π) [reward]"}, remark)
+    picture.figure.axes[0].set_yscale("log")
+    return picture
 
 
 def exact_steps() -> Picture:
@@ -129,9 +133,7 @@ def exact_steps() -> Picture:
         "With β = τ(1−α)/α beside τ, the exact PPO-penalty step and the exact KLQ step give the same policy, so the "
         "dots lie on the diagonal; put β on the bare advantage and they leave it."
     )
-    return Picture(
-        figure, caption, "Scatter plots of policies after the two steps; left on the diagonal, right off it."
-    )
+    return Picture(figure, caption, "Scatter plots of policies after both steps; left on the diagonal, right off it.")
 
 
 def frontier(tree: TokenTree) -> pd.DataFrame:
@@ -150,7 +152,6 @@ def bench_times(rows: pd.DataFrame) -> Picture:
     rows = rows[(rows[first.columns] == first).all(axis=1)].iloc[::-1].reset_index()
     places = rows.index + 0.6 * (rows["workload"] != rows["workload"].shift()).cumsum()
     figure, (axis,) = panels(1, width=7.4, height=1.2 + 0.3 * len(rows))
-    axis.set_axisbelow(True)
     for place, row in zip(places, rows.itertuples(), strict=True):
         colour, _, _, hatch = CONTENDERS[row.contender]
         spread = [[row.units - row.units_low], [row.units_high - row.units]]
@@ -195,9 +196,9 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     return Picture(figure, caption, f"Time, memory and error of {first['workload']} against {axis}, by contender.")
 
 
-def panels(count: int, width: float = 4.6, height: float = 3.4):
-    """A figure with `count` plain panels side by side."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
+def panels(count: int, width: float | None = None, height: float = 3.4):
+    """A figure with `count` plain panels side by side, each so many inches wide."""
+    figure = Figure(figsize=((width or (6.2 if count == 1 else 4.6)) * count, height), layout="constrained")
     return figure, plain_axes(figure, count)
 
 
@@ -209,16 +210,6 @@ def plain_axes(figure: FigureBase, count: int = 1):
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
     return axes
-
-
-def _curves(axis, runs: pd.DataFrame, column: str, label: str, smooth: int = 1, **style) -> None:
-    """A column against rollouts, by algorithm: median and range over seeds of running means over `smooth` updates."""
-    for name, part in in_order(runs, "algorithm", STYLES):
-        table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
-        table = table.rolling(smooth, min_periods=1).mean()
-        axis.plot(table.index, table.median(axis=1), **style, **_line(name))
-        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
-    axis.set(xlabel="completions sampled", ylabel=label)
 
 
 def in_order(rows: pd.DataFrame, column: str, names: dict):

@@ -23,13 +23,10 @@ class Contender(NamedTuple):
 
     name: str
     run: Callable[[dict], Outputs]
-    truth: Callable[[dict], Outputs]
-    """The same mathematics, accurate for float64 inputs."""
-    gemms: tuple[int, int] | None = None
-    """The limit: matrix products N×H×V that its forward and its backward pass cannot do without."""
+    truth: Callable[[dict], Outputs]  # the same mathematics, accurate for float64 inputs
+    gemms: tuple[int, int] | None = None  # the matrix products that forward and backward pass cannot do without
     computes: str = "the same"
-    optional: bool = True
-    """If it fails here, say so and go on without it."""
+    optional: bool = True  # if it fails here, say so and go on without it
 
 
 def contenders(name: str, device: str, compiled: bool = False, reference: bool = False) -> list[Contender]:

@@ -13,10 +13,8 @@ from klq_edu.bench.contenders import Contender
 from klq_edu.bench.workloads import SHARED, Outputs
 
 CHECKED_ROWS = 64
-SHORTEST = 0.02
-"""Seconds: work that is done sooner is repeated until it has taken that long."""
-UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}
-"""Output -> the column of inputs["upstream"] that is its upstream gradient."""
+SHORTEST = 0.02  # seconds: work that is done sooner is repeated until it has taken that long
+UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}  # output -> the column of inputs["upstream"] that is its gradient
 
 
 class Repetition(NamedTuple):
@@ -99,9 +97,8 @@ def errors(contender: Contender, x: dict, out: Outputs) -> dict[str, float]:
     def exact(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().double()[rows]
 
-    found, true = {}, leaves(y)
-    for name in (n for n in truth if n in out and (whole or truth[n].dim())):
-        found[f"error_{name}"] = (exact(out[name]) - truth[name]).abs().max().item()
+    names = [name for name in truth if name in out and (whole or truth[name].dim())]
+    found, true = {f"error_{n}": (exact(out[n]) - truth[n]).abs().max().item() for n in names}, leaves(y)
     pairs = [(leaf.grad, true[n].grad) for n, leaf in leaves(x).items() if whole or n not in SHARED]
     wrong = [((exact(g) - t).norm() / t.norm()).item() for g, t in pairs if t is not None and t.any()]
     return found | ({"error_gradient": max(wrong)} if wrong else {})

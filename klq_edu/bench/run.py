@@ -44,8 +44,6 @@ def run_bench(config: BenchConfig) -> Path:
     path = writable_folder(config.out) / f"{config.name}.csv"
     if missing := absent_peers():
         console.print(f"peers that are not installed: {', '.join(missing)}", highlight=False)
-    if config.compile:
-        console.print("torch.compile(naive) takes tens of seconds per size before its time is taken")
     jobs = [(n, s, contenders(n, device, config.compile, config.reference)) for n, s in config.points()]
     try:
         with Progress(console=console, transient=True) as progress:
@@ -123,9 +121,8 @@ def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> Non
     """The CSV, one row per workload, size, contender and stage, and the JSON that says where it comes from."""
     pd.DataFrame(rows).to_csv(path, index=False)
     installed = {package: version(package) for module, package in PACKAGES.items() if find_spec(module)}
-    settings = {name: str(value) for name, value in asdict(config).items()}
-    threads = torch.get_num_threads()
-    write_provenance(path, device, settings=settings, method=METHOD, **installed, threads=threads)
+    about = {"settings": {name: str(value) for name, value in asdict(config).items()}, "method": METHOD}
+    write_provenance(path, device, **about, **installed, threads=torch.get_num_threads())
 
 
 def print_tables(console: Console, path: Path) -> None:

@@ -133,21 +133,6 @@ def naive_loss(x: dict, logits: Tensor, tokens: Tensor) -> Outputs:
     return {"loss": klq_loss(logprob, x["ref_logprobs"], *REST(x), tau=TAU)}
 
 
-def naive_update(x: dict) -> Outputs:
-    """The policy's loss on whole sequences, through the model's logits."""
-    return naive_loss(x, x["model"](x["tokens"][:, :-1], use_cache=False).logits, x["tokens"][:, 1:])
-
-
-def our_logits_stats(x: dict, backend: str) -> Outputs:
-    """`klq_kernels.token_stats`."""
-    return token_stats(x["logits"], x["tokens"], x["ref_logits"], backend=backend)._asdict()
-
-
-def our_linear_stats(x: dict, backend: str) -> Outputs:
-    """`klq_kernels.linear_token_stats`."""
-    return linear_token_stats(*HEAD(x), *REFERENCE(x), backend=backend)._asdict()
-
-
 def our_klq_ref(x: dict, backend: str) -> Outputs:
     """`klq_kernels.linear_klq_loss` with the reference's head: one pass for the loss and all statistics."""
     ref = dict(zip(("ref_hidden", "ref_weight"), REFERENCE(x), strict=True))
@@ -175,11 +160,13 @@ def our_returns(x: dict, backend: str) -> Outputs:
 WORKLOADS = {
     "logits_stats": Workload(
         "log-prob, entropy, exact KL from logits", _logits_inputs,
-        lambda x: naive_stats(x, x["logits"], x["ref_logits"]), our_logits_stats,
+        lambda x: naive_stats(x, x["logits"], x["ref_logits"]),
+        lambda x, backend: token_stats(x["logits"], x["tokens"], x["ref_logits"], backend=backend)._asdict(),
     ),
     "linear_stats": Workload(
         "log-prob, entropy, exact KL from hidden states", _linear_inputs,
-        naive_linear_stats, our_linear_stats, (2, 2), (2, 4),
+        naive_linear_stats,
+        lambda x, backend: linear_token_stats(*HEAD(x), *REFERENCE(x), backend=backend)._asdict(), (2, 2), (2, 4),
     ),
     "klq_ref": Workload(
         "KLQ loss from hidden states of policy and reference", _linear_inputs,
@@ -194,6 +181,8 @@ WORKLOADS = {
         "λ-returns", _returns_inputs, partial(our_returns, backend="reference"), our_returns, stages=("forward",)
     ),
     "update": Workload(
-        "a whole KLQ update (loss; then gradients, Adam) of a small Llama", _update_inputs, naive_update, our_update
+        "a whole KLQ update (loss; then gradients, Adam) of a small Llama", _update_inputs,
+        lambda x: naive_loss(x, x["model"](x["tokens"][:, :-1], use_cache=False).logits, x["tokens"][:, 1:]),
+        our_update,
     ),
 }  # fmt: skip

@@ -19,20 +19,17 @@ TAG = re.compile(r"\\tag\{([\d.]+)\}")
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
 
-class Kept:
+class Kept(list):
     """HTML that must pass the Markdown renderer untouched: a word stands for each piece until the page is made."""
-
-    def __init__(self):
-        self.pieces: list[str] = []
 
     def away(self, piece: str) -> str:
         """The word that stands for this piece."""
-        self.pieces.append(piece)
-        return f"KLQ{len(self.pieces) - 1}KEPT"
+        self.append(piece)
+        return f"KLQ{len(self) - 1}KEPT"
 
     def back(self, page: str) -> str:
         """The page with every piece in its place (a paragraph of its own loses its tags)."""
-        return re.sub(r"<p>KLQ(\d+)KEPT</p>|KLQ(\d+)KEPT", lambda m: self.pieces[int(m[1] or m[2])], page)
+        return re.sub(r"<p>KLQ(\d+)KEPT</p>|KLQ(\d+)KEPT", lambda m: self[int(m[1] or m[2])], page)
 
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
