@@ -105,11 +105,7 @@ def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
 
 
 def exact_steps() -> Picture:
-    """The exact KLQ step against the exact PPO-penalty step on a random token tree, for several α, at τ = 1.
-
-    Left: β = τ(1−α)/α on KL(π‖π_old) beside τ on KL(π‖π_b), every point on the diagonal. Right: the same β on the bare
-    advantage, which is not the KLQ step.
-    """
+    """The exact KLQ step against the exact PPO-penalty step for several α at τ = 1; right: with β on the bare Δ."""
     tau, tree, old = 1.0, TokenTree.random(4, 3, seed=0), TokenTree.random(4, 3, seed=1).ref
     q, values = tree.evaluate(old, tau)
     advantages = q - action_values(old, values, tree.ref, tau)

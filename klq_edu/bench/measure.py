@@ -3,7 +3,6 @@
 import copy
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +14,6 @@ from klq_edu.bench.workloads import SHARED, Outputs
 CHECKED_ROWS = 64
 SHORTEST = 0.02  # seconds: work that is done sooner is repeated until it has taken that long
 UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}  # output -> the column of inputs["upstream"] that is its gradient
-
-
-class Repetition(NamedTuple):
-    """Seconds of one repetition, and of the reference GEMM around it (the mean of before and after)."""
-
-    forward: float
-    backward: float
-    gemm: float
-
-    @property
-    def both(self) -> float:
-        """Seconds of the two together."""
-        return self.forward + self.backward
 
 
 def run_once(contender: Contender, x: dict) -> tuple[Outputs, float, float]:
@@ -44,14 +30,15 @@ def run_once(contender: Contender, x: dict) -> tuple[Outputs, float, float]:
 
 
 def interleave(everyone: list[Contender], x: dict, gemm: Callable[[], float], reps: int, tick) -> dict[str, list]:
-    """Contender -> its repetitions, taken in turns in rotating order, a GEMM between any two."""
+    """Contender -> repetitions in rotating order: seconds by stage, and of the GEMM around (before and after)."""
     times, before = {c.name: [] for c in everyone}, gemm()
     for rep in range(reps):
         turn = rep % len(everyone)
         for contender in everyone[turn:] + everyone[:turn]:
             forward, backward = repeat(contender, x)
             after = gemm()
-            times[contender.name].append(Repetition(forward, backward, (before + after) / 2))
+            seconds = {"forward": forward, "backward": backward, "both": forward + backward}
+            times[contender.name].append(seconds | {"gemm": (before + after) / 2})
             before = after
             tick()
     return times

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -104,8 +103,8 @@ def stage_rows(contender: Contender, times: dict[str, list], stages: tuple[str, 
     limit = {"forward": forward, "backward": backward, "both": forward + backward}
     rows = []
     for stage in stages:
-        seconds = [getattr(r, stage) for r in times[contender.name]]
-        units, naive = ([getattr(r, stage) / r.gemm for r in times[who]] for who in (contender.name, "naive"))
+        seconds = [r[stage] for r in times[contender.name]]
+        units, naive = ([r[stage] / r["gemm"] for r in times[who]] for who in (contender.name, "naive"))
         row = {"contender": contender.name, "stage": stage, "computes": contender.computes, "reps": len(units)}
         row |= _spread("units", units if in_units else [math.nan])
         row |= {"limit": limit[stage], "vs_naive": median(units) / median(naive)}
@@ -120,7 +119,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> None:
     """The CSV, one row per workload, size, contender and stage, and the JSON that says where it comes from."""
     pd.DataFrame(rows).to_csv(path, index=False)
-    installed = {package: version(package) for module, package in PACKAGES.items() if find_spec(module)}
+    installed = {package: version(package) for package, here in PACKAGES.items() if here}
     about = {"settings": {name: str(value) for name, value in asdict(config).items()}, "method": METHOD}
     write_provenance(path, device, **about, **installed, threads=torch.get_num_threads())
 
@@ -129,14 +128,13 @@ def print_tables(console: Console, path: Path) -> None:
     """One table per workload and size, one line per contender; under it, what those compute that don't do the same."""
     look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     headings = ("fwd", "bwd", "both", "limit", "ratio", "MB", "error")
-    keys = ["workload", *Size._fields]
-    for (workload, *axes, dtype), part in pd.read_csv(path).groupby(keys, sort=False, dropna=False):
-        size = [f"{axis}={value:.0f}" for axis, value in zip("NVHT", axes, strict=True) if value > 0]
+    points = pd.read_csv(path).groupby(["workload", *Size._fields], sort=False, dropna=False)
+    for (workload, *axes, dtype), part in points:
+        size = Size(*(int(value) if value > 0 else None for value in axes), dtype)
         others = part[part["computes"] != "the same"].drop_duplicates("contender")
         caption = "\n".join(f"{row.contender} computes {row.computes}" for row in others.itertuples())
         columns = Column("contender", overflow="fold"), *(Column(h, justify="right", no_wrap=True) for h in headings)
-        title = f"{workload}: {WORKLOADS[workload].title}\n{' '.join([*size, dtype])}"
-        table = Table(*columns, title=title, caption=caption, **look)
+        table = Table(*columns, title=f"{workload}: {WORKLOADS[workload].title}\n{size}", caption=caption, **look)
         for name, stages in part.groupby("contender", sort=False):
             table.add_row(name, *cells(stages.set_index("stage")))
         console.print(table)

@@ -26,19 +26,14 @@ Outputs = dict[str, Tensor]
 
 
 class Workload(NamedTuple):
-    """What a workload computes, its inputs, and the two ways that always exist.
-
-    Attributes:
-        ours: ours(inputs, backend=…).
-        naive_gemms, gemms: matrix products N×H×V that the naive way and ours cannot do without, forward and backward.
-    """
+    """What a workload computes, its inputs, and the two ways that always exist."""
 
     title: str
     inputs: Callable[[Size, torch.Generator], dict]
     naive: Callable[[dict], Outputs]
-    ours: Callable[..., Outputs]
-    naive_gemms: tuple[int, int] | None = None
-    gemms: tuple[int, int] | None = None
+    ours: Callable[..., Outputs]  # ours(inputs, backend=…)
+    naive_gemms: tuple[int, int] | None = None  # products N×H×V that its forward and backward pass can't do without
+    gemms: tuple[int, int] | None = None  # the same for ours
     stages: tuple[str, ...] = ("forward", "backward", "both")
 
 

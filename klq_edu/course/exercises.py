@@ -40,7 +40,7 @@ class Wrong(Exception):
     """What is wrong with an answer, in words for whoever wrote it; raised by probes."""
 
 
-def results(answer: Callable, *arguments) -> dict[str, Tensor]:
+def returned(answer: Callable, *arguments) -> dict[str, Tensor]:
     """A probe: what the answer returns, one result or several."""
     result = answer(*arguments)
     parts = result if isinstance(result, tuple | list) else (result,)
@@ -70,7 +70,7 @@ class Exercise:
     inputs: Callable[[Generator], tuple]
     mistakes: tuple[Mistake, ...]
     hints: tuple[str, str, str]
-    probe: Callable[..., dict[str, Tensor]] = results
+    probe: Callable[..., dict[str, Tensor]] = returned
     tol: float = 1e-8
 
     def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:

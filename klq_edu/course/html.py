@@ -39,10 +39,9 @@ def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], fram
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(copy)
     at = [c.number for c in chapters].index(chapter.number)
-    neighbours = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
+    about = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
     css = HtmlFormatter(style="default").get_style_defs(".highlight")
-    template = PAGES.get_template("page.html.j2")
-    return template.render(chapter=chapter, body=kept.back(body), css=css, **neighbours) + "\n"
+    return PAGES.get_template("page.html.j2").render(chapter=chapter, body=kept.back(body), css=css, **about) + "\n"
 
 
 def with_mathml(text: str, kept: Kept) -> str:
