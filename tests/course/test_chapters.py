@@ -86,6 +86,8 @@ def test_a_new_notebook_takes_two_files(add, tmp_path):
         str(p.relative_to(tmp_path / "course")) for p in (tmp_path / "course").rglob("*98*") if "src" not in p.parts
     }
     assert files == {"98_toy.ipynb", "student/98_toy.ipynb", "html/98_toy.html"}
+    student = (tmp_path / "course" / "student" / "98_toy.ipynb").read_text()
+    assert "not attempted yet" in student and "x + x" not in student
     page = (tmp_path / "course" / "html" / "98_toy.html").read_text()
     assert (
         f'href="{load_all()[-2].name}.html"' in page and "Exercise 98.1 passed" in page and "02 to 03, 05, 98" in page
