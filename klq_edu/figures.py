@@ -101,7 +101,7 @@ def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     )
     picture = learning_curves(runs, {"regret": "regret J* − J(π) [reward]"}, remark)
     picture.figure.axes[0].set_yscale("log")
-    return picture
+    return picture._replace(alt=f"{picture.alt[:-1]}, on a logarithmic axis.")
 
 
 def exact_steps() -> Picture:
