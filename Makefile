@@ -1,7 +1,7 @@
 # Every target sets up what it needs; `make demo` and `make test` work from a bare clone.
 PYTHON ?= python3
 ARGS ?=
-LAB ?= 00_map_and_doctor.ipynb
+LAB ?= $(notdir $(firstword $(sort $(wildcard notebooks/student/*.ipynb))))
 BIN := .venv/bin
 READY := .venv/.ready
 

@@ -8,28 +8,28 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure, FigureBase
 
 from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_step, penalty_coefficient, ppo_penalty_step
 from klq_edu.core.tree import TokenTree
 
-STYLES = {
-    "klq": ("KLQ", "#0072B2", "-"),
-    "ppo_clip": ("PPO-clip", "#D55E00", "--"),
-    "ppo_clip_whitened": ("PPO-clip, whitened", "#CC79A7", (0, (5, 1, 1, 1))),
-    "ppo_penalty": ("PPO-penalty", "#009E73", ":"),
-}
 GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+AMBER, YELLOW, DASHES = "#E69F00", "#F0E442", (0, (5, 1, 1, 1))
+STYLES = {
+    "klq": ("KLQ", BLUE, "-"),
+    "ppo_clip": ("PPO-clip", ORANGE, "--"),
+    "ppo_clip_whitened": ("PPO-clip, whitened", PINK, DASHES),
+    "ppo_penalty": ("PPO-penalty", GREEN, ":"),
+}
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
-    "naive": ("#D55E00", "--", "s", "//"),
-    "naive, compiled": ("#E69F00", (0, (5, 1, 1, 1)), "D", "\\\\"),
+    "naive": (ORANGE, "--", "s", "//"),
+    "naive, compiled": (AMBER, DASHES, "D", "\\\\"),
     "reference": (GREY, ":", "x", ".."),
-    "ours (torch)": ("#0072B2", "-", "o", ""),
-    "ours (triton)": ("#009E73", "-.", "^", "--"),
-    "F.linear_cross_entropy": ("#CC79A7", (0, (1, 1)), "v", "xx"),
-    "liger GRPO": ("#56B4E9", (0, (3, 1)), "P", "++"),
-    "liger cross-entropy": ("#F0E442", (0, (3, 1, 1, 1, 1, 1)), "*", "oo"),
+    "ours (torch)": (BLUE, "-", "o", ""),
+    "ours (triton)": (GREEN, "-.", "^", "--"),
+    "F.linear_cross_entropy": (PINK, (0, (1, 1)), "v", "xx"),
+    "liger GRPO": (SKY, (0, (3, 1)), "P", "++"),
+    "liger cross-entropy": (YELLOW, (0, (3, 1, 1, 1, 1, 1)), "*", "oo"),
     "cut-cross-entropy": ("#000000", (0, (8, 2)), "<", "||"),
 }
 
@@ -50,7 +50,12 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, sm
     """
     figure, axes = panels(len(columns))
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        _curves(axis, runs, column, smooth)
+        for name, part in in_order(runs, "algorithm", STYLES):
+            table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
+            table, style = table.rolling(smooth, min_periods=1).mean(), _line(name)
+            marker = "o" if len(table) < 30 else ""
+            axis.plot(table.index, table.median(axis=1), marker=marker, ms=3, **style)
+            axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, lw=0)
         axis.set(xlabel="completions sampled", ylabel=label)
     axes[0].legend()
     seeds = runs["seed"].nunique()
@@ -67,7 +72,7 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     `frontier` has columns "kl" and "reward": the optimum for many τ. With it the runs' exact values are drawn
     ("exact_kl", "exact_reward"), without it the batches' means.
     """
-    figure, (axis,) = panels(1, width=6.2)
+    figure, (axis,) = panels(1)
     x, y, exact = "kl", "reward", ""
     if frontier is not None:
         x, y = "exact_kl", "exact_reward"
@@ -90,29 +95,22 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
 
 def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
     """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
-    figure, (axis,) = panels(1, width=6.2)
-    _curves(axis, runs, "regret", 1, marker="o", ms=3)
-    axis.set(xlabel="completions sampled", ylabel="regret  J* − J(π)   [reward]", yscale="log")
-    axis.legend()
-    caption = (
-        f"Distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: no sampling noise "
-        "is left in these curves but that of training itself. Lower is better, and 0 cannot be crossed."
+    remark = (
+        f"The regret is the distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: "
+        "no sampling noise is left in these curves but that of training itself. Lower is better; 0 cannot be crossed."
     )
-    return Picture(figure, caption, f"Regret on a logarithmic axis for {_names(runs)}.")
+    picture = learning_curves(runs, {"regret": "regret J* − J(π) [reward]"}, remark)
+    picture.figure.axes[0].set_yscale("log")
+    return picture._replace(alt=f"{picture.alt[:-1]}, on a logarithmic axis.")
 
 
-def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), seed: int = 0) -> Picture:
-    """The exact KLQ step against the exact PPO-penalty step on a random token tree, for several α.
-
-    Left: β = τ(1−α)/α on KL(π‖π_old) beside τ on KL(π‖π_b), every point on the diagonal. Right: the same β on the bare
-    advantage, which is not the KLQ step.
-    """
-    tree = TokenTree.random(4, 3, seed=seed)
-    old = TokenTree.random(4, 3, seed=seed + 1).ref
+def exact_steps() -> Picture:
+    """The exact KLQ step against the exact PPO-penalty step for several α at τ = 1; right: with β on the bare Δ."""
+    tau, tree, old = 1.0, TokenTree.random(4, 3, seed=0), TokenTree.random(4, 3, seed=1).ref
     q, values = tree.evaluate(old, tau)
     advantages = q - action_values(old, values, tree.ref, tau)
     figure, axes = panels(2, height=3.6)
-    for alpha, colour, marker in zip(alphas, ("#0072B2", "#E69F00", "#009E73"), "os^", strict=False):
+    for alpha, colour, marker in ((0.2, BLUE, "o"), (0.5, AMBER, "s"), (0.8, GREEN, "^")):
         beta = penalty_coefficient(tau, alpha)
         new, _ = klq_step(old, values, advantages, tree.ref, tau, alpha)
         right = ppo_penalty_step(old, q, tree.ref, tau, beta)
@@ -122,7 +120,7 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
             axis.plot(new.log10().ravel(), other.log10().ravel(), marker, **look)
     titles = ("Q + Δ, penalties τ and β: the same step", "bare advantage, penalty β: not the same")
     for axis, title in zip(axes, titles, strict=True):
-        low = float(torch.tensor(axis.get_xlim()).min())
+        low = min(axis.get_xlim())
         axis.plot([low, 0], [low, 0], color=GREY, lw=1, zorder=0)
         axis.set(xlabel="log₁₀ π(a|s) after the KLQ step", ylabel="log₁₀ π(a|s) after the PPO step", title=title)
     axes[0].legend()
@@ -131,14 +129,12 @@ def exact_steps(tau: float = 1.0, alphas: tuple[float, ...] = (0.2, 0.5, 0.8), s
         "With β = τ(1−α)/α beside τ, the exact PPO-penalty step and the exact KLQ step give the same policy, so the "
         "dots lie on the diagonal; put β on the bare advantage and they leave it."
     )
-    alt = "Scatter plots of policies after the two steps; left on the diagonal, right off it."
-    return Picture(figure, caption, alt)
+    return Picture(figure, caption, "Scatter plots of policies after both steps; left on the diagonal, right off it.")
 
 
-def frontier(tree: TokenTree, taus=None) -> pd.DataFrame:
+def frontier(tree: TokenTree) -> pd.DataFrame:
     """Exact (kl, reward) of the optimum for a range of τ: the best possible trade between the two."""
-    taus = np.geomspace(0.02, 50, 40) if taus is None else taus
-    policies = [tree.optimum(float(tau))[2] for tau in taus]
+    policies = [tree.optimum(tau)[2] for tau in np.geomspace(0.02, 50, 40).tolist()]
     points = [(tree.sequence_kl(p).item(), tree.expected_reward(p).item()) for p in policies]
     return pd.DataFrame(points, columns=["kl", "reward"])
 
@@ -152,7 +148,6 @@ def bench_times(rows: pd.DataFrame) -> Picture:
     rows = rows[(rows[first.columns] == first).all(axis=1)].iloc[::-1].reset_index()
     places = rows.index + 0.6 * (rows["workload"] != rows["workload"].shift()).cumsum()
     figure, (axis,) = panels(1, width=7.4, height=1.2 + 0.3 * len(rows))
-    axis.set_axisbelow(True)
     for place, row in zip(places, rows.itertuples(), strict=True):
         colour, _, _, hatch = CONTENDERS[row.contender]
         spread = [[row.units - row.units_low], [row.units_high - row.units]]
@@ -175,6 +170,7 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     shown = {"units": "time [N×H×V products]", "memory_mb": "peak memory beyond inputs [MB]"}
     shown |= {"error_gradient": "relative error of the gradient"}
     figure, axes = panels(3, width=3.9, height=3.6)
+    ticks = sorted(rows[along].unique())
     for axis, (column, label) in zip(axes, shown.items(), strict=True):
         for name, part in in_order(rows.sort_values(along), "contender", CONTENDERS):
             colour, line, marker, _ = CONTENDERS[name]
@@ -182,7 +178,7 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
             if column == "units":
                 axis.vlines(part[along], part["units_low"], part["units_high"], color=colour, lw=1)
         axis.set(xlabel={"v": "vocabulary V", "n": "tokens N"}[along], ylabel=label, xscale="log")
-        axis.set_xticks(sorted(rows[along].unique()), [f"{x:,.0f}" for x in sorted(rows[along].unique())], minor=False)
+        axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks], minor=False)
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
     axes[0].legend()
@@ -196,9 +192,9 @@ def bench_scaling(rows: pd.DataFrame, along: str) -> Picture:
     return Picture(figure, caption, f"Time, memory and error of {first['workload']} against {axis}, by contender.")
 
 
-def panels(count: int, width: float = 4.6, height: float = 3.4):
-    """A figure with `count` plain panels side by side."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
+def panels(count: int, width: float | None = None, height: float = 3.4):
+    """A figure with `count` plain panels side by side, each so many inches wide."""
+    figure = Figure(figsize=((width or (6.2 if count == 1 else 4.6)) * count, height), layout="constrained")
     return figure, plain_axes(figure, count)
 
 
@@ -210,15 +206,6 @@ def plain_axes(figure: FigureBase, count: int = 1):
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
     return axes
-
-
-def _curves(axis, runs: pd.DataFrame, column: str, smooth: int, **style) -> None:
-    """A column against rollouts, by algorithm: median and range over seeds of running means over `smooth` updates."""
-    for name, part in in_order(runs, "algorithm", STYLES):
-        table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
-        table = table.rolling(smooth, min_periods=1).mean()
-        axis.plot(table.index, table.median(axis=1), **style, **_line(name))
-        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=STYLES[name][1], alpha=0.15, lw=0)
 
 
 def in_order(rows: pd.DataFrame, column: str, names: dict):

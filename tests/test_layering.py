@@ -1,8 +1,11 @@
 """Who may import whom (design: no arrow runs back, no circle), read from the source, imports inside functions too."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
@@ -23,15 +26,41 @@ def part(module: str) -> str:
     return ".".join(module.split(".")[: 2 if module.startswith("klq_edu.") else 1])
 
 
+def modules():
+    """(module, its package, its source) of every file."""
+    for package, base in PACKAGES.items():
+        for path in sorted((base / package).rglob("*.py")):
+            *parents, name = path.relative_to(base).with_suffix("").parts
+            module = ".".join(parents if name == "__init__" else (*parents, name))
+            yield module, ".".join(parents), path.read_text(encoding="utf-8")
+
+
 def imported(source: str, package: str):
-    """(line, module) of every import; those of `from klq_edu import a, b` are klq_edu.a and klq_edu.b."""
+    """(line, what) for all that is imported: `from klq_edu import a, b` gives klq_edu.a and klq_edu.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = resolve_name("." * node.level + (node.module or ""), package)
-            names = [f"klq_edu.{x.name}" for x in node.names if module == "klq_edu" and not x.name.startswith("__")]
-            yield from ((node.lineno, name) for name in (module, *names))
+            for alias in node.names:
+                yield node.lineno, module if alias.name.startswith("__") else f"{module}.{alias.name}"
+
+
+def circle(files) -> list[str]:
+    """A circle of modules that import each other, inside functions too; empty if there is none.
+
+    What is imported by name (the chapters, by `load`) is not seen, nor that a module's package is imported before it.
+    """
+    files = {module: (package, source) for module, package, source in files}
+    graph = {}
+    for module, (package, source) in files.items():
+        names = [name for _, name in imported(source, package)]
+        graph[module] = {name if name in files else name.rpartition(".")[0] for name in names} & files.keys()
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 def violations(source: str, module: str, package: str):
@@ -46,13 +75,19 @@ def violations(source: str, module: str, package: str):
 
 
 def test_imports_point_downwards():
-    found = []
-    for package, base in PACKAGES.items():
-        for path in sorted((base / package).rglob("*.py")):
-            *parents, name = path.relative_to(base).with_suffix("").parts
-            module = ".".join(parents if name == "__init__" else (*parents, name))
-            found += violations(path.read_text(encoding="utf-8"), module, ".".join(parents))
+    found = [text for module, package, source in modules() for text in violations(source, module, package)]
     assert not found, "\n".join(found)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert not circle(modules())
+
+
+@pytest.mark.parametrize("back", ["from klq_edu.course import build", "def f():\n    from .build import editions"])
+def test_a_circle_is_seen(back):
+    """html is what build builds with: if html asked build for something, which of them is read first would matter."""
+    files = [(m, p, s + f"\n{back}\n" if m == "klq_edu.course.html" else s) for m, p, s in modules()]
+    assert set(circle(files)) == {"klq_edu.course.html", "klq_edu.course.build"}
 
 
 def test_every_way_of_writing_an_import_is_seen():

@@ -10,7 +10,7 @@ import tyro
 from klq_edu.app.demo import DemoConfig
 from klq_edu.app.inspection import InspectConfig
 from klq_edu.app.sweep import SweepConfig
-from klq_edu.bench.run import BenchConfig
+from klq_edu.bench.config import BenchConfig
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.presets import WORLDS
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from klq_edu.bench.workloads import WORKLOADS, Outputs
 
-PACKAGES = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}
+PACKAGES = {name: bool(find_spec(name.replace("-", "_"))) for name in ("liger-kernel", "cut-cross-entropy")}
 ONLY_CE = "cross-entropy only: no value, no reference"
 MOST_OF_CE = f"{ONLY_CE}; tiny gradients are dropped"
 ONLY_GRPO = "GRPO loss with a sampled KL (k3): no value, no entropy, no exact KL"
@@ -23,13 +23,10 @@ class Contender(NamedTuple):
 
     name: str
     run: Callable[[dict], Outputs]
-    truth: Callable[[dict], Outputs]
-    """The same mathematics, accurate for float64 inputs."""
-    gemms: tuple[int, int] | None = None
-    """The limit: matrix products N×H×V that its forward and its backward pass cannot do without."""
+    truth: Callable[[dict], Outputs]  # the same mathematics, accurate for float64 inputs
+    gemms: tuple[int, int] | None = None  # the matrix products that forward and backward pass cannot do without
     computes: str = "the same"
-    optional: bool = True
-    """If it fails here, say so and go on without it."""
+    optional: bool = True  # if it fails here, say so and go on without it
 
 
 def contenders(name: str, device: str, compiled: bool = False, reference: bool = False) -> list[Contender]:
@@ -49,13 +46,13 @@ def contenders(name: str, device: str, compiled: bool = False, reference: bool =
 
 def absent_peers() -> list[str]:
     """What would compete if it were installed."""
-    missing = [package for module, package in PACKAGES.items() if not find_spec(module)]
+    missing = [package for package, here in PACKAGES.items() if not here]
     return missing + ["F.linear_cross_entropy (in newer versions of torch)"] * (not hasattr(F, "linear_cross_entropy"))
 
 
 def peers(name: str, device: str) -> list[Contender]:
     """The peers that can do some of this workload on this device."""
-    gpu, (liger, cut) = device.startswith("cuda"), map(find_spec, PACKAGES)
+    gpu, (liger, cut) = device.startswith("cuda"), PACKAGES.values()
     new = hasattr(F, "linear_cross_entropy")
     known = [
         ("klq", new, Contender("F.linear_cross_entropy", torch_ce, cross_entropy, (3, 0), ONLY_CE)),

@@ -3,33 +3,17 @@
 import copy
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from klq_edu.bench.config import Size
 from klq_edu.bench.contenders import Contender
-from klq_edu.bench.sizes import Size
 from klq_edu.bench.workloads import SHARED, Outputs
 
 CHECKED_ROWS = 64
-SHORTEST = 0.02
-"""Seconds: work that is done sooner is repeated until it has taken that long."""
-UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}
-"""Output -> the column of inputs["upstream"] that is its upstream gradient."""
-
-
-class Repetition(NamedTuple):
-    """Seconds of one repetition, and of the reference GEMM around it (the mean of before and after)."""
-
-    forward: float
-    backward: float
-    gemm: float
-
-    @property
-    def both(self) -> float:
-        """Seconds of the two together."""
-        return self.forward + self.backward
+SHORTEST = 0.02  # seconds: work that is done sooner is repeated until it has taken that long
+UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}  # output -> the column of inputs["upstream"] that is its gradient
 
 
 def run_once(contender: Contender, x: dict) -> tuple[Outputs, float, float]:
@@ -46,14 +30,15 @@ def run_once(contender: Contender, x: dict) -> tuple[Outputs, float, float]:
 
 
 def interleave(everyone: list[Contender], x: dict, gemm: Callable[[], float], reps: int, tick) -> dict[str, list]:
-    """Contender -> its repetitions, taken in turns in rotating order, a GEMM between any two."""
+    """Contender -> repetitions in rotating order: seconds by stage, and of the GEMM around (before and after)."""
     times, before = {c.name: [] for c in everyone}, gemm()
     for rep in range(reps):
         turn = rep % len(everyone)
         for contender in everyone[turn:] + everyone[:turn]:
             forward, backward = repeat(contender, x)
             after = gemm()
-            times[contender.name].append(Repetition(forward, backward, (before + after) / 2))
+            seconds = {"forward": forward, "backward": backward, "both": forward + backward}
+            times[contender.name].append(seconds | {"gemm": (before + after) / 2})
             before = after
             tick()
     return times
@@ -99,9 +84,8 @@ def errors(contender: Contender, x: dict, out: Outputs) -> dict[str, float]:
     def exact(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().double()[rows]
 
-    found, true = {}, leaves(y)
-    for name in (n for n in truth if n in out and (whole or truth[n].dim())):
-        found[f"error_{name}"] = (exact(out[name]) - truth[name]).abs().max().item()
+    names = [name for name in truth if name in out and (whole or truth[name].dim())]
+    found, true = {f"error_{n}": (exact(out[n]) - truth[n]).abs().max().item() for n in names}, leaves(y)
     pairs = [(leaf.grad, true[n].grad) for n, leaf in leaves(x).items() if whole or n not in SHARED]
     wrong = [((exact(g) - t).norm() / t.norm()).item() for g, t in pairs if t is not None and t.any()]
     return found | ({"error_gradient": max(wrong)} if wrong else {})

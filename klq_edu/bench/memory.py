@@ -6,9 +6,16 @@ import subprocess
 import sys
 import threading
 
+import psutil
+import torch
+
+from klq_edu.bench.config import QUICK, Size
+from klq_edu.bench.contenders import contenders
+from klq_edu.bench.measure import run_once
+from klq_edu.bench.workloads import make_inputs
+
 MEGABYTE = 2**20
-SAMPLE_EVERY = 0.003
-"""Seconds between looks at the resident memory."""
+SAMPLE_EVERY = 0.003  # seconds between looks at the resident memory
 
 
 def peak_memory(**what) -> float:
@@ -23,13 +30,6 @@ def peak_memory(**what) -> float:
 
 def measure(workload: str, contender: str, size: list, seed: int, device: str, **options) -> float:
     """The peak over the level after a warm-up with a tiny call of the same operation."""
-    import torch
-
-    from klq_edu.bench.contenders import contenders
-    from klq_edu.bench.measure import run_once
-    from klq_edu.bench.sizes import QUICK, Size
-    from klq_edu.bench.workloads import make_inputs
-
     (chosen,) = (c for c in contenders(workload, device, **options) if c.name == contender)
     size = Size(*size)
     run_once(chosen, make_inputs(workload, QUICK[workload]._replace(dtype=size.dtype), seed, device))
@@ -44,8 +44,6 @@ def measure(workload: str, contender: str, size: list, seed: int, device: str, *
 
 def resident_peak(call) -> float:
     """Highest resident memory during `call` over that before it, looked at every 3 ms by a thread."""
-    import psutil
-
     process, done = psutil.Process(), threading.Event()
     level = peak = process.memory_info().rss
 

@@ -7,16 +7,20 @@ gradient 1, per-token statistics with the random columns of inputs["upstream"].
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from klq_edu.bench.sizes import Size
+from klq_edu.bench.config import Size
 from klq_kernels import lambda_returns, linear_klq_loss, linear_token_stats, token_stats
 from klq_kernels.reference import klq_loss
 
 TAU = 0.1
+HEAD = itemgetter("hidden", "weight", "tokens")
+REFERENCE = itemgetter("ref_hidden", "ref_weight")
+REST = itemgetter("values", "targets", "mask")
 SHARED = ("weight", "ref_weight", "model", "optimizer")
 Outputs = dict[str, Tensor]
 
@@ -27,12 +31,9 @@ class Workload(NamedTuple):
     title: str
     inputs: Callable[[Size, torch.Generator], dict]
     naive: Callable[[dict], Outputs]
-    ours: Callable[..., Outputs]
-    """ours(inputs, backend=…)"""
-    naive_gemms: tuple[int, int] | None = None
-    """Matrix products N×H×V that its forward and its backward pass cannot do without: the limit, in GEMM units."""
-    gemms: tuple[int, int] | None = None
-    """The same for ours."""
+    ours: Callable[..., Outputs]  # ours(inputs, backend=…)
+    naive_gemms: tuple[int, int] | None = None  # products N×H×V that its forward and backward pass can't do without
+    gemms: tuple[int, int] | None = None  # the same for ours
     stages: tuple[str, ...] = ("forward", "backward", "both")
 
 
@@ -41,21 +42,14 @@ def make_inputs(name: str, size: Size, seed: int, device: str) -> dict:
     x = WORKLOADS[name].inputs(size, torch.Generator().manual_seed(seed))
     rounded = ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits", "model")
     x = {key: value.to(device, getattr(torch, size.dtype) if key in rounded else None) for key, value in x.items()}
-    for key in ("hidden", "weight", "logits", "values"):
-        if key in x and name != "returns":
-            x[key].requires_grad_()
-    if "model" in x:
-        x["optimizer"] = _adam(x["model"])
+    for key in {"hidden", "weight", "logits", "values"} & x.keys() if name != "returns" else ():
+        x[key].requires_grad_()
+    if "model" in x:  # Adam with its moments in place, and step size 0: all of the work, and always the same weights
+        for p in x["model"].parameters():
+            p.grad = torch.zeros_like(p)
+        x["optimizer"] = torch.optim.Adam(x["model"].parameters(), lr=0.0)
+        x["optimizer"].step()
     return x
-
-
-def _adam(model: torch.nn.Module) -> torch.optim.Adam:
-    """Adam with its moments in place, and step size 0: all of the work, and always the same weights."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    return optimizer
 
 
 def _random(rng: torch.Generator, *shape: int) -> Tensor:
@@ -121,51 +115,35 @@ def naive_linear_stats(x: dict, **options) -> Outputs:
     return naive_stats(x, x["hidden"] @ x["weight"].T, ref_logits, **options)
 
 
-def naive_loss(x: dict, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """The KLQ loss (6) in one line."""
-    return (0.5 * (TAU * (logprob - ref_logprob) + x["values"] - x["targets"]) ** 2).mean()
-
-
 def naive_klq_ref(x: dict) -> Outputs:
     """The KLQ loss with its reference model; entropy and KL are for the log, so they keep no graph."""
     stats = naive_linear_stats(x, differentiable=False)
-    loss = naive_loss(x, stats["logprob"], stats["ref_logprob"])
+    loss = klq_loss(stats["logprob"], stats["ref_logprob"], *REST(x), tau=TAU)
     return {"loss": loss} | {name: value.detach() for name, value in stats.items()}
 
 
-def naive_klq(x: dict) -> Outputs:
-    """The KLQ loss with the reference's log-probabilities at hand."""
-    logp = torch.log_softmax((x["hidden"] @ x["weight"].T).float(), -1)
-    return {"loss": naive_loss(x, logp.gather(-1, x["tokens"][:, None]).squeeze(-1), x["ref_logprobs"])}
+def naive_loss(x: dict, logits: Tensor, tokens: Tensor) -> Outputs:
+    """The KLQ loss from logits, with the reference's log-probabilities at hand."""
+    logprob = torch.log_softmax(logits.float(), -1).gather(-1, tokens[..., None]).squeeze(-1)
+    return {"loss": klq_loss(logprob, x["ref_logprobs"], *REST(x), tau=TAU)}
 
 
-def naive_update(x: dict) -> Outputs:
-    """The policy's loss on whole sequences, through the model's logits."""
-    logp = torch.log_softmax(x["model"](x["tokens"][:, :-1], use_cache=False).logits.float(), -1)
-    logprob = logp.gather(-1, x["tokens"][:, 1:, None]).squeeze(-1)
-    return {"loss": klq_loss(logprob, *(x[k] for k in ("ref_logprobs", "values", "targets", "mask")), tau=TAU)}
-
-
-def our_logits_stats(x: dict, backend: str) -> Outputs:
-    """`klq_kernels.token_stats`."""
-    return token_stats(x["logits"], x["tokens"], x["ref_logits"], backend=backend)._asdict()
-
-
-def our_linear_stats(x: dict, backend: str) -> Outputs:
-    """`klq_kernels.linear_token_stats`."""
-    heads = (x[key] for key in ("hidden", "weight", "tokens", "ref_hidden", "ref_weight"))
-    return linear_token_stats(*heads, backend=backend)._asdict()
-
-
-def our_klq(x: dict, backend: str, with_reference: bool) -> Outputs:
-    """`klq_kernels.linear_klq_loss`, with the reference's head or with its log-probabilities."""
-    args = [x["hidden"], x["weight"], x["tokens"], None if with_reference else x["ref_logprobs"]]
-    args += [x["values"], x["targets"], x["mask"]]
-    if not with_reference:
-        return {"loss": linear_klq_loss(*args, tau=TAU, backend=backend)}
-    head = {key: x[key] for key in ("ref_hidden", "ref_weight")}
-    loss, stats = linear_klq_loss(*args, tau=TAU, **head, return_stats=True, backend=backend)
+def our_klq_ref(x: dict, backend: str) -> Outputs:
+    """`klq_kernels.linear_klq_loss` with the reference's head: one pass for the loss and all statistics."""
+    ref = dict(zip(("ref_hidden", "ref_weight"), REFERENCE(x), strict=True))
+    loss, stats = linear_klq_loss(*HEAD(x), None, *REST(x), tau=TAU, **ref, return_stats=True, backend=backend)
     return {"loss": loss} | stats._asdict()
+
+
+def our_loss(x: dict, hidden: Tensor, weight: Tensor, tokens: Tensor, backend: str) -> Outputs:
+    """`klq_kernels.linear_klq_loss`, with the reference's log-probabilities at hand."""
+    return {"loss": linear_klq_loss(hidden, weight, tokens, x["ref_logprobs"], *REST(x), tau=TAU, backend=backend)}
+
+
+def our_update(x: dict, backend: str) -> Outputs:
+    """The policy's loss from the last hidden states: the model's head is never applied."""
+    hidden = x["model"].base_model(x["tokens"][:, :-1], use_cache=False).last_hidden_state
+    return our_loss(x, hidden, x["model"].get_output_embeddings().weight, x["tokens"][:, 1:], backend)
 
 
 def our_returns(x: dict, backend: str) -> Outputs:
@@ -174,35 +152,32 @@ def our_returns(x: dict, backend: str) -> Outputs:
     return lambda_returns(*args, tau=TAU, backend=backend)._asdict()
 
 
-def our_update(x: dict, backend: str) -> Outputs:
-    """The policy's loss from the last hidden states: the model's head is never applied."""
-    hidden = x["model"].base_model(x["tokens"][:, :-1], use_cache=False).last_hidden_state
-    rest = (x[key] for key in ("ref_logprobs", "values", "targets", "mask"))
-    weight = x["model"].get_output_embeddings().weight
-    return {"loss": linear_klq_loss(hidden, weight, x["tokens"][:, 1:], *rest, tau=TAU, backend=backend)}
-
-
 WORKLOADS = {
     "logits_stats": Workload(
         "log-prob, entropy, exact KL from logits", _logits_inputs,
-        lambda x: naive_stats(x, x["logits"], x["ref_logits"]), our_logits_stats,
+        lambda x: naive_stats(x, x["logits"], x["ref_logits"]),
+        lambda x, backend: token_stats(x["logits"], x["tokens"], x["ref_logits"], backend=backend)._asdict(),
     ),
     "linear_stats": Workload(
         "log-prob, entropy, exact KL from hidden states", _linear_inputs,
-        naive_linear_stats, our_linear_stats, (2, 2), (2, 4),
+        naive_linear_stats,
+        lambda x, backend: linear_token_stats(*HEAD(x), *REFERENCE(x), backend=backend)._asdict(), (2, 2), (2, 4),
     ),
     "klq_ref": Workload(
         "KLQ loss from hidden states of policy and reference", _linear_inputs,
-        naive_klq_ref, partial(our_klq, with_reference=True), (2, 2), (4, 0),
+        naive_klq_ref, our_klq_ref, (2, 2), (4, 0),
     ),
     "klq": Workload(
         "KLQ loss from hidden states, reference log-probs given", _linear_inputs,
-        naive_klq, partial(our_klq, with_reference=False), (1, 2), (3, 0),
+        lambda x: naive_loss(x, x["hidden"] @ x["weight"].T, x["tokens"]),
+        lambda x, backend: our_loss(x, *HEAD(x), backend), (1, 2), (3, 0),
     ),
     "returns": Workload(
         "λ-returns", _returns_inputs, partial(our_returns, backend="reference"), our_returns, stages=("forward",)
     ),
     "update": Workload(
-        "a whole KLQ update (loss; then gradients, Adam) of a small Llama", _update_inputs, naive_update, our_update
+        "a whole KLQ update (loss; then gradients, Adam) of a small Llama", _update_inputs,
+        lambda x: naive_loss(x, x["model"](x["tokens"][:, :-1], use_cache=False).logits, x["tokens"][:, 1:]),
+        our_update,
     ),
 }  # fmt: skip

@@ -24,13 +24,13 @@ from klq_edu.course.display import FRAMES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
 from klq_edu.course.html import TAG
 
-HOLE = f'raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
+SOLUTION = re.compile(r"^( *)# BEGIN SOLUTION\n(.*?)\n *# END SOLUTION$", re.DOTALL | re.MULTILINE)
+HOLE = rf'\1raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
 EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
-CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 
 
 def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
@@ -38,7 +38,13 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
     for chapter in chosen(only):
         print(f"{chapter.name} …", flush=True)
         build(folder, chapter)
-    (folder / "README.md").write_text(html.course_map(load_all(), folder), encoding="utf-8")
+    (folder / "README.md").write_text(course_map(folder), encoding="utf-8")
+
+
+def course_map(folder: Path) -> str:
+    """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
+    rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
+    return html.PAGES.get_template("map.md.j2").render(rows=rows)
 
 
 def stale(folder: Path, only: tuple[str, ...] = ()) -> list[Path]:
@@ -92,9 +98,13 @@ def failures(full: NotebookNode, chapter: Chapter) -> list[str]:
 
 def drift(folder: Path, chapter: Chapter) -> list[Path]:
     """Generated notebooks whose cells (source, id, kind) are not those of their source."""
+
+    def cells(notebook: NotebookNode) -> list[tuple]:
+        return [(cell.cell_type, cell.id, cell.source) for cell in notebook.cells]
+
     paths = [folder / f"{chapter.name}.ipynb", folder / "student" / f"{chapter.name}.ipynb"]
     pairs = zip(paths, editions(folder, chapter), strict=True)
-    return [path for path, fresh in pairs if not path.exists() or _cells(nbformat.read(path, 4)) != _cells(fresh)]
+    return [path for path, fresh in pairs if not path.exists() or cells(nbformat.read(path, 4)) != cells(fresh)]
 
 
 def equations(notebook: NotebookNode) -> list[str]:
@@ -105,17 +115,13 @@ def equations(notebook: NotebookNode) -> list[str]:
     return [TAG.search(equation).group(1) for equation in found]
 
 
-def _cells(notebook: NotebookNode) -> list[tuple]:
-    return [(cell.cell_type, cell.id, cell.source) for cell in notebook.cells]
-
-
 def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student: bool) -> NotebookNode:
     made, seen = [], Counter()
     for cell in cells:
         tags = list(cell.metadata.get("tags", []))
         if student and "solution" in tags:
             continue
-        text = with_holes(cell.source) if student else without_markers(cell.source)
+        text = SOLUTION.sub(HOLE if student else r"\2", cell.source)
         text = re.sub(r"<!-- hints ([\d.]+) -->", lambda m: hints(exercises[m.group(1)]), text)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         tags += ["nbval-check-output"] if not student and "check.exercise(" in text else []
@@ -123,16 +129,6 @@ def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student:
         made.append(new(text, id=f"{digest}-{seen[digest]}", metadata={"tags": tags} if tags else {}))
         seen[digest] += 1
     return nbformat.v4.new_notebook(cells=made, metadata=METADATA)
-
-
-def with_holes(text: str) -> str:
-    """A cell of the student edition: each solution replaced by a line that says it is to be written."""
-    return re.sub(r"^( *)# BEGIN SOLUTION\n.*?# END SOLUTION$", rf"\1{HOLE}", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def without_markers(text: str) -> str:
-    """A cell of the full edition."""
-    return re.sub(r"^ *# (BEGIN|END) SOLUTION\n?", "", text, flags=re.MULTILINE).rstrip("\n")
 
 
 def hints(exercise: Exercise) -> str:

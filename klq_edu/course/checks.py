@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from klq_edu.course.chapters import load
 from klq_edu.course.exercises import Exercise, grade
 from klq_edu.course.progress import Progress
 
@@ -69,12 +70,10 @@ class Checks:
 
 def start(notebook: str) -> Checks:
     """Open notebook "NN": float64 everywhere, seed 0; prints what there is to do and what is done already."""
-    from klq_edu.course.chapters import load
-
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     chapter, progress = load(notebook), Progress()
-    done = sum(progress.passed(number) for number in chapter.exercises)
+    done = len(chapter.exercises.keys() & progress.read())
     print(f"Notebook {notebook}: {chapter.title}. Exercises passed so far: {done} of {len(chapter.exercises)}.")
     return Checks(notebook, chapter.exercises, progress)
 

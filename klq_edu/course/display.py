@@ -1,11 +1,11 @@
 """What a notebook shows besides numbers: figures with captions, library source, and widgets with a static twin."""
 
-import ast
 import base64
 import inspect
 import io
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +23,15 @@ FRAMES = "KLQ_COURSE_FRAMES"  # a folder: the builder wants every frame of a wid
 
 def show(picture: Picture) -> None:
     """Display a figure, with its text alternative, and its caption below."""
-    _display_png(_png(picture.figure), picture.alt)
+    _display(picture.figure, picture.alt)
     display(Markdown(f"*{picture.caption}*"))
 
 
 def source(function: Callable) -> None:
     """Display a library function as it stands, without its docstring, and where it lives."""
     text = textwrap.dedent(inspect.getsource(function)).replace("  # fmt: skip", "")
-    node = ast.parse(text).body[0]
-    lines = text.splitlines()
-    if ast.get_docstring(node) is not None:
-        doc = node.body[0]
-        lines[doc.lineno - 1 : doc.end_lineno] = []
-    where = f"{function.__module__.replace('.', '/')}.py"
-    display(Markdown(f"`{where}`\n```python\n" + "\n".join(lines) + "\n```"))
+    text = re.sub(r':\n *r?""".*?"""\n', ":\n", text, count=1, flags=re.DOTALL)
+    display(Markdown(f"`{function.__module__.replace('.', '/')}.py`\n```python\n{text.rstrip()}\n```"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def explore(widget: Widget) -> None:
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     for part, values in zip(figure.subfigures(rows, columns, squeeze=False).flat, widget.twin):
         widget.draw(part, **values)
-    _display_png(_png(figure), widget.alt, widget.name)
+    _display(figure, widget.alt, widget.name)
     display(Markdown(f"*{widget.caption}*"))
     if folder := os.environ.get(FRAMES):
         Path(folder, f"{widget.name}.html").write_text(slider_page(widget), encoding="utf-8")
@@ -82,16 +77,15 @@ def live(widget: Widget):
     import ipywidgets
 
     picture, controls = ipywidgets.Image(format="png", layout={"width": f"{96 * widget.size[0]:.0f}px"}), {}
-    for name, choices in widget.options.items():
-        words = any(isinstance(c, str | bool) for c in choices)
-        control = ipywidgets.ToggleButtons if words else ipywidgets.SelectionSlider
-        controls[name] = control(options=choices, value=widget.twin[0][name], description=name)
 
     def update(_=None):
         picture.value = frame(widget, {k: c.value for k, c in controls.items()})
 
-    for control in controls.values():
-        control.observe(update, names="value")
+    for name, choices in widget.options.items():
+        words = any(isinstance(c, str | bool) for c in choices)
+        control = ipywidgets.ToggleButtons if words else ipywidgets.SelectionSlider
+        controls[name] = control(options=choices, value=widget.twin[0][name], description=name)
+        controls[name].observe(update, names="value")
     update()
     return ipywidgets.VBox([*controls.values(), picture])
 
@@ -119,6 +113,6 @@ def _png(figure: Figure, dpi: int = 100) -> bytes:
     return data.getvalue()
 
 
-def _display_png(data: bytes, alt: str, widget: str | None = None) -> None:
+def _display(figure: Figure, alt: str, widget: str | None = None) -> None:
     metadata = {"alt": alt} | ({"klq_widget": widget} if widget else {})
-    display({"image/png": data, "text/plain": alt}, raw=True, metadata={"image/png": metadata})
+    display({"image/png": _png(figure), "text/plain": alt}, raw=True, metadata={"image/png": metadata})

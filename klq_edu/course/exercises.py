@@ -40,6 +40,13 @@ class Wrong(Exception):
     """What is wrong with an answer, in words for whoever wrote it; raised by probes."""
 
 
+def returned(answer: Callable, *arguments) -> dict[str, Tensor]:
+    """A probe: what the answer returns, one result or several."""
+    result = answer(*arguments)
+    parts = result if isinstance(result, tuple | list) else (result,)
+    return {f"result {i} of {len(parts)}: " if len(parts) > 1 else "": x for i, x in enumerate(parts, 1)}
+
+
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.
@@ -63,18 +70,12 @@ class Exercise:
     inputs: Callable[[Generator], tuple]
     mistakes: tuple[Mistake, ...]
     hints: tuple[str, str, str]
-    probe: Callable[..., dict[str, Tensor]] | None = None
+    probe: Callable[..., dict[str, Tensor]] = returned
     tol: float = 1e-8
 
     def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:
         """What this answer gives for these arguments, as float64 tensors by name; Wrong for anything else."""
-        answer = partial(_call, answer)
-        if self.probe is not None:
-            return {name: _numbers(x) for name, x in self.probe(answer, *arguments).items()}
-        result = answer(*arguments)
-        parts = result if isinstance(result, tuple | list) else (result,)
-        names = [f"result {i} of {len(parts)}: " for i in range(1, len(parts) + 1)] if len(parts) > 1 else [""]
-        return {name: _numbers(x) for name, x in zip(names, parts)}
+        return {name: _numbers(x) for name, x in self.probe(partial(_call, answer), *arguments).items()}
 
 
 @contextmanager

@@ -19,20 +19,17 @@ TAG = re.compile(r"\\tag\{([\d.]+)\}")
 PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
 
-class Kept:
+class Kept(list):
     """HTML that must pass the Markdown renderer untouched: a word stands for each piece until the page is made."""
-
-    def __init__(self):
-        self.pieces: list[str] = []
 
     def away(self, piece: str) -> str:
         """The word that stands for this piece."""
-        self.pieces.append(piece)
-        return f"KLQ{len(self.pieces) - 1}KEPT"
+        self.append(piece)
+        return f"KLQ{len(self) - 1}KEPT"
 
     def back(self, page: str) -> str:
         """The page with every piece in its place (a paragraph of its own loses its tags)."""
-        return re.sub(r"<p>KLQ(\d+)KEPT</p>|KLQ(\d+)KEPT", lambda m: self.pieces[int(m[1] or m[2])], page)
+        return re.sub(r"<p>KLQ(\d+)KEPT</p>|KLQ(\d+)KEPT", lambda m: self[int(m[1] or m[2])], page)
 
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
@@ -42,10 +39,9 @@ def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], fram
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(copy)
     at = [c.number for c in chapters].index(chapter.number)
-    neighbours = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
+    about = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
     css = HtmlFormatter(style="default").get_style_defs(".highlight")
-    template = PAGES.get_template("page.html.j2")
-    return template.render(chapter=chapter, body=kept.back(body), css=css, **neighbours) + "\n"
+    return PAGES.get_template("page.html.j2").render(chapter=chapter, body=kept.back(body), css=css, **about) + "\n"
 
 
 def with_mathml(text: str, kept: Kept) -> str:
@@ -88,11 +84,3 @@ def _for_screen(output: NotebookNode, frames: Path, kept: Kept) -> NotebookNode:
     if "text/markdown" in data:
         return NotebookNode(output, data={"text/markdown": with_mathml(data["text/markdown"], kept)})
     return output
-
-
-def course_map(chapters: list[Chapter], folder: Path) -> str:
-    """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
-    from klq_edu.course.build import editions, equations
-
-    rows = [(c, len(equations(editions(folder, c)[0]))) for c in chapters]
-    return PAGES.get_template("map.md.j2").render(rows=rows)

@@ -1,9 +1,10 @@
 """Which exercises passed, kept in one small file on this machine: $KLQ_PROGRESS, else in the user's state folder."""
 
-import json
 import os
 from datetime import datetime
 from pathlib import Path
+
+from klq_edu.files import read_json, write_json
 
 
 class Progress:
@@ -16,22 +17,17 @@ class Progress:
     def read(self) -> dict[str, str]:
         """All that passed; nothing where the file is missing or broken."""
         try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return read_json(self.path)
+        except (OSError, ValueError):
             return {}
-
-    def passed(self, number: str) -> bool:
-        """Whether this exercise has passed before."""
-        return number in self.read()
 
     def record(self, number: str) -> None:
         """Remember that it passed now."""
         done = self.read()
         if number in done:
             return
-        done[number] = datetime.now().isoformat(timespec="minutes")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(done, indent=1), encoding="utf-8")
+            write_json(self.path, done | {number: datetime.now().isoformat(timespec="minutes")})
         except OSError as error:
             print(f"(not remembered: {self.path} cannot be written, {error})")

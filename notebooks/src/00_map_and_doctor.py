@@ -44,7 +44,7 @@ pd.set_option("display.max_colwidth", None)
 # ## The map
 
 # %%
-explore(course.MAP)
+explore(course.map_widget())
 
 # %% [markdown]
 # What you have done so far, on this machine:

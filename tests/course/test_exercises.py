@@ -89,7 +89,7 @@ def test_progress_is_kept_and_only_for_what_passed(tmp_path, capsys):
     check = Checks("09", {"9.1": DOUBLE}, Progress(tmp_path / "deep" / "progress.json"))
     for answer, passed in ((lambda x: x**2, False), (DOUBLE.solution, True), (lambda x: x**2, True)):
         check.exercise("9.1", answer)
-        assert Progress(tmp_path / "deep" / "progress.json").passed("9.1") is passed
+        assert ("9.1" in Progress(tmp_path / "deep" / "progress.json").read()) is passed
     (tmp_path / "deep" / "progress.json").write_text("{broken")
     assert Progress(tmp_path / "deep" / "progress.json").read() == {}
     with pytest.raises(ValueError, match=r"has exercises \['9.1'\], not '9.2'"):

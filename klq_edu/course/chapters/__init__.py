@@ -13,14 +13,16 @@ from klq_edu.course.exercises import Exercise, Wrong
 
 @dataclass(frozen=True)
 class Chapter:
-    """What is known about a notebook besides its text.
+    """What is known about a notebook besides its text: with its source in notebooks/src, all that a new one takes.
 
     Attributes:
-        number, slug, title: "01", "one_state", "One state".
+        number, slug, title: "01", "one_state", "One state"; the module is called c01_one_state.
         question: the one sentence it answers.
         minutes: for a reader who works through it.
         paper: the part of the paper it covers.
         functions: where it lives in the library.
+        needs: the numbers of the earlier notebooks that it builds on.
+        place, short: where it stands on the map (x, y), and its name there, in few words.
         exercises: by number.
     """
 
@@ -31,6 +33,9 @@ class Chapter:
     minutes: int
     paper: str
     functions: tuple[str, ...]
+    needs: tuple[str, ...]
+    place: tuple[float, float]
+    short: str
     exercises: dict[str, Exercise]
 
     @property
@@ -44,12 +49,23 @@ def load(number: str) -> Chapter:
     modules = {m.name[1:3]: m.name for m in pkgutil.iter_modules(__path__)}
     if number not in modules:
         raise ValueError(f"notebook must be one of {sorted(modules)}, got {number!r}")
-    return importlib.import_module(f"{__name__}.{modules[number]}").CHAPTER
+    chapter = importlib.import_module(f"{__name__}.{modules[number]}").CHAPTER
+    if modules[number] != f"c{chapter.name}":
+        raise ValueError(f"the chapter in {modules[number]}.py calls itself {chapter.name}")
+    return chapter
 
 
 def load_all() -> list[Chapter]:
-    """Every chapter, in order."""
-    return [load(number) for number in sorted(m.name[1:3] for m in pkgutil.iter_modules(__path__))]
+    """Every chapter, in order; ValueError for one that needs what does not come before it, or for a shared place."""
+    before: dict[str, Chapter] = {}
+    for number in sorted(m.name[1:3] for m in pkgutil.iter_modules(__path__)):
+        chapter = load(number)
+        if unknown := sorted(set(chapter.needs) - before.keys()):
+            raise ValueError(f"notebook {number} needs {unknown}, which must be among those before it: {[*before]}")
+        if there := [n for n, other in before.items() if other.place == chapter.place]:
+            raise ValueError(f"notebook {number} stands at {chapter.place} on the map, where {there[0]} is already")
+        before[number] = chapter
+    return [*before.values()]
 
 
 def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:

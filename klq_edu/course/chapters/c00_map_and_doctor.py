@@ -1,5 +1,8 @@
 """Chapter 00: the map, notation, glossary, and how the checks work."""
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import pandas as pd
 import torch
 from matplotlib.figure import FigureBase
@@ -10,19 +13,6 @@ from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.course.progress import Progress
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
-
-NEEDS = {
-    "00": (), "01": ("00",), "02": ("01",), "03": ("02",), "04": ("01",), "05": ("02", "03"), "06": ("01", "05"),
-    "07": ("01", "04", "05", "06"),
-}  # fmt: skip
-PLACES = {
-    "00": (0, 0), "01": (1, 0), "02": (2, 0.6), "03": (3, 0.6), "04": (2, -0.8), "05": (4, 0.6), "06": (5, 0),
-    "07": (6, 0),
-}  # fmt: skip
-NAMES = {
-    "00": "map", "01": "one state", "02": "soft Bellman", "03": "text as MDP", "04": "measuring KL",
-    "05": "λ-returns", "06": "the KLQ loss", "07": "PPO in disguise",
-}  # fmt: skip
 
 NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
     ("x, y", "prompt, completion", "–", "prompt, completion"),
@@ -86,38 +76,51 @@ def progress() -> pd.DataFrame:
 def draw_map(figure: FigureBase, notebook: str) -> None:
     """The notebooks and what each needs; the chosen one, all it needs, and all that needs it."""
     (axis,) = plain_axes(figure)
-    before, after = _needed(notebook), {n for n in NEEDS if notebook in _needed(n)}
-    for name, needs in NEEDS.items():
-        for need in needs:
-            axis.annotate(
-                "",
-                PLACES[name],
-                PLACES[need],
-                arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 17, "shrinkB": 17},
-            )
-    for name, place in PLACES.items():
-        colour = BLUE if name == notebook else "#cfe3f3" if name in before else "#fbe3c8" if name in after else "white"
-        edge = ORANGE if name in after else BLUE if name in before or name == notebook else GREY
-        axis.text(*place, name, ha="center", va="center", color="white" if name == notebook else "black",
-                  bbox={"boxstyle": "circle,pad=0.35", "fc": colour, "ec": edge,
-                        "ls": "--" if name in after else "-"})  # fmt: skip
-        axis.text(place[0], place[1] - 0.42, NAMES[name], ha="center", va="top", fontsize=8)
-    axis.set(xlim=(-0.6, 6.6), ylim=(-1.6, 1.2), title=f"notebook {notebook}: {NAMES[notebook]}")
+    chapters = {c.number: c for c in load_all()}
+    before = _needed(notebook, chapters)
+    after = {number for number in chapters if notebook in _needed(number, chapters)}
+    look = {"arrowstyle": "->", "color": GREY, "shrinkA": 17, "shrinkB": 17}
+    for number, chapter in chapters.items():
+        for need in chapter.needs:
+            axis.annotate("", chapter.place, chapters[need].place, arrowprops=look, zorder=2)
+        here, x, y = number == notebook, *chapter.place
+        colour = BLUE if here else "#cfe3f3" if number in before else "#fbe3c8" if number in after else "white"
+        edge = ORANGE if number in after else BLUE if here or number in before else GREY
+        rim = {"boxstyle": "circle,pad=0.35", "fc": colour, "ec": edge, "ls": "--" if number in after else "-"}
+        axis.text(x, y, number, ha="center", va="center", color="white" if here else "black", bbox=rim)
+        axis.text(x, y - 0.42, chapter.short, ha="center", va="top", fontsize=8)
+    (left, right), (low, high) = _extent(chapters.values())
+    limits = {"xlim": (left - 0.6, right + 0.6), "ylim": (low - 0.8, high + 0.6)}
+    axis.set(**limits, title=f"notebook {notebook}: {chapters[notebook].short}")
     axis.axis("off")
 
 
-def _needed(notebook: str) -> set[str]:
-    return set(NEEDS[notebook]).union(*(_needed(n) for n in NEEDS[notebook]))
+def _needed(notebook: str, chapters: dict[str, Chapter]) -> set[str]:
+    needs = chapters[notebook].needs
+    return set(needs).union(*(_needed(n, chapters) for n in needs))
 
 
-MAP = Widget(
-    "00-map", draw_map, {"notebook": list(NEEDS)}, [{"notebook": "05"}, {"notebook": "07"}],
-    "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has a "
-    "dashed orange rim. Everything leads to 07; notebook 04 can wait until then.",
-    "Graph of the notebooks 00 to 07 with arrows from each to those that need it: 00-01-02-03-05-06-07 in a row, 04 "
-    "beside, between 01 and 07.",
-    size=(7.0, 2.6),
-)  # fmt: skip
+def _extent(chapters: Iterable[Chapter]) -> list[tuple[float, float]]:
+    return [(min(side), max(side)) for side in zip(*(c.place for c in chapters), strict=True)]
+
+
+def map_widget() -> Widget:
+    """The map of all chapters there are (a function, because this one is not yet complete while it is imported)."""
+    chapters = load_all()
+    numbers = [c.number for c in chapters]
+    users = {n: [c.number for c in chapters if n in c.needs] for n in numbers}
+    arrows = "; ".join(f"{n} to {', '.join(found)}" for n, found in users.items() if found)
+    goals = " or ".join(n for n, found in users.items() if not found)
+    late = [f"{n} until {users[n][0]}" for n, following in pairwise(numbers) if users[n] and following not in users[n]]
+    wait = f" What can wait: {', '.join(late)}." if late else ""
+    (left, right), (low, high) = _extent(chapters)
+    return Widget(
+        "00-map", draw_map, {"notebook": numbers}, [{"notebook": n} for n in numbers[-3::2]],
+        "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has "
+        f"a dashed orange rim. Everything leads to {goals}.{wait}",
+        f"Graph of the notebooks {numbers[0]} to {numbers[-1]} with arrows from each to those that need it: {arrows}.",
+        size=(1 + right - left, round(1.2 + high - low, 2)),
+    )  # fmt: skip
 
 
 def token_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -187,5 +190,6 @@ CHAPTER = Chapter(
     "00", "map_and_doctor", "Map, notation and doctor",
     "What is in this course, how do its checks work, and is my machine ready?",
     20, "all of it, from above",
-    ("klq_edu.app.doctor.examine", "klq_edu.course"), EXERCISES,
+    ("klq_edu.app.doctor.examine", "klq_edu.course"),
+    needs=(), place=(0, 0), short="map", exercises=EXERCISES,
 )  # fmt: skip

@@ -165,5 +165,6 @@ CHAPTER = Chapter(
     "01", "one_state", "One state: KL-regularised bandits",
     "What is the best policy near one that you trust?",
     40, "§2, Boltzmann policies and (13)",
-    ("klq_edu.core.improvement.boltzmann", "klq_edu.core.improvement.action_values"), EXERCISES,
+    ("klq_edu.core.improvement.boltzmann", "klq_edu.core.improvement.action_values"),
+    needs=("00",), place=(1, 0), short="one state", exercises=EXERCISES,
 )  # fmt: skip
