@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from klq_edu.app.sweep import markdown
-from klq_edu.worlds.presets import preset
+from klq_edu.worlds.registry import preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

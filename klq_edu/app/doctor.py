@@ -67,7 +67,7 @@ def _cache() -> Finding:
 
 
 def run_doctor() -> bool:
-    """Print the findings; True if nothing is missing."""
+    """Say what this machine has, what is missing, and what to do about it."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -16,7 +16,7 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.runs import Run, load_checkpoint
-from klq_edu.worlds.presets import variant_of
+from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
 SAMPLES_PER_PROMPT = 2

@@ -33,7 +33,7 @@ SIZE = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
+    """What to compile; status 1 means that a default tile breaks what the package promises."""
 
     targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     """Architectures: A100, H100/H200, B200, MI300X."""
@@ -66,7 +66,7 @@ def findings(config: InspectConfig) -> Iterator[dict]:
 
 
 def run_inspect(config: InspectConfig) -> bool:
-    """Print the table and the floors, or the code; True if no default tile has a problem."""
+    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
     from rich.console import Console
     from rich.progress import track
 

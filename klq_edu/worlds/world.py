@@ -19,13 +19,14 @@ class World:
 
     Attributes:
         name: what it is asked for by.
+        description: what is trained on what: its module's docstring, with which the report begins.
         prompts: training prompts, a Dataset with a column "prompt" (further columns go to the reward).
         test_prompts: the same for comparing completions before and after.
         tokenizer: of the model.
         reward: the score of a completion.
         make_policy: settings -> a fresh ActorCritic at the reference.
         constraint: restriction of the tokens that may follow, or None.
-        tree: the same task as an exact TokenTree, or None where it cannot be enumerated.
+        tree: the same task as an exact TokenTree, or None where it cannot be enumerated (`exact` says which).
         evaluate: settings -> a function of the policy with exact metrics, or None.
         metrics: what those metrics mean.
         judge: an independent opinion of completions, never trained on, or None; `judge_name` says what it is.
@@ -33,6 +34,7 @@ class World:
     """
 
     name: str
+    description: str
     prompts: Dataset
     test_prompts: Dataset
     tokenizer: Any
@@ -45,3 +47,8 @@ class World:
     judge: Reward | None = None
     judge_name: str = ""
     threads: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether optimum, regret and every policy's objective are known, by enumeration."""
+        return self.tree is not None
