@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes, Positional
 
 from klq_edu.app.demo import run_demo, run_train
 from klq_edu.app.doctor import run_doctor
@@ -28,7 +29,7 @@ def bench(config: BenchConfig) -> None:
 class CourseCommand:
     """Make the notebooks of the course from their sources in src/."""
 
-    action: tyro.conf.Positional[Literal["build", "check"]]
+    action: Positional[Literal["build", "check"]]
     """build: write the full (executed), student and HTML editions and the map; check: say which are out of date."""
     notebooks: Path = Path("notebooks")
     """Folder of the course."""
@@ -54,5 +55,6 @@ COMMANDS = {
 
 def run() -> None:
     """Carry out the command that was typed; one that returns False ends with status 1."""
-    options = {"prog": "klq", "description": "KLQ and PPO for RLHF", "config": (tyro.conf.OmitArgPrefixes,)}
-    sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, **options) is False)
+    options = {"prog": "klq", "description": "KL-regularised Q-learning (KLQ) for RLHF", "config": (OmitArgPrefixes,)}
+    if tyro.extras.subcommand_cli_from_dict(COMMANDS, **options) is False:
+        sys.exit(1)

@@ -73,10 +73,7 @@ class TrainCommand:
 
 TRAIN = tyro.extras.subcommand_type_from_defaults(
     {name: TrainCommand(name, w.settings, Path("runs/train") / name) for name, w in WORLDS.items()},
-    {
-        name: f"Train {w.help}, once. Ctrl-C keeps what is done; the same command continues."
-        for name, w in WORLDS.items()
-    },
+    {name: f"Train {w.help}. Ctrl-C keeps what is done; the same command continues." for name, w in WORLDS.items()},
 )
 
 

@@ -92,9 +92,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, pad_token=PAD)
 
 
+def text(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
+    """The words of a prefix or completion."""
+    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
 def build_tree(tokenizer: PreTrainedTokenizerFast) -> TokenTree:
     """The grammar as a TokenTree, with a uniform reference and raw rewards to be replaced later."""
-    words, ids = (lambda prefix: tokenizer.convert_ids_to_tokens(list(prefix))), tokenizer.convert_tokens_to_ids
+    words, ids = (lambda prefix: tuple(text(tokenizer, prefix).split())), tokenizer.convert_tokens_to_ids
 
     def uniform(prefix):
         allowed = ids(list(successors(words(prefix))))
@@ -128,26 +133,18 @@ class GrammarRule:
 
 
 class TreeReader:
-    """Reads a language model's probabilities at every state of the tree, in one forward pass over its longest paths."""
+    """Reads a language model's probabilities in every state of the tree where there is a choice, in one pass."""
 
     def __init__(self, tree: TokenTree, tokenizer, policy: ActorCritic):
         self.possible = tree.ref > 0
-        choice = torch.cat([self.possible.sum(1) > 1, torch.tensor([False])])  # children = −1 reads the appended False
-        longest = choice[:-1] & ~choice[tree.children].any(1)  # where only one token is possible nothing is read
-        paths = [tree.prefixes[s] for s in longest.nonzero().flatten().tolist()]
-        texts = [" ".join(tokenizer.convert_ids_to_tokens(list(p))) for p in paths]
-        self.sequences = encode_prompts(tokenizer, texts, policy, 0)
-        width = self.sequences[0].shape[1]
-        ends = [(row, path, n) for row, path in enumerate(paths) for n in range(1, len(path) + 1)]
-        place = {path[:n]: (row, width - len(path) + n - 1) for row, path, n in ends}  # where each prefix is read
-        self.states = torch.tensor([s for s, prefix in enumerate(tree.prefixes) if prefix in place])
-        self.rows, self.columns = torch.tensor([place[tree.prefixes[s]] for s in self.states]).T
+        self.states = (self.possible.sum(1) > 1).nonzero().flatten()
+        self.sequences = encode_prompts(tokenizer, [text(tokenizer, tree.prefixes[s]) for s in self.states], policy, 0)
 
     @torch.no_grad()
     def __call__(self, policy: ActorCritic) -> Tensor:
         """The policy as a table [S, V], float64, zero off the grammar."""
         inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
-        logits = policy.policy_logits(inputs, slice(0, None))[self.rows, self.columns].cpu().double()
+        logits = policy.policy_logits(inputs, slice(-1, None))[:, 0].cpu().double()
         table = self.possible.double()
         table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
         return table
@@ -203,7 +200,7 @@ def standardise(tree: TokenTree) -> TokenTree:
 
 def lexicon_reward(tree: TokenTree, tokenizer, identity: str):
     """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop."""
-    texts = (" ".join(tokenizer.convert_ids_to_tokens(list(c))) for c in tree.completions())
+    texts = (text(tokenizer, c) for c in tree.completions())
     scores = dict(zip(texts, tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
