@@ -101,15 +101,17 @@ def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from klq_edu.app.experiment import trained_policy
     from klq_edu.app.terminal import run_all
     from klq_edu.files import writable_folder
+    from klq_edu.rlhf.runs import load_checkpoint
 
     console, folder = Console(), command.save_model
     if folder:
         writable_folder(folder)
     world, _ = run_all(console, command.world, {command.out: command.config})
     if folder:
-        trained_policy(world, command.config, command.out).save_pretrained(folder)
+        policy = world.make_policy(command.config)
+        policy.load_state_dict(load_checkpoint(command.out / "checkpoint.pt")["parameters"], strict=False)
+        policy.save_pretrained(folder)
         world.tokenizer.save_pretrained(folder)
         console.print(f"model: [bold]{escape(str(folder))}[/]")

@@ -5,9 +5,10 @@ import signal
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.registry import VARIANTS, preset
+from klq_edu.worlds.registry import VARIANTS, preset, variant_of
 
 MILESTONES = (0.9, 0.95, 0.98)
 
@@ -23,7 +24,7 @@ class SweepConfig:
     """KL coefficients τ."""
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Adam step sizes."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Algorithm variants."""
     critics: tuple[str, ...] = ("separate",)
     """separate, shared, or shared:FACTOR with this factor on the value gradient into the trunk."""
@@ -65,7 +66,7 @@ def run_sweep(config: SweepConfig) -> None:
 
     import pandas as pd
     import torch
-    from rich.progress import Progress
+    from rich.progress import track
 
     from klq_edu.files import writable_folder, write_provenance
     from klq_edu.worlds import load
@@ -74,13 +75,11 @@ def run_sweep(config: SweepConfig) -> None:
     load("grammar")  # train the shared reference once, before the workers start
     experiments = config.experiments()
     spawn = multiprocessing.get_context("spawn")  # one thread each: fastest for small models, and reproducible
-    with Progress() as progress, ProcessPoolExecutor(config.jobs, spawn, torch.set_num_threads, (1,)) as pool:
-        bar = progress.add_task("sweep", total=len(experiments))
+    with ProcessPoolExecutor(config.jobs, spawn, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(one_run, settings, config.runs / name) for name, settings in experiments.items()]
         try:
-            for done in as_completed(futures):
+            for done in track(as_completed(futures), "sweep", len(futures)):
                 done.result()  # an error ends the sweep now, not after hours
-                progress.advance(bar)
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt) or getattr(error, "signum", None) == signal.SIGTERM:
                 for child in multiprocessing.active_children():  # Ctrl-C in a terminal reaches them by itself
@@ -127,11 +126,10 @@ def one_run(settings: TrainConfig, folder: Path) -> dict:
     from klq_edu.worlds import load
 
     result = run_experiment(load("grammar"), settings, folder)
-    last = result.rows[-1]
     scale = "" if settings.value_grad_scale is None else f":{settings.value_grad_scale:g}"
-    row = {"algorithm": result.variant, "critic": settings.critic + scale, "tau": settings.tau}
+    row = {"algorithm": variant_of(result.settings), "critic": settings.critic + scale, "tau": settings.tau}
     row |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    row |= {name: last[name] for name in ("rollouts", "attained", "regret", "J", "exact_reward", "exact_kl")}
+    row |= {k: result.rows[-1][k] for k in ("rollouts", "attained", "regret", "J", "exact_reward", "exact_kl")}
     for goal in MILESTONES:
         reached = (r["rollouts"] for r in result.rows if r.get("attained", -1) >= goal)
         row[f"rollouts_to_{goal:g}"] = next(reached, None)
