@@ -4,7 +4,6 @@ A command is a function, its docstring the first line of its help; the dataclass
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,25 +24,21 @@ def bench(config: BenchConfig) -> None:
     run_bench(config)
 
 
-@dataclass(frozen=True)
-class CourseCommand:
-    """Make the notebooks of the course from their sources in src/."""
+def course(
+    action: Positional[Literal["build", "check"]], notebooks: Path = Path("notebooks"), only: tuple[str, ...] = ()
+) -> None:
+    """Build the notebooks from their sources in src/, or check that they are up to date.
 
-    action: Positional[Literal["build", "check"]]
-    """build: write the full (executed), student and HTML editions and the map; check: say which are out of date."""
-    notebooks: Path = Path("notebooks")
-    """Folder of the course."""
-    only: tuple[str, ...] = ()
-    """Numbers of some notebooks, like 01 07; all by default."""
-
-
-def course(command: CourseCommand) -> None:
-    """Build the notebooks from their sources, or check that they are up to date."""
+    Args:
+        action: build: write the full (executed), student and HTML editions and the map; check: name what is out of date.
+        notebooks: Folder of the course.
+        only: Numbers of some notebooks, like 01 07; all by default.
+    """
     from klq_edu.course.build import build_all, stale
 
-    if command.action == "build":
-        build_all(command.notebooks, command.only)
-    elif paths := stale(command.notebooks, command.only):
+    if action == "build":
+        build_all(notebooks, only)
+    elif paths := stale(notebooks, only):
         sys.exit("out of date, run `klq course build`:\n" + "\n".join(map(str, paths)))
 
 

@@ -6,6 +6,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
+from klq_edu.worlds.cache import cache_root
+from klq_edu.worlds.weights import ABSENT, weights_folder
+
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
 DEMO_PACKAGES = ("gguf", "vaderSentiment", "textblob")
 
@@ -39,9 +42,8 @@ def _package(name: str, advice: str) -> Finding:
 def _devices() -> list[Finding]:
     import torch
 
-    threads = f"CPU, {torch.get_num_threads()} threads"
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    device = f"{gpus}; {threads}" if gpus else f"{threads}; no GPU (everything here runs without one)"
+    device = f"CPU, {torch.get_num_threads()} threads; {gpus or 'no GPU (everything here runs without one)'}"
     if gpus:
         mode = ("compiles for the GPU",)
     elif os.environ.get("TRITON_INTERPRET") == "1":
@@ -52,18 +54,14 @@ def _devices() -> list[Finding]:
 
 
 def _weights() -> Finding:
-    from klq_edu.worlds.weights import WeightsMissing, weights_folder
-
     fine = weights_folder() is not None
-    return Finding("SmolLM2 weights", fine, "installed" if fine else "absent", "" if fine else str(WeightsMissing()))
+    return Finding("SmolLM2 weights", fine, *(("installed",) if fine else ("absent", ABSENT)))
 
 
 def _cache() -> Finding:
-    from klq_edu.worlds.cache import cache_root
-
     root = cache_root()
     made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
-    return Finding("cache", True, f"{root}: {', '.join(made) or 'empty'}", "" if made else "filled by the first demo")
+    return Finding("cache", True, f"{root}: {', '.join(made)}" if made else f"{root}: empty, filled by the first demo")
 
 
 def run_doctor() -> bool:

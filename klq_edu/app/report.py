@@ -58,7 +58,7 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     data = results_table(results)
     caption = f"* mean over the last quarter of training. {_seeds(results)}"
-    numbers = (Column(name, justify="right") for name in data.columns[1:])
+    numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
     title = f"world {escape(world.name)}, {_scale(results)}"
     table = Table(Column("algorithm", no_wrap=True), *numbers, title=title, caption=caption)
     for row in data.itertuples(index=False):

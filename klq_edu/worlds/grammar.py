@@ -1,12 +1,14 @@
 """A two-layer GPT-2 of about 100,000 parameters, trained on a small grammar, learns to please a lexicon.
 
-A completion is: [adjective] noun verb [adverb] "." where people and things take different verbs. Decoding is restricted
-to the grammar, for policy and reference alike, so enumerating it is enumerating the model: the optimum J* and every
-policy's objective J = E[reward] − τ KL are exact. Rewards have mean 0 and standard deviation 1 under the reference.
+A completion is [adjective] noun verb [adverb] and a full stop; people and things take different verbs. Decoding is
+restricted to the grammar, for policy and reference alike, so enumerating it is enumerating the model: the optimum J*
+and every policy's objective J = E[reward] − τ KL are exact. Rewards have mean 0 and standard deviation 1 under the
+reference.
 """
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -132,22 +134,21 @@ class GrammarRule:
         return torch.where(state == ENDS, ENDS, self.children[state, tokens])
 
 
-class TreeReader:
-    """Reads a language model's probabilities in every state of the tree where there is a choice, in one pass."""
-
-    def __init__(self, tree: TokenTree, tokenizer, policy: ActorCritic):
-        self.possible = tree.ref > 0
-        self.states = (self.possible.sum(1) > 1).nonzero().flatten()
-        self.sequences = encode_prompts(tokenizer, [text(tokenizer, tree.prefixes[s]) for s in self.states], policy, 0)
+def tree_reader(tree: TokenTree, tokenizer, policy: ActorCritic) -> Callable[[ActorCritic], Tensor]:
+    """A function: policy like this one -> its table [S, V], float64, zero off the grammar, in one forward pass."""
+    possible = tree.ref > 0
+    states = (possible.sum(1) > 1).nonzero().flatten()  # elsewhere there is nothing to read: one token has all
+    sequences = encode_prompts(tokenizer, [text(tokenizer, tree.prefixes[s]) for s in states], policy, 0)
 
     @torch.no_grad()
-    def __call__(self, policy: ActorCritic) -> Tensor:
-        """The policy as a table [S, V], float64, zero off the grammar."""
-        inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
+    def read(policy: ActorCritic) -> Tensor:
+        inputs = policy.encode(*(x.to(policy.device) for x in sequences))
         logits = policy.policy_logits(inputs, slice(-1, None))[:, 0].cpu().double()
-        table = self.possible.double()
-        table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
+        table = possible.double()
+        table[states] = logits.masked_fill(~possible[states], -torch.inf).softmax(-1)
         return table
+
+    return read
 
 
 def corpus(size: int, seed: int) -> list[str]:
@@ -211,12 +212,12 @@ def lexicon_reward(tree: TokenTree, tokenizer, identity: str):
     return lexicon
 
 
-def exact_metrics(tree: TokenTree, reader: TreeReader, tau: float):
+def exact_metrics(tree: TokenTree, read: Callable[[ActorCritic], Tensor], tau: float):
     """A function of the policy: METRICS, by enumeration."""
     best, start = tree.optimum(tau)[1][tree.roots].mean().item(), tree.objective(tree.ref, tau).item()
 
     def measure(policy: ActorCritic) -> dict[str, float]:
-        table = reader(policy)
+        table = read(policy)
         reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
         j = reward - tau * kl
         return dict(J=j, attained=(j - start) / (best - start), regret=best - j, exact_reward=reward, exact_kl=kl)
@@ -232,8 +233,8 @@ def load(seed: int = 0) -> World:
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     uniform, reference = build_tree(tokenizer), ActorCritic.from_pretrained(folder)
-    reader = TreeReader(uniform, tokenizer, reference)
-    tree = standardise(uniform.with_ref(reader(reference)))
+    read = tree_reader(uniform, tokenizer, reference)
+    tree = standardise(uniform.with_ref(read(reference)))
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:
@@ -245,5 +246,5 @@ def load(seed: int = 0) -> World:
     prompts = Dataset.from_dict({"prompt": list(PROMPTS)})
     return World(
         "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, tokenizer, folder.name), make_policy,
-        GrammarRule(tree), tree, lambda config: exact_metrics(tree, reader, config.tau), METRICS, threads=1,
+        GrammarRule(tree), tree, lambda config: exact_metrics(tree, read, config.tau), METRICS, threads=1,
     )  # fmt: skip

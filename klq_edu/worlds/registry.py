@@ -18,21 +18,13 @@ VARIANTS = {
 
 
 class Entry(NamedTuple):
-    """A world's line for --help, and what its demo does.
+    """A world's line for --help, and what its demo does."""
 
-    Attributes:
-        about: what it is, in a few words.
-        exact: whether it can be enumerated, so that optimum and regret are known (its World has a tree).
-        settings: of a run, for every algorithm alike but for what defines the algorithm.
-        demo: the variants that the demo compares.
-        quick_updates: updates per run of `klq demo --quick`.
-    """
-
-    about: str
-    exact: bool
-    settings: TrainConfig
-    demo: tuple[str, ...]
-    quick_updates: int
+    about: str  # what it is, in a few words
+    exact: bool  # whether it can be enumerated, so that optimum and regret are known (its World has a tree)
+    settings: TrainConfig  # of a run, for every algorithm alike but for what defines the algorithm
+    demo: tuple[str, ...]  # the variants that its demo compares
+    quick_updates: int  # per run of `klq demo --quick`
 
     @property
     def help(self) -> str:

