@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from klq_edu.app.experiment import Result
-from klq_edu.app.report import print_results
+from klq_edu.app.terminal import print_results
 from klq_edu.rlhf.config import TrainConfig
 
 
@@ -207,7 +207,7 @@ def test_the_doctor_reports_versions_devices_and_weights():
 def test_the_doctor_works_where_much_is_missing():
     """It must not crash on what it is there to report, and its advice must be readable (brackets and all)."""
     code = "import sys; sys.modules.update(transformers=None, datasets=None, gguf=None)\n"
-    code += "from klq_edu.app import doctor; doctor.DEMO_PACKAGES = ('no-such-package',); doctor.run_doctor()"
+    code += "from klq_edu.app import doctor; doctor.PACKAGES = {'no-such-package': doctor.DEMO}; doctor.run_doctor()"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )

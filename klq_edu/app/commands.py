@@ -14,14 +14,7 @@ from klq_edu.app.demo import run_demo, run_train
 from klq_edu.app.doctor import run_doctor
 from klq_edu.app.inspection import run_inspect
 from klq_edu.app.sweep import run_sweep
-from klq_edu.bench.run import BenchConfig
-
-
-def bench(config: BenchConfig) -> None:
-    """Measure the fused operations against the naive ones and peers: time, peak memory, error."""
-    from klq_edu.bench.run import run_bench
-
-    run_bench(config)
+from klq_edu.bench.run import run_bench
 
 
 def course(
@@ -30,7 +23,7 @@ def course(
     """Build the notebooks from their sources in src/, or check that they are up to date.
 
     Args:
-        action: build: write the full (executed), student and HTML editions and the map; check: name what is out of date.
+        action: build the full (executed), student and HTML editions and the map; or check: name what is out of date.
         notebooks: Folder of the course.
         only: Numbers of some notebooks, like 01 07; all by default.
     """
@@ -43,8 +36,8 @@ def course(
 
 
 COMMANDS = {
-    "demo": run_demo, "train": run_train, "sweep": run_sweep, "inspect": run_inspect, "bench": bench, "course": course,
-    "doctor": run_doctor,
+    "demo": run_demo, "train": run_train, "sweep": run_sweep, "inspect": run_inspect, "bench": run_bench,
+    "course": course, "doctor": run_doctor,
 }  # fmt: skip
 
 

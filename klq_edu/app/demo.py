@@ -25,24 +25,15 @@ class DemoConfig:
     """
 
     world: Annotated[Literal[*WORLDS], tyro.conf.arg(help=ABOUT)] = "stories"
-    algorithms: tuple[Literal[*VARIANTS], ...] = ()
-    """Algorithms to compare; none named: the world's."""
-    seeds: int = 1
-    """Seeds per algorithm: 0, 1, …"""
-    quick: bool = False
-    """Fewer updates."""
-    updates: int | None = None
-    """Updates per run; not given: the world's."""
-    tau: float | None = None
-    """KL coefficient τ; not given: the world's."""
-    out: Path = Path("runs/demo")
-    """Folder for runs and report.html."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps …"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32."""
-    open: bool = False
-    """Open the report in a browser at the end."""
+    algorithms: tuple[Literal[*VARIANTS], ...] = ()  # Algorithms to compare; none named: the world's.
+    seeds: int = 1  # Seeds per algorithm: 0, 1, …
+    quick: bool = False  # Fewer updates.
+    updates: int | None = None  # Updates per run; not given: the world's.
+    tau: float | None = None  # KL coefficient τ; not given: the world's.
+    out: Path = Path("runs/demo")  # Folder for runs and report.html.
+    device: str = "auto"  # auto, cpu, cuda, mps …
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of forward passes (autocast); all else is always float32.
+    open: bool = False  # Open the report in a browser at the end.
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -65,10 +56,8 @@ class TrainCommand:
 
     world: tyro.conf.Suppress[str]
     config: TrainConfig
-    out: Path
-    """Folder of this run: settings, metrics, samples, checkpoint."""
-    save_model: Path | None = None
-    """Write the trained policy here: a folder that loads as a plain causal LM, with its value head beside it."""
+    out: Path  # Folder of this run: settings, metrics, samples, checkpoint.
+    save_model: Path | None = None  # Folder for the trained policy: a plain causal LM, with its value head beside it.
 
 
 TRAIN = tyro.extras.subcommand_type_from_defaults(
@@ -80,7 +69,6 @@ TRAIN = tyro.extras.subcommand_type_from_defaults(
 def run_demo(config: DemoConfig) -> None:
     """Train a language model by KLQ and by PPO, and write a report."""
     from rich.console import Console
-    from rich.markup import escape
 
     from klq_edu.app import report
     from klq_edu.app.terminal import run_all
@@ -90,8 +78,8 @@ def run_demo(config: DemoConfig) -> None:
     folder = writable_folder(config.out / config.world)
     experiments = {folder / name: settings for name, settings in config.experiments().items()}
     page = report.write(folder / "report.html", *run_all(console, config.world, experiments))
-    minutes = (time.perf_counter() - start) / 60
-    console.print(f"\nreport: [bold]{escape(str(page))}[/]   runs: {escape(str(folder))}   time: {minutes:.1f} min")
+    minutes = f"{(time.perf_counter() - start) / 60:.1f} min"
+    console.print(f"\nreport: {page}   runs: {folder}   time: {minutes}", markup=False)
     if config.open:
         webbrowser.open(page.resolve().as_uri())
 
@@ -99,7 +87,6 @@ def run_demo(config: DemoConfig) -> None:
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
     """Train once, in a world of your choice, with every setting at your disposal."""
     from rich.console import Console
-    from rich.markup import escape
 
     from klq_edu.app.terminal import run_all
     from klq_edu.files import writable_folder
@@ -114,4 +101,4 @@ def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
         policy.load_state_dict(load_checkpoint(command.out / "checkpoint.pt")["parameters"], strict=False)
         policy.save_pretrained(folder)
         world.tokenizer.save_pretrained(folder)
-        console.print(f"model: [bold]{escape(str(folder))}[/]")
+        console.print(f"model: {folder}", markup=False)

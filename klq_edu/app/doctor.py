@@ -6,11 +6,12 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from klq_edu.worlds.cache import cache_root
-from klq_edu.worlds.weights import ABSENT, weights_folder
+from klq_edu.worlds.weights import ABSENT, cache_root, weights_folder
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
-DEMO_PACKAGES = ("gguf", "vaderSentiment", "textblob")
+CORE = "pip install -c constraints.txt -e ."
+DEMO = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
+NEEDED = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
+PACKAGES = dict.fromkeys(NEEDED, CORE) | dict.fromkeys(("gguf", "vaderSentiment", "textblob"), DEMO)
 
 
 class Finding(NamedTuple):
@@ -24,12 +25,17 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
-    found = [Finding("python", True, platform.python_version())]
-    found += [_package(name, "pip install -c constraints.txt -e .") for name in PACKAGES]
-    demo = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
-    found += [_package(name, demo) for name in DEMO_PACKAGES]
-    devices = _devices() if importlib.util.find_spec("torch") else []
-    return [*found, *devices, _weights(), _cache()]
+    root, weights = cache_root(), weights_folder()
+    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    return [
+        Finding("python", True, platform.python_version()),
+        *(_package(*item) for item in PACKAGES.items()),
+        *(_devices() if importlib.util.find_spec("torch") else []),
+        Finding("SmolLM2 weights", True, "installed")
+        if weights
+        else Finding("SmolLM2 weights", False, "absent", ABSENT),
+        Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}"),
+    ]
 
 
 def _package(name: str, advice: str) -> Finding:
@@ -51,17 +57,6 @@ def _devices() -> list[Finding]:
     else:
         mode = ("no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
     return [Finding("device", True, device), Finding("triton mode", True, *mode)]
-
-
-def _weights() -> Finding:
-    fine = weights_folder() is not None
-    return Finding("SmolLM2 weights", fine, *(("installed",) if fine else ("absent", ABSENT)))
-
-
-def _cache() -> Finding:
-    root = cache_root()
-    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
-    return Finding("cache", True, f"{root}: {', '.join(made)}" if made else f"{root}: empty, filled by the first demo")
 
 
 def run_doctor() -> bool:

@@ -1,6 +1,5 @@
 """One experiment = one world, one configuration, one folder: reference samples, training, samples after."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +38,8 @@ class Result:
         return {"algorithm": variant_of(self.settings), "tau": self.settings["tau"], "seed": self.settings["seed"]}
 
 
-def run_experiment(
-    world: World, config: TrainConfig, folder: str | Path, on_update: Callable[[dict], None] = lambda row: None
-) -> Result:
-    """Train in `world` with `config`, keeping everything in `folder`.
+def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_update=lambda row: None) -> Result:
+    """Train in `world` with `config`, keeping everything in `folder`; `on_update` gets each new row of metrics.
 
     A finished folder is read, an interrupted one is continued from its last update, another is started. Raises
     ValueError where the folder is in use or holds a run on other prompts, for another reward or from another model.
@@ -57,7 +54,7 @@ def run_experiment(
         return read_result(run)
 
 
-def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict], None]) -> None:
+def _run(world: World, config: TrainConfig, run: Run, on_update) -> None:
     policy = world.make_policy(config).to(resolve_device(config.device))
     before = held_out_samples(world, policy, config)
     run.claim({"reward": reward_identity(world.reward)}, again=True)
@@ -70,8 +67,7 @@ def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict]
     )  # fmt: skip
     after = held_out_samples(world, policy, config)
     run.claim({"reward": reward_identity(world.reward)}, again=True)
-    samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
-    write_json(run.folder / SAMPLES_FILE, samples)
+    write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
 
 
 def read_result(run: Run) -> Result | None:
@@ -101,10 +97,9 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
     """One row per experiment: test rewards before and after, the last quarter's reward and KL, and its time."""
     rows = []
     for r in results:
-        log = pd.DataFrame(r.rows)
-        row = {"test_before": r.before["reward"].mean(), "test_after": r.after["reward"].mean()}
-        if "judge" in r.after:
-            row |= {"judge_before": r.before["judge"].mean(), "judge_after": r.after["judge"].mean()}
+        log, before, after = pd.DataFrame(r.rows), *(t.mean(numeric_only=True) for t in (r.before, r.after))
+        row = {"test_before": before["reward"], "test_after": after["reward"]}
+        row |= {"judge_before": before.get("judge"), "judge_after": after.get("judge")}
         row |= log[["reward", "kl"]].tail(max(1, len(log) // 4)).mean().to_dict()
         row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": log["seconds"].sum()}
         rows.append(r.labels | row)

@@ -29,28 +29,21 @@ DEVICES = {  # bytes/s; dense matrix operations/s in bf16 and in fp32 to fp32 ac
     "MI300X": (5.30e12, {"bf16": 1307e12, "fp32": 163e12}),
 }
 SIZE = {"bf16": 2, "fp32": 4}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
 class InspectConfig:
     """What to compile, and the sizes that the floors are for. A broken promise of a default tile is exit status 1."""
 
-    targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
-    """Architectures: A100, H100/H200, B200, MI300X."""
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
-    """Element types of logits, hidden states and weights."""
-    kernels: tuple[Literal[*KERNELS], ...] = tuple(KERNELS)
-    """Kernels to compile, by name."""
-    all_tiles: bool = False
-    """Candidate tile sizes too, not only the defaults."""
-    source: Literal["ptx", "sass", "amdgcn"] | None = None
-    """Print this form of each kernel's code instead of the table."""
-    n: int = 8192
-    """Tokens, for the floor."""
-    v: int = 151_936
-    """Vocabulary, for the floor."""
-    h: int = 4096
-    """Hidden size, for the floor."""
+    targets: tuple[Literal[*TARGETS], ...] = tuple(TARGETS)  # Architectures: A100, H100/H200, B200, MI300X.
+    dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
+    kernels: tuple[Literal[*KERNELS], ...] = tuple(KERNELS)  # Kernels to compile, by name.
+    all_tiles: bool = False  # Candidate tile sizes too, not only the defaults.
+    source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
+    n: int = 8192  # Tokens, for the floor.
+    v: int = 151_936  # Vocabulary, for the floor.
+    h: int = 4096  # Hidden size, for the floor.
 
     def __post_init__(self):
         if min(self.n, self.v, self.h) < 1:
@@ -63,7 +56,7 @@ def run_inspect(config: InspectConfig) -> bool:
     from rich.progress import track
 
     if config.source:
-        sys.stdout.writelines(_compiler(config, "--source", config.source))
+        sys.stdout.writelines(_compiler(config))
         return True
     console = Console()
     records = list(track(findings(config), description="compiling", console=console, transient=True))
@@ -76,13 +69,14 @@ def run_inspect(config: InspectConfig) -> bool:
 
 def findings(config: InspectConfig) -> Iterator[dict]:
     """One record per compiled kernel (see `klq_kernels.offline.Finding`), as they come."""
-    return map(json.loads, _compiler(config, *(["--all-tiles"] * config.all_tiles)))
+    return map(json.loads, _compiler(config))
 
 
-def _compiler(config: InspectConfig, *options: str) -> Iterator[str]:
+def _compiler(config: InspectConfig) -> Iterator[str]:
     """Lines printed by the compiling process, which needs Triton's interpreter switched off."""
     command = [sys.executable, "-m", "klq_kernels.offline", "--targets", *config.targets, "--dtypes", *config.dtypes]
-    command += ["--kernels", *config.kernels, *options]
+    command += ["--kernels", *config.kernels, *(["--all-tiles"] if config.all_tiles else [])]
+    command += ["--source", config.source] if config.source else []
     environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
         yield from child.stdout

@@ -1,4 +1,4 @@
-"""What an experiment shows: a terminal table, completions before and after, and one self-contained report page."""
+"""What experiments show: a table, completions before and after, and figures, as one self-contained report page."""
 
 import base64
 from itertools import repeat
@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Template
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from klq_edu import figures
 from klq_edu.app.experiment import Result, summarise_results
@@ -54,22 +51,6 @@ def samples_table(results: list[Result]) -> list[tuple[str, list[tuple]]]:
     return list(zip(results[0].before["prompt"][:PROMPTS_SHOWN], zip(*columns)))
 
 
-def print_results(console: Console, world: World, results: list[Result]) -> None:
-    """The results table and the completions, on the terminal."""
-    data = results_table(results)
-    caption = f"* mean over the last quarter of training. {_seeds(results)}"
-    numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
-    title = f"world {escape(world.name)}, {_scale(results)}"
-    table = Table(Column("algorithm", no_wrap=True), *numbers, title=title, caption=caption)
-    for row in data.itertuples(index=False):
-        table.add_row(*row)
-    console.print(table)
-    for prompt, lines in samples_table(results):
-        console.print(f"\n[bold]{escape(prompt)}[/] …")
-        for who, text, reward in lines:
-            console.print(f"  {who:<12} {reward:+.2f}  {' '.join(text.split())}", markup=False, highlight=False)
-
-
 def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Picture]]:
     """The report's figures: (name, heading, picture)."""
     runs = pd.concat([pd.DataFrame(r.rows).assign(**r.labels) for r in results], ignore_index=True)
@@ -111,7 +92,7 @@ def write(path: Path, world: World, results: list[Result]) -> Path:
     summarise_results(results).to_csv(path.parent / "results.csv", index=False)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
-        world=world, scale=_scale(results), seeds=_seeds(results), table=results_table(results), figures=shown,
+        world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
         samples=samples_table(results), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]][0], r.settings) for r in results if r.labels["seed"] == 0],
@@ -120,12 +101,14 @@ def write(path: Path, world: World, results: list[Result]) -> Path:
     return path
 
 
-def _scale(results: list[Result]) -> str:
+def scale(results: list[Result]) -> str:
+    """How much was trained, and at which τ."""
     s = results[0].settings
     return f"τ = {s['tau']:g}, {s['updates']} updates of {s['batch_size']} completions, {s['epochs']} epochs each"
 
 
-def _seeds(results: list[Result]) -> str:
+def seeds(results: list[Result]) -> str:
+    """What the numbers are medians of, or that they are not."""
     count = len({r.labels["seed"] for r in results})
     several = f"Median over {count} seeds [lowest, highest]"
     return several if count > 1 else "One seed: no error bars, so small differences mean nothing"

@@ -20,31 +20,21 @@ class SweepConfig:
     Finished runs are kept: Ctrl-C and the same command again continue with what is missing.
     """
 
-    taus: tuple[float, ...] = (0.05, 0.2, 1.0)
-    """KL coefficients τ."""
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """Adam step sizes."""
-    variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
-    """Algorithm variants."""
-    critics: tuple[str, ...] = ("separate",)
-    """separate, shared, or shared:FACTOR with this factor on the value gradient into the trunk."""
-    seeds: int = 5
-    """Seeds per setting."""
-    updates: int = 80
-    """Updates of 64 completions each."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    name: str = "grammar_sweep"
-    """Name of the CSV, and of the table (.md) and the provenance (.json) beside it."""
-    out: Path = Path("runs")
-    """Folder for these (the committed ones were made with --out results)."""
-    runs: Path = Path("runs/sweep")
-    """Folder for the runs themselves."""
+    taus: tuple[float, ...] = (0.05, 0.2, 1.0)  # KL coefficients τ.
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # Adam's step sizes.
+    variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)  # Algorithm variants.
+    critics: tuple[str, ...] = ("separate",)  # Or shared, or shared:FACTOR on the value gradient into the trunk.
+    seeds: int = 5  # Seeds per setting.
+    updates: int = 80  # Updates of 64 completions each.
+    jobs: int = 2  # Runs at a time, one thread each.
+    name: str = "grammar_sweep"  # Name of the CSV, the table (.md) and the provenance (.json).
+    out: Path = Path("runs")  # Folder for these (of those in the repository: results).
+    runs: Path = Path("runs/sweep")  # Folder for the runs themselves.
 
     def __post_init__(self):
         for name in ("taus", "learning_rates", "variants", "critics", "seeds", "jobs"):
-            if not getattr(self, name) or (isinstance(getattr(self, name), int) and getattr(self, name) < 1):
-                raise ValueError(f"{name} must not be empty or below 1, got {getattr(self, name)}")
+            if not (value := getattr(self, name)) or (isinstance(value, int) and value < 1):
+                raise ValueError(f"{name} must not be empty or below 1, got {value}")
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of every run."""
@@ -71,7 +61,7 @@ def run_sweep(config: SweepConfig) -> None:
     from klq_edu.files import writable_folder, write_provenance
     from klq_edu.worlds import load
 
-    out = writable_folder(config.out)
+    path = writable_folder(config.out) / f"{config.name}.csv"
     load("grammar")  # train the shared reference once, before the workers start
     experiments = config.experiments()
     spawn = multiprocessing.get_context("spawn")  # one thread each: fastest for small models, and reproducible
@@ -86,7 +76,6 @@ def run_sweep(config: SweepConfig) -> None:
                     child.terminate()
             pool.shutdown(cancel_futures=True)
             raise
-    path = out / f"{config.name}.csv"
     pd.DataFrame([f.result() for f in futures]).to_csv(path, index=False)
     sweep = {name: str(value) for name, value in asdict(config).items()}
     first = next(iter(experiments.values())).to_dict()
@@ -96,28 +85,23 @@ def run_sweep(config: SweepConfig) -> None:
 
 
 def markdown(csv: Path) -> str:
-    """The sweep as a Markdown table: improvement attained per τ, algorithm, critic and learning rate, best in bold."""
+    """Improvement attained, median [lowest, highest], per τ, algorithm, critic and learning rate; the best in bold."""
     import pandas as pd
 
     from klq_edu.figures import STYLES
 
     runs = pd.read_csv(csv)
-    rates = sorted(runs["learning_rate"].unique())
-    head = ["τ", "algorithm", "critic", *(f"lr {rate:g}" for rate in rates), "completions to 90%"]
-    lines = [head, ["---"] * len(head)]
+    rates = (f"lr {rate:g}" for rate in sorted(runs["learning_rate"].unique()))
+    lines = [["τ", "algorithm", "critic", *rates, "completions to 90%"]]
+    lines.append(["---"] * len(lines[0]))
     for (tau, name, critic), part in runs.groupby(["tau", "algorithm", "critic"], sort=False):
-        lines.append([f"{tau:g}", STYLES[name][0], critic, *_cells(part, rates)])
+        attained = part.groupby("learning_rate")["attained"]
+        cells = {rate: f"{x.median():.3f} [{x.min():.3f}, {x.max():.3f}]" for rate, x in attained}
+        best = attained.median().idxmax()
+        cells[best] = f"**{cells[best]}**"
+        reached = part.loc[part["learning_rate"] == best, "rollouts_to_0.9"].fillna(math.inf).median()
+        lines.append([f"{tau:g}", STYLES[name][0], critic, *cells.values(), f"{reached:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cells(part, rates: list[float]) -> list[str]:
-    """Median [lowest, highest] improvement attained per learning rate, and how soon the best one reached 90%."""
-    attained = {rate: part.loc[part["learning_rate"] == rate, "attained"] for rate in rates}
-    best = max(rates, key=lambda rate: attained[rate].median())
-    shown = [f"{x.median():.3f} [{x.min():.3f}, {x.max():.3f}]" for x in attained.values()]
-    shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
-    reached = part.loc[part["learning_rate"] == best, f"rollouts_to_{MILESTONES[0]:g}"].fillna(math.inf).median()
-    return [*shown, f"{reached:.0f}"]
 
 
 def one_run(settings: TrainConfig, folder: Path) -> dict:
@@ -126,11 +110,10 @@ def one_run(settings: TrainConfig, folder: Path) -> dict:
     from klq_edu.worlds import load
 
     result = run_experiment(load("grammar"), settings, folder)
-    scale = "" if settings.value_grad_scale is None else f":{settings.value_grad_scale:g}"
-    row = {"algorithm": variant_of(result.settings), "critic": settings.critic + scale, "tau": settings.tau}
-    row |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    row |= {k: result.rows[-1][k] for k in ("rollouts", "attained", "regret", "J", "exact_reward", "exact_kl")}
+    last, scale = result.rows[-1], "" if settings.value_grad_scale is None else f":{settings.value_grad_scale:g}"
+    row = {"algorithm": variant_of(result.settings), "critic": settings.critic + scale}
+    row |= {name: getattr(settings, name) for name in ("tau", "learning_rate", "seed")}
+    row |= {name: last[name] for name in ("rollouts", "attained", "regret", "J", "exact_reward", "exact_kl")}
     for goal in MILESTONES:
-        reached = (r["rollouts"] for r in result.rows if r.get("attained", -1) >= goal)
-        row[f"rollouts_to_{goal:g}"] = next(reached, None)
+        row[f"rollouts_to_{goal:g}"] = next((r["rollouts"] for r in result.rows if r.get("attained", -1) >= goal), None)
     return row

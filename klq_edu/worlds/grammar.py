@@ -8,7 +8,6 @@ reference.
 
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -25,7 +24,7 @@ from klq_edu.machine import threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import encode_prompts
-from klq_edu.worlds.cache import cached_folder
+from klq_edu.worlds.weights import cached_folder
 from klq_edu.worlds.world import World
 
 PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
@@ -39,8 +38,11 @@ END = "."
 FIRST = ADJECTIVES + PEOPLE + THINGS
 FOLLOWERS = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END)}
 FOLLOWERS |= {ADVERBS: (END,)}
-PAD = "<pad>"
 LONGEST = 5
+PAD = "<pad>"
+VOCABULARY = (PAD, END, *dict.fromkeys(" ".join(PROMPTS).split()))
+VOCABULARY += ADJECTIVES + PEOPLE + THINGS + DEEDS + EVENTS + ADVERBS
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 # The reward: what each word is worth, and what some pairs of neighbours add. It scores prefixes as they grow.
 LEXICON = {
@@ -87,28 +89,25 @@ def raw_score(words: tuple[str, ...]) -> float:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, <pad> and the full stop (which ends a completion) included."""
-    words = [PAD, END, *dict.fromkeys(" ".join(PROMPTS).split())]
-    words += [*ADJECTIVES, *PEOPLE, *THINGS, *DEEDS, *EVENTS, *ADVERBS]
-    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=PAD))
+    model = Tokenizer(models.WordLevel(IDS, unk_token=PAD))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, pad_token=PAD)
 
 
-def text(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
+def words_of(ids: tuple[int, ...]) -> tuple[str, ...]:
     """The words of a prefix or completion."""
-    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)))
+    return tuple(VOCABULARY[i] for i in ids)
 
 
-def build_tree(tokenizer: PreTrainedTokenizerFast) -> TokenTree:
+def build_tree() -> TokenTree:
     """The grammar as a TokenTree, with a uniform reference and raw rewards to be replaced later."""
-    words, ids = (lambda prefix: tuple(text(tokenizer, prefix).split())), tokenizer.convert_tokens_to_ids
 
     def uniform(prefix):
-        allowed = ids(list(successors(words(prefix))))
-        return torch.zeros(len(tokenizer), dtype=torch.float64).index_fill(0, torch.tensor(allowed), 1 / len(allowed))
+        allowed = torch.tensor([IDS[w] for w in successors(words_of(prefix))])
+        return torch.zeros(len(IDS), dtype=torch.float64).index_fill(0, allowed, 1 / len(allowed))
 
-    prompts = tuple(tuple(ids(p.split())) for p in PROMPTS)
-    return TokenTree.grow(len(tokenizer), LONGEST, uniform, lambda prefix: raw_score(words(prefix)), ids(END), prompts)
+    prompts = tuple(tuple(IDS[w] for w in p.split()) for p in PROMPTS)
+    return TokenTree.grow(len(IDS), LONGEST, uniform, lambda prefix: raw_score(words_of(prefix)), IDS[END], prompts)
 
 
 class GrammarRule:
@@ -120,9 +119,8 @@ class GrammarRule:
 
     def start(self, prompts: list[str]) -> Tensor:
         """The root of each prompt; ValueError for a prompt that is not the grammar's."""
-        unknown = [p for p in prompts if p not in self.roots]
-        if unknown:
-            raise ValueError(f"prompts must be among {PROMPTS} in the grammar world, got {unknown[0]!r}")
+        if unknown := set(prompts) - set(PROMPTS):
+            raise ValueError(f"prompts must be among {PROMPTS} in the grammar world, got {min(unknown)!r}")
         return torch.tensor([self.roots[p] for p in prompts])
 
     def allowed(self, state: Tensor) -> Tensor:
@@ -134,21 +132,16 @@ class GrammarRule:
         return torch.where(state == ENDS, ENDS, self.children[state, tokens])
 
 
-def tree_reader(tree: TokenTree, tokenizer, policy: ActorCritic) -> Callable[[ActorCritic], Tensor]:
-    """A function: policy like this one -> its table [S, V], float64, zero off the grammar, in one forward pass."""
+@torch.no_grad()
+def policy_table(tree: TokenTree, tokenizer, policy: ActorCritic) -> Tensor:
+    """The policy as a table [S, V], float64, zero off the grammar: one pass over all states where there is a choice."""
     possible = tree.ref > 0
-    states = (possible.sum(1) > 1).nonzero().flatten()  # elsewhere there is nothing to read: one token has all
-    sequences = encode_prompts(tokenizer, [text(tokenizer, tree.prefixes[s]) for s in states], policy, 0)
-
-    @torch.no_grad()
-    def read(policy: ActorCritic) -> Tensor:
-        inputs = policy.encode(*(x.to(policy.device) for x in sequences))
-        logits = policy.policy_logits(inputs, slice(-1, None))[:, 0].cpu().double()
-        table = possible.double()
-        table[states] = logits.masked_fill(~possible[states], -torch.inf).softmax(-1)
-        return table
-
-    return read
+    states = (possible.sum(1) > 1).nonzero().flatten()
+    texts = [" ".join(words_of(tree.prefixes[s])) for s in states]
+    logits = policy.policy_logits(policy.encode(*encode_prompts(tokenizer, texts, policy, 0)), slice(-1, None))[:, 0]
+    table = possible.double()
+    table[states] = logits.cpu().double().masked_fill(~possible[states], -torch.inf).softmax(-1)
+    return table
 
 
 def corpus(size: int, seed: int) -> list[str]:
@@ -199,25 +192,24 @@ def standardise(tree: TokenTree) -> TokenTree:
     return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / std))
 
 
-def lexicon_reward(tree: TokenTree, tokenizer, identity: str):
+def lexicon_reward(tree: TokenTree, identity: str):
     """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop."""
-    texts = (text(tokenizer, c) for c in tree.completions())
-    scores = dict(zip(texts, tree.rewards[tree.leaves].tolist(), strict=True))
+    scores = dict(zip(map(words_of, tree.completions()), tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
-        texts = (f"{p} {c.removesuffix(END)} {END}".split() for p, c in zip(prompts, completions, strict=True))
-        return [scores[" ".join(words)] for words in texts]
+        pairs = zip(prompts, completions, strict=True)
+        return [scores[(*p.split(), *c.removesuffix(END).split(), END)] for p, c in pairs]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
     return lexicon
 
 
-def exact_metrics(tree: TokenTree, read: Callable[[ActorCritic], Tensor], tau: float):
+def exact_metrics(tree: TokenTree, tokenizer, tau: float):
     """A function of the policy: METRICS, by enumeration."""
     best, start = tree.optimum(tau)[1][tree.roots].mean().item(), tree.objective(tree.ref, tau).item()
 
     def measure(policy: ActorCritic) -> dict[str, float]:
-        table = read(policy)
+        table = policy_table(tree, tokenizer, policy)
         reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
         j = reward - tau * kl
         return dict(J=j, attained=(j - start) / (best - start), regret=best - j, exact_reward=reward, exact_kl=kl)
@@ -232,9 +224,8 @@ def load(seed: int = 0) -> World:
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
-    uniform, reference = build_tree(tokenizer), ActorCritic.from_pretrained(folder)
-    read = tree_reader(uniform, tokenizer, reference)
-    tree = standardise(uniform.with_ref(read(reference)))
+    tree = build_tree()
+    tree = standardise(tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder))))
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:
@@ -245,6 +236,6 @@ def load(seed: int = 0) -> World:
 
     prompts = Dataset.from_dict({"prompt": list(PROMPTS)})
     return World(
-        "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, tokenizer, folder.name), make_policy,
-        GrammarRule(tree), tree, lambda config: exact_metrics(tree, read, config.tau), METRICS, threads=1,
+        "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, folder.name), make_policy,
+        GrammarRule(tree), tree, lambda config: exact_metrics(tree, tokenizer, config.tau), METRICS, threads=1,
     )  # fmt: skip

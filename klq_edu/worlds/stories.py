@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
-from klq_edu.worlds.cache import cached_folder
-from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, weights_folder
+from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import World
 
 TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
@@ -85,8 +84,7 @@ def load() -> World:
     vocab = torch.tensor([i for i in range(FREQUENT_TOKENS) if i not in special])
 
     def make_policy(config: TrainConfig) -> ActorCritic:
-        settings = {"trainable_blocks": TRAINABLE_BLOCKS, "critic": config.critic, "vocab": vocab}
-        return ActorCritic.from_pretrained(folder, **settings)
+        return ActorCritic.from_pretrained(folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic, vocab=vocab)
 
     return World(
         "stories", __doc__, Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
