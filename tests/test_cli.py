@@ -36,7 +36,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("bench",), ("doctor",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("inspect",), ("bench",), ("course",), ("doctor",)]
+)
 def test_help_is_instant_because_nothing_heavy_is_imported(command):
     out = subprocess.run([sys.executable, "-c", WATCHED, *command, "--help"], capture_output=True, text=True)
     assert out.returncode == 0 and "usage: " in out.stdout, out.stderr

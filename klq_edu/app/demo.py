@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.registry import VARIANTS, WORLDS, preset
+from klq_edu.worlds.registry import VARIANTS, WORLDS, named, preset
 
 ABOUT = "; ".join(
     f"{name}: {w.help} ({', '.join(w.demo)}; {w.settings.updates} updates, {w.quick_updates} with --quick)"
@@ -41,11 +41,10 @@ class DemoConfig:
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of everything this demo runs."""
-        world, given = WORLDS[self.world], {"tau": self.tau, "updates": self.updates}
-        quick = {"updates": world.quick_updates} if self.quick else {}
-        changes = quick | {k: v for k, v in given.items() if v is not None}
-        changes |= {"device": self.device, "dtype": self.dtype}
-        names = self.algorithms or world.demo
+        world = named("world", self.world, WORLDS)
+        updates = world.quick_updates if self.quick and self.updates is None else self.updates
+        given = {"tau": self.tau, "updates": updates, "device": self.device, "dtype": self.dtype}
+        changes, names = {k: v for k, v in given.items() if v is not None}, self.algorithms or world.demo
         configs = [(n, preset(self.world, n, seed=seed, **changes)) for seed in range(self.seeds) for n in names]
         return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
 
@@ -78,8 +77,8 @@ def run_demo(config: DemoConfig) -> None:
     folder = writable_folder(config.out / config.world)
     experiments = {folder / name: settings for name, settings in config.experiments().items()}
     page = report.write(folder / "report.html", *run_all(console, config.world, experiments))
-    minutes = f"{(time.perf_counter() - start) / 60:.1f} min"
-    console.print(f"\nreport: {page}   runs: {folder}   time: {minutes}", markup=False)
+    minutes = (time.perf_counter() - start) / 60
+    console.print(f"\nreport: {page}   runs: {folder}   time: {minutes:.1f} min", markup=False)
     if config.open:
         webbrowser.open(page.resolve().as_uri())
 

@@ -25,15 +25,13 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
-    root, weights = cache_root(), weights_folder()
+    root, weights = cache_root(), ("installed",) if weights_folder() else ("absent", ABSENT)
     made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
     return [
         Finding("python", True, platform.python_version()),
         *(_package(*item) for item in PACKAGES.items()),
         *(_devices() if importlib.util.find_spec("torch") else []),
-        Finding("SmolLM2 weights", True, "installed")
-        if weights
-        else Finding("SmolLM2 weights", False, "absent", ABSENT),
+        Finding("SmolLM2 weights", weights == ("installed",), *weights),
         Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}"),
     ]
 

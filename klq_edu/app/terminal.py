@@ -16,7 +16,6 @@ from klq_edu.worlds import load
 from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
-
 COLUMNS = (
     bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=10), bars.MofNCompleteColumn(),
     bars.TextColumn("{task.fields[note]}"), bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
