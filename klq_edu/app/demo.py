@@ -19,10 +19,7 @@ ABOUT = "; ".join(
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train a language model by KLQ and by PPO from the same start and seed, and write a report.
-
-    Ctrl-C keeps what is done; running the same command again continues with what is missing.
-    """
+    """Ctrl-C keeps what is done; running the same command again continues with what is missing."""
 
     world: Annotated[Literal[*WORLDS], tyro.conf.arg(help=ABOUT)] = "stories"
     algorithms: tuple[Literal[*VARIANTS], ...] = ()  # Algorithms to compare; none named: the world's.
@@ -66,7 +63,7 @@ TRAIN = tyro.extras.subcommand_type_from_defaults(
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Train a language model by KLQ and by PPO, and write a report."""
+    """Train a language model by KLQ and by PPO from the same start and seed, and write a report."""
     from rich.console import Console
 
     from klq_edu.app import report
@@ -91,9 +88,7 @@ def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
     from klq_edu.files import writable_folder
     from klq_edu.rlhf.runs import load_checkpoint
 
-    console, folder = Console(), command.save_model
-    if folder:
-        writable_folder(folder)
+    console, folder = Console(), command.save_model and writable_folder(command.save_model)
     world, _ = run_all(console, command.world, {command.out: command.config})
     if folder:
         policy = world.make_policy(command.config)

@@ -58,8 +58,7 @@ def _run(world: World, config: TrainConfig, run: Run, on_update) -> None:
     policy = world.make_policy(config).to(resolve_device(config.device))
     before = held_out_samples(world, policy, config)
     run.claim({"reward": reward_identity(world.reward)}, again=True)
-    start = world.tree.expected_reward(world.tree.ref).item() if world.exact else before["reward"].mean()
-    policy.start_value(start)
+    policy.start_value(world.tree.expected_reward(world.tree.ref).item() if world.exact else before["reward"].mean())
     (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
     train(
         policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,

@@ -61,8 +61,7 @@ def run_inspect(config: InspectConfig) -> bool:
     console = Console()
     records = list(track(findings(config), description="compiling", console=console, transient=True))
     console.print(_table(records), _floors(config), sep="\n")
-    broken = [r for r in records if r["problems"]]
-    bad = [f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(r['problems'])}" for r in broken]
+    bad = [f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(p)}" for r in records if (p := r["problems"])]
     console.print("\n".join(bad) or f"{len(records)} variants: no default spills, overflows or loses its wide loads.")
     return not bad
 

@@ -63,9 +63,8 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
         ("plane", "Reward against KL", figures.reward_kl_plane(runs, *plane)),
     ]
     if world.exact:
-        regret = figures.regret_curves(runs, results[0].settings["tau"])
-        shown.append(("regret", "Regret to the exact optimum", regret))
-    shown.append(("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps()))
+        shown += [("regret", "Regret to the exact optimum", figures.regret_curves(runs, results[0].settings["tau"]))]
+    shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
     if world.exact and pair["algorithm"].nunique() == 2:
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
@@ -73,16 +72,13 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
             "The exact steps of the two are equal. What lets training part: actions are sampled, each batch is used "
             "for several epochs, and PPO-penalty's value loss has its own coefficient."
         )
-        picture = figures.learning_curves(pair, panels, parting)
-        shown.append(("pair", "KLQ beside PPO-penalty: in training", picture))
+        shown += [("pair", "KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels, parting))]
     return shown
 
 
 def write(path: Path, world: World, results: list[Result]) -> Path:
-    """Write the self-contained report page (no scripts, no links to other hosts) and return its path.
-
-    Beside it go its figures as SVG files (figures/) and its table of numbers, one row per run (results.csv).
-    """
+    """Write the self-contained report page (no scripts, no links to other hosts) and return its path; its figures
+    (SVG) and its table of numbers (results.csv, one row per run) go beside it."""
     folder, shown = path.parent / "figures", []
     folder.mkdir(exist_ok=True)
     for name, title, picture in pictures(world, results):

@@ -15,10 +15,7 @@ MILESTONES = (0.9, 0.95, 0.98)
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Run every algorithm variant over KL coefficients, learning rates and seeds in the grammar world.
-
-    Finished runs are kept: Ctrl-C and the same command again continue with what is missing.
-    """
+    """Finished runs are kept: Ctrl-C and the same command again continue with what is missing."""
 
     taus: tuple[float, ...] = (0.05, 0.2, 1.0)  # KL coefficients τ.
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # Adam's step sizes.
@@ -38,12 +35,11 @@ class SweepConfig:
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of every run."""
-        common = {"updates": self.updates, "device": "cpu", "eval_every": 10, "checkpoint_every": self.updates}
-        found = {}
         axes = (self.taus, self.variants, self.critics, self.learning_rates, range(self.seeds))
+        found, common = {}, {"updates": self.updates, "checkpoint_every": self.updates, "eval_every": 10}
         for tau, variant, critic, rate, seed in product(*axes):
             kind, _, scale = critic.partition(":")
-            changes = common | {"critic": kind, "value_grad_scale": float(scale) if scale else None}
+            changes = common | {"device": "cpu", "critic": kind, "value_grad_scale": float(scale) if scale else None}
             name = f"{variant}-{critic.replace(':', '')}-tau{tau:g}-lr{rate:g}-{self.updates}-seed{seed}"
             found[name] = preset("grammar", variant, tau=tau, learning_rate=rate, seed=seed, **changes)
         return found

@@ -36,8 +36,7 @@ EVENTS = ("shines", "grows", "rests", "falls", "burns", "breaks")
 ADVERBS = ("gently", "bravely", "again", "alone", "slowly", "bitterly", "together", "forever")
 END = "."
 FIRST = ADJECTIVES + PEOPLE + THINGS
-FOLLOWERS = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END)}
-FOLLOWERS |= {ADVERBS: (END,)}
+AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END), ADVERBS: (END,)}
 LONGEST = 5
 PAD = "<pad>"
 VOCABULARY = (PAD, END, *dict.fromkeys(" ".join(PROMPTS).split()))
@@ -75,7 +74,7 @@ def successors(words: tuple[str, ...]) -> tuple[str, ...]:
     >>> successors(("kind", "river"))
     ('shines', 'grows', 'rests', 'falls', 'burns', 'breaks')
     """
-    return next((after for kind, after in FOLLOWERS.items() if words and words[-1] in kind), FIRST)
+    return next((after for kind, after in AFTER.items() if words and words[-1] in kind), FIRST)
 
 
 def raw_score(words: tuple[str, ...]) -> float:
@@ -188,8 +187,7 @@ def standardise(tree: TokenTree) -> TokenTree:
     """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
     weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[tree.leaves]
     centred = scores - (weights * scores).sum()
-    std = (weights * centred**2).sum().sqrt()
-    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / std))
+    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / (weights * centred**2).sum().sqrt()))
 
 
 def lexicon_reward(tree: TokenTree, identity: str):
@@ -197,8 +195,7 @@ def lexicon_reward(tree: TokenTree, identity: str):
     scores = dict(zip(map(words_of, tree.completions()), tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
-        pairs = zip(prompts, completions, strict=True)
-        return [scores[(*p.split(), *c.removesuffix(END).split(), END)] for p, c in pairs]
+        return [scores[(*p.split(), *c.removesuffix(END).split(), END)] for p, c in zip(prompts, completions)]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
     return lexicon

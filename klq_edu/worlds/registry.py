@@ -35,14 +35,13 @@ class Entry(NamedTuple):
 WORLDS = {
     "stories": Entry(
         "SmolLM2-135M, a real language model", False,
-        TrainConfig(
-            updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05, max_new_tokens=20,
-            temperature=0.8,
-        ), ("klq", "ppo_clip"), quick_updates=10,
+        TrainConfig(updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05,
+                    max_new_tokens=20, temperature=0.8),
+        demo=("klq", "ppo_clip"), quick_updates=10,
     ),
     "grammar": Entry(
-        "a tiny language model", True,
-        TrainConfig(max_new_tokens=5, critic="separate"), ("klq", "ppo_clip", "ppo_penalty"), quick_updates=30,
+        "a tiny language model", True, TrainConfig(max_new_tokens=5, critic="separate"),
+        demo=("klq", "ppo_clip", "ppo_penalty"), quick_updates=30,
     ),
 }  # fmt: skip
 

@@ -8,7 +8,6 @@ trained; policy and reference share the rest and are restricted to the 8,000 mos
 import re
 from collections.abc import Container
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import World
 
-TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
+TEST_PROMPTS = 16  # the last of openers.txt (written for this project) are for comparing before and after
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 FREQUENT_TOKENS = 8_000  # byte-pair ids are numbered by frequency; rarer ones are forbidden, to policy and reference
 REPEAT_PENALTY = 0.3
@@ -79,7 +78,7 @@ def load() -> World:
     """The stories world. FileNotFoundError, with advice, where the weights are not installed."""
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    openers = files("klq_edu.worlds").joinpath("openers.txt").read_text(encoding="utf-8").splitlines()
+    openers = Path(__file__).with_name("openers.txt").read_text(encoding="utf-8").splitlines()
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     vocab = torch.tensor([i for i in range(FREQUENT_TOKENS) if i not in special])
 
