@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from klq_edu.app.experiment import Result
-from klq_edu.app.report import print_results
+from klq_edu.app.terminal import print_results
 from klq_edu.rlhf.config import TrainConfig
 
 
@@ -36,7 +36,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("bench",), ("doctor",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("inspect",), ("bench",), ("course",), ("doctor",)]
+)
 def test_help_is_instant_because_nothing_heavy_is_imported(command):
     out = subprocess.run([sys.executable, "-c", WATCHED, *command, "--help"], capture_output=True, text=True)
     assert out.returncode == 0 and "usage: " in out.stdout, out.stderr
@@ -53,6 +55,9 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("sweep", "--seeds", "0"), "seeds must not be empty or below 1, got 0"),
         (("bench", "--reps", "0"), "reps must be at least 1, got 0"),
         (("bench", "--workloads", "nothing"), "invalid choice"),
+        (("inspect", "--kernels", "softmax"), "invalid choice 'softmax'"),
+        (("inspect", "--n", "0"), "n, v and h must be at least 1, got 0, 151936 and 4096"),
+        (("sweep", "--variants", "ppo"), "invalid choice"),
         (("train", "grammar", "--temperature", "0.5", "--out"), "temperature must be 1 in the grammar world, got 0.5"),
         (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 5 in the grammar world"),
         (("demo", "--world", "grammar", "--out", "/dev/null/here"), "cannot write to the output folder"),
@@ -204,7 +209,7 @@ def test_the_doctor_reports_versions_devices_and_weights():
 def test_the_doctor_works_where_much_is_missing():
     """It must not crash on what it is there to report, and its advice must be readable (brackets and all)."""
     code = "import sys; sys.modules.update(transformers=None, datasets=None, gguf=None)\n"
-    code += "from klq_edu.app import doctor; doctor.DEMO_PACKAGES = ('no-such-package',); doctor.run_doctor()"
+    code += "from klq_edu.app import doctor; doctor.PACKAGES = {'no-such-package': doctor.DEMO}; doctor.run_doctor()"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )

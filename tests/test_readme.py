@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+import klq_edu
 from klq_edu.app.sweep import markdown
-from klq_edu.worlds.presets import preset
+from klq_edu.worlds.registry import preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,26 @@ def test_the_first_screen_names_both_commands_and_every_link_leads_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     assert "@" not in README, "a number is still to be filled in"
+
+
+def test_every_room_is_named_in_the_layout_and_in_the_package():
+    """What lies in klq_edu, package or module, has a line in its docstring and a place in the README's layout."""
+    layout = README.split("## Layout")[1]
+    rooms = [p for p in (ROOT / "klq_edu").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    for room in rooms:
+        if room.name != "__init__.py":
+            assert f"\n{room.stem} " in klq_edu.__doc__, f"name {room.name} in klq_edu/__init__.py"
+            assert re.search(rf" (klq_edu/)?{room.name}(/| \()", layout), f"name {room.name} in README.md"
+    named = re.findall(r"^    (?:klq_edu/)?(\w+)/ ", layout, re.MULTILINE) + re.findall(r"(\w+\.py) \(", layout)
+    places = [ROOT, ROOT / "klq_edu", ROOT / "kernels"]
+    assert all(any((place / name).exists() for place in places) for name in named), "the layout names what is not there"
+
+
+def test_every_figure_and_table_of_results_is_shown_on_a_page():
+    pages = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "kernels" / "README.md"))
+    assert not [path.name for path in (ROOT / "results").glob("*.svg") if f"results/{path.name}" not in pages]
+    for csv in (ROOT / "results").glob("*.csv"):
+        assert f"results/{csv.name}" in pages, csv.name
 
 
 def test_its_tables_are_those_of_the_committed_results():

@@ -6,8 +6,12 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
-DEMO_PACKAGES = ("gguf", "vaderSentiment", "textblob")
+from klq_edu.worlds.weights import ABSENT, cache_root, weights_folder
+
+CORE = "pip install -c constraints.txt -e ."
+DEMO = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
+NEEDED = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
+PACKAGES = dict.fromkeys(NEEDED, CORE) | dict.fromkeys(("gguf", "vaderSentiment", "textblob"), DEMO)
 
 
 class Finding(NamedTuple):
@@ -21,12 +25,15 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
-    found = [Finding("python", True, platform.python_version())]
-    found += [_package(name, "pip install -c constraints.txt -e .") for name in PACKAGES]
-    demo = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
-    found += [_package(name, demo) for name in DEMO_PACKAGES]
-    devices = _devices() if importlib.util.find_spec("torch") else []
-    return [*found, *devices, _weights(), _cache()]
+    root, weights = cache_root(), ("installed",) if weights_folder() else ("absent", ABSENT)
+    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    return [
+        Finding("python", True, platform.python_version()),
+        *(_package(*item) for item in PACKAGES.items()),
+        *(_devices() if importlib.util.find_spec("torch") else []),
+        Finding("SmolLM2 weights", weights == ("installed",), *weights),
+        Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}"),
+    ]
 
 
 def _package(name: str, advice: str) -> Finding:
@@ -39,9 +46,8 @@ def _package(name: str, advice: str) -> Finding:
 def _devices() -> list[Finding]:
     import torch
 
-    threads = f"CPU, {torch.get_num_threads()} threads"
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    device = f"{gpus}; {threads}" if gpus else f"{threads}; no GPU (everything here runs without one)"
+    device = f"CPU, {torch.get_num_threads()} threads; {gpus or 'no GPU (everything here runs without one)'}"
     if gpus:
         mode = ("compiles for the GPU",)
     elif os.environ.get("TRITON_INTERPRET") == "1":
@@ -51,23 +57,8 @@ def _devices() -> list[Finding]:
     return [Finding("device", True, device), Finding("triton mode", True, *mode)]
 
 
-def _weights() -> Finding:
-    from klq_edu.worlds.weights import WeightsMissing, weights_folder
-
-    fine = weights_folder() is not None
-    return Finding("SmolLM2 weights", fine, "installed" if fine else "absent", "" if fine else str(WeightsMissing()))
-
-
-def _cache() -> Finding:
-    from klq_edu.worlds.cache import cache_root
-
-    root = cache_root()
-    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
-    return Finding("cache", True, f"{root}: {', '.join(made) or 'empty'}", "" if made else "filled by the first demo")
-
-
 def run_doctor() -> bool:
-    """Print the findings; True if nothing is missing."""
+    """Say what this machine has, what is missing, and what to do about it."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

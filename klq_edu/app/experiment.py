@@ -1,6 +1,5 @@
 """One experiment = one world, one configuration, one folder: reference samples, training, samples after."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run, load_checkpoint
-from klq_edu.worlds.presets import variant_of
+from klq_edu.rlhf.runs import Run
+from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
 SAMPLES_PER_PROMPT = 2
@@ -34,20 +33,13 @@ class Result:
     after: pd.DataFrame
 
     @property
-    def variant(self) -> str:
-        """Name of the algorithm variant."""
-        return variant_of(self.settings)
-
-    def table(self) -> pd.DataFrame:
-        """The metrics with columns that say which experiment they belong to."""
-        labels = {"algorithm": self.variant, "seed": self.settings["seed"], "tau": self.settings["tau"]}
-        return pd.DataFrame(self.rows).assign(**labels)
+    def labels(self) -> dict:
+        """What tells the experiment from others in a table."""
+        return {"algorithm": variant_of(self.settings), "tau": self.settings["tau"], "seed": self.settings["seed"]}
 
 
-def run_experiment(
-    world: World, config: TrainConfig, folder: str | Path, on_update: Callable[[dict], None] = lambda row: None
-) -> Result:
-    """Train in `world` with `config`, keeping everything in `folder`.
+def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_update=lambda row: None) -> Result:
+    """Train in `world` with `config`, keeping everything in `folder`; `on_update` gets each new row of metrics.
 
     A finished folder is read, an interrupted one is continued from its last update, another is started. Raises
     ValueError where the folder is in use or holds a run on other prompts, for another reward or from another model.
@@ -55,18 +47,18 @@ def run_experiment(
     run = Run(folder, {"world": world.name, **config.to_dict()})
     with run.writing(), threads(world.threads):
         run.claim(identity(world.prompts, world.reward))
-        if (finished := read_result(run)) is not None:
+        if read_result(run):
             run.say_finished(config.updates)
-            return finished
-        return _run(world, config, run, on_update)
+        else:
+            _run(world, config, run, on_update)
+        return read_result(run)
 
 
-def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict], None]) -> Result:
+def _run(world: World, config: TrainConfig, run: Run, on_update) -> None:
     policy = world.make_policy(config).to(resolve_device(config.device))
     before = held_out_samples(world, policy, config)
     run.claim({"reward": reward_identity(world.reward)}, again=True)
-    centred = world.tree is not None  # an enumerable world's rewards have mean exactly 0 under its reference
-    policy.start_value(0.0 if centred else before["reward"].mean())
+    policy.start_value(world.tree.expected_reward(world.tree.ref).item() if world.exact else before["reward"].mean())
     (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
     train(
         policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
@@ -74,9 +66,7 @@ def _run(world: World, config: TrainConfig, run: Run, on_update: Callable[[dict]
     )  # fmt: skip
     after = held_out_samples(world, policy, config)
     run.claim({"reward": reward_identity(world.reward)}, again=True)
-    samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
-    write_json(run.folder / SAMPLES_FILE, samples)
-    return read_result(run)
+    write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
 
 
 def read_result(run: Run) -> Result | None:
@@ -84,15 +74,7 @@ def read_result(run: Run) -> Result | None:
     samples, rows = run.folder / SAMPLES_FILE, run.rows()
     if not samples.exists() or len(rows) < run.settings["updates"]:
         return None
-    tables = {name: pd.DataFrame(rows) for name, rows in read_json(samples).items()}
-    return Result(run.settings, rows, **tables)
-
-
-def trained_policy(world: World, config: TrainConfig, folder: str | Path) -> ActorCritic:
-    """The policy of a run, finished or not, with the parameters of its last checkpoint."""
-    policy = world.make_policy(config)
-    policy.load_state_dict(load_checkpoint(Path(folder) / "checkpoint.pt")["parameters"], strict=False)
-    return policy
+    return Result(run.settings, rows, **{name: pd.DataFrame(table) for name, table in read_json(samples).items()})
 
 
 def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
@@ -103,30 +85,21 @@ def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> 
         temperature=config.temperature, constraint=world.constraint,
         generator=torch.Generator().manual_seed(SAMPLING_SEED),
     )  # fmt: skip
-    rewards = score(world.reward, rollout, **rows)
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
-    columns |= {"reward": rewards.tolist(), "kl": rollout.kl.sum(1).tolist()}
+    columns |= {"reward": score(world.reward, rollout, **rows).tolist(), "kl": rollout.kl.sum(1).tolist()}
     if world.judge:
         columns["judge"] = world.judge(rollout.prompts, rollout.completions, **rows)
     return pd.DataFrame(columns)
 
 
-def last_quarter(rows: list[dict], name: str) -> float:
-    """Mean of a metric over the last quarter of the updates in which it was measured."""
-    values = [row[name] for row in rows if name in row]
-    tail = values[-max(1, len(values) // 4) :]
-    return sum(tail) / len(tail)
-
-
 def summarise_results(results: list[Result]) -> pd.DataFrame:
-    """One row per experiment: test reward before and after, reward and KL at the end of training, and its time."""
+    """One row per experiment: test rewards before and after, the last quarter's reward and KL, and its time."""
     rows = []
     for r in results:
-        row = {"algorithm": r.variant, "tau": r.settings["tau"], "seed": r.settings["seed"]}
-        row |= {"test_before": r.before["reward"].mean(), "test_after": r.after["reward"].mean()}
-        if "judge" in r.after:
-            row |= {"judge_before": r.before["judge"].mean(), "judge_after": r.after["judge"].mean()}
-        row |= {"reward": last_quarter(r.rows, "reward"), "kl": last_quarter(r.rows, "kl")}
-        row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": sum(x["seconds"] for x in r.rows)}
-        rows.append(row)
+        log, before, after = pd.DataFrame(r.rows), *(t.mean(numeric_only=True) for t in (r.before, r.after))
+        row = {"test_before": before["reward"], "test_after": after["reward"]}
+        row |= {"judge_before": before.get("judge"), "judge_after": after.get("judge")}
+        row |= log[["reward", "kl"]].tail(max(1, len(log) // 4)).mean().to_dict()
+        row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": log["seconds"].sum()}
+        rows.append(r.labels | row)
     return pd.DataFrame(rows)

@@ -29,59 +29,78 @@ DEVICES = {  # bytes/s; dense matrix operations/s in bf16 and in fp32 to fp32 ac
     "MI300X": (5.30e12, {"bf16": 1307e12, "fp32": 163e12}),
 }
 SIZE = {"bf16": 2, "fp32": 4}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
+    """What to compile, and the sizes that the floors are for. A broken promise of a default tile is exit status 1."""
 
-    targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
-    """Architectures: A100, H100/H200, B200, MI300X."""
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
-    """Element types of logits, hidden states and weights."""
-    kernels: tuple[str, ...] = tuple(KERNELS)
-    """Kernels to compile, by name."""
-    all_tiles: bool = False
-    """Candidate tile sizes too, not only the defaults."""
-    source: Literal["ptx", "sass", "amdgcn"] | None = None
-    """Print this form of each kernel's code instead of the table."""
-    n: int = 8192
-    """Tokens, for the floor."""
-    v: int = 151_936
-    """Vocabulary, for the floor."""
-    h: int = 4096
-    """Hidden size, for the floor."""
+    targets: tuple[Literal[*TARGETS], ...] = tuple(TARGETS)  # Architectures: A100, H100/H200, B200, MI300X.
+    dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
+    kernels: tuple[Literal[*KERNELS], ...] = tuple(KERNELS)  # Kernels to compile, by name.
+    all_tiles: bool = False  # Candidate tile sizes too, not only the defaults.
+    source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
+    n: int = 8192  # Tokens, for the floor.
+    v: int = 151_936  # Vocabulary, for the floor.
+    h: int = 4096  # Hidden size, for the floor.
 
     def __post_init__(self):
-        for name in ("n", "v", "h"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if unknown := set(self.kernels) - set(KERNELS):
-            raise ValueError(f"kernels must be among {list(KERNELS)}, got {sorted(unknown)}")
+        if min(self.n, self.v, self.h) < 1:
+            raise ValueError(f"n, v and h must be at least 1, got {self.n}, {self.v} and {self.h}")
+
+
+def run_inspect(config: InspectConfig) -> bool:
+    """Compile the Triton kernels for GPUs that are not there, and say what the machine code shows."""
+    from rich.console import Console
+    from rich.progress import track
+
+    if config.source:
+        sys.stdout.writelines(_compiler(config))
+        return True
+    console = Console()
+    records = list(track(findings(config), description="compiling", console=console, transient=True))
+    console.print(_table(records), _floors(config), sep="\n")
+    bad = [f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(p)}" for r in records if (p := r["problems"])]
+    console.print("\n".join(bad) or f"{len(records)} variants: no default spills, overflows or loses its wide loads.")
+    return not bad
 
 
 def findings(config: InspectConfig) -> Iterator[dict]:
     """One record per compiled kernel (see `klq_kernels.offline.Finding`), as they come."""
-    yield from map(json.loads, _compiler(config, ["--all-tiles"] if config.all_tiles else []))
+    return map(json.loads, _compiler(config))
 
 
-def run_inspect(config: InspectConfig) -> bool:
-    """Print the table and the floors, or the code; True if no default tile has a problem."""
-    from rich.console import Console
-    from rich.progress import track
+def _compiler(config: InspectConfig) -> Iterator[str]:
+    """Lines printed by the compiling process, which needs Triton's interpreter switched off."""
+    command = [sys.executable, "-m", "klq_kernels.offline", "--targets", *config.targets, "--dtypes", *config.dtypes]
+    command += ["--kernels", *config.kernels, *(["--all-tiles"] if config.all_tiles else [])]
+    command += ["--source", config.source] if config.source else []
+    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        yield from child.stdout
+        error = child.stderr.read()
+    if child.returncode:
+        raise RuntimeError(f"compiling failed: {(error.strip().splitlines() or [child.returncode])[-1]}")
 
-    console = Console()
-    if config.source:
-        for line in _compiler(config, ["--source", config.source]):
-            print(line, end="")
-        return True
-    records = list(track(findings(config), description="compiling", console=console, transient=True))
-    console.print(_table(records))
-    console.print(_floors(config))
-    broken = [r for r in records if r["problems"]]
-    bad = [f"{r['kernel']} on {r['target']} in {r['dtype']}: {'; '.join(r['problems'])}" for r in broken]
-    console.print("\n".join(bad) or f"{len(records)} variants: no default spills, overflows or loses its wide loads.")
-    return not bad
+
+def _table(records: list[dict]):
+    from rich.table import Column, Table
+
+    def counts(which: dict[str, int]) -> str:
+        return " ".join(f"{n}×{kind}" for kind, n in which.items())
+
+    numbers = (Column(name, justify="right") for name in ("regs", "spill", "shared"))
+    columns = ("kernel", "target", "dtype", "tile", *numbers, "loads", "stores", "matrix", "dot")
+    table = Table(*columns, title="What the machine code shows (compiled here, run nowhere)", title_justify="left")
+    for r in records:
+        shared = f"{r['shared_bytes'] / 1024:.0f}/{r['shared_limit'] / 1024:.0f}K"
+        table.add_row(
+            r["kernel"], r["target"], r["dtype"], r["tile"], str(r["registers"]), str(r["spill_bytes"]), shared,
+            counts(r["loads"]) + " B", counts(r["stores"]) + " B", counts(r["matrix"]) or "-", r["precision"],
+            style="red" if r["problems"] else None if r["default"] else "dim",
+        )  # fmt: skip
+    return table
 
 
 def floor_seconds(kernel: str, device: str, dtype: str, n: int, v: int, h: int) -> float:
@@ -95,53 +114,17 @@ def floor_seconds(kernel: str, device: str, dtype: str, n: int, v: int, h: int) 
     return max(moved / bandwidth, operations / rate[dtype])
 
 
-def _compiler(config: InspectConfig, extra: list[str]) -> Iterator[str]:
-    """Lines printed by the compiling process, which needs Triton's interpreter switched off."""
-    command = [sys.executable, "-m", "klq_kernels.offline", "--targets", *config.targets, "--dtypes", *config.dtypes]
-    command += ["--kernels", *config.kernels, *extra]
-    environment = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        yield from child.stdout
-        error = child.stderr.read()
-    if child.returncode:
-        raise RuntimeError(f"compiling failed: {error.strip().splitlines()[-1] if error.strip() else child.returncode}")
-
-
-def _table(records: list[dict]):
-    from rich.table import Column, Table
-
-    numbers = (Column(name, justify="right") for name in ("regs", "spill", "shared"))
-    columns = ("kernel", "target", "dtype", "tile", *numbers, "loads", "stores", "matrix", "dot")
-    title = "What the machine code shows (compiled here, run nowhere)"
-    table = Table(*columns, title=title, title_justify="left")
-    for r in records:
-        style = "red" if r["problems"] else None if r["default"] else "dim"
-        shared = f"{r['shared_bytes'] / 1024:.0f}/{r['shared_limit'] / 1024:.0f}K"
-        table.add_row(
-            r["kernel"], r["target"], r["dtype"], r["tile"], str(r["registers"]), str(r["spill_bytes"]), shared,
-            _counts(r["loads"]) + " B", _counts(r["stores"]) + " B", _counts(r["matrix"]) or "-", r["precision"],
-            style=style,
-        )  # fmt: skip
-    return table
-
-
 def _floors(config: InspectConfig):
     from rich.table import Column, Table
 
-    title = f"Floors, not measurements: N = {config.n}, V = {config.v}, H = {config.h}"
-    numbers = ("bytes/element", "FLOP/element", *(f"{d} [ms]" for d in DEVICES))
+    n, v, h = sizes = config.n, config.v, config.h
+    numbers = ("bytes/element", "FLOP/element", *(f"{d} \\[ms]" for d in DEVICES))
     columns = ("kernel", "dtype", *(Column(name, justify="right") for name in numbers))
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns, title=f"Floors, not measurements: N = {n}, V = {v}, H = {h}", title_justify="left")
     for kernel in config.kernels:
-        for dtype in config.dtypes if kernel != "lambda_returns" else ["fp32"]:
-            moved, operations = KERNELS[kernel](config.n, config.v, config.h, SIZE[dtype])
-            elements = config.n * (1 if kernel == "lambda_returns" else config.v)
-            times = (1e3 * floor_seconds(kernel, d, dtype, config.n, config.v, config.h) for d in DEVICES)
-            counts = (f"{moved / elements:.3g}", f"{operations / elements:.3g}")
-            table.add_row(kernel, dtype, *counts, *(f"{t:.3g}" for t in times))
+        dtypes, elements = (config.dtypes, n * v) if kernel != "lambda_returns" else (["fp32"], n)
+        for dtype in dtypes:
+            counts = (count / elements for count in KERNELS[kernel](*sizes, SIZE[dtype]))
+            times = (1e3 * floor_seconds(kernel, device, dtype, *sizes) for device in DEVICES)
+            table.add_row(kernel, dtype, *(f"{x:.3g}" for x in (*counts, *times)))
     return table
-
-
-def _counts(counts: dict[str, int]) -> str:
-    """'4×16 2×4': how many instructions of which width (in bytes) or name."""
-    return " ".join(f"{n}×{kind}" for kind, n in counts.items())

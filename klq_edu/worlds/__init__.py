@@ -1,17 +1,17 @@
-"""What there is to train on. `load(name)` gives a World; its dependencies are imported only then."""
+"""What there is to train on. `registry` lists the worlds; `load(name)` imports one with all that it needs."""
+
+from importlib import import_module
+
+from klq_edu.worlds.registry import WORLDS, named
 
 
 def load(name: str):
-    """The World called `name`: "grammar" (exact optimum, trains anywhere) or "stories" (a real language model)."""
+    """The World of this name. ValueError if the registry does not know it, or says that it is exact and it is not."""
     from transformers.utils import logging
 
+    entry = named("world", name, WORLDS)
     logging.disable_progress_bar()  # models load in a second, and bars of our own are on the screen
-    if name == "grammar":
-        from klq_edu.worlds.grammar import load_grammar
-
-        return load_grammar()
-    if name == "stories":
-        from klq_edu.worlds.stories import load_stories
-
-        return load_stories()
-    raise ValueError(f"world must be 'grammar' or 'stories', got {name!r}")
+    world = import_module(f"klq_edu.worlds.{name}").load()
+    if world.exact != entry.exact:
+        raise ValueError(f"the registry says exact={entry.exact} of the world {name}, its tree says {world.exact}")
+    return world

@@ -1,7 +1,9 @@
-"""The `grammar` world: a language so small that π*, J* and J(π) are exact, and a language model trained on it.
+"""A two-layer GPT-2 of about 100,000 parameters, trained on a small grammar, learns to please a lexicon.
 
-A completion is  [adjective] noun verb [adverb] "."  where people and things take different verbs. Decoding is
-restricted to the grammar, for policy and reference alike, so enumerating the grammar is enumerating the model.
+A completion is [adjective] noun verb [adverb] and a full stop; people and things take different verbs. Decoding is
+restricted to the grammar, for policy and reference alike, so enumerating it is enumerating the model: the optimum J*
+and every policy's objective J = E[reward] − τ KL are exact. Rewards have mean 0 and standard deviation 1 under the
+reference.
 """
 
 import hashlib
@@ -22,7 +24,8 @@ from klq_edu.machine import threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import encode_prompts
-from klq_edu.worlds.cache import cached_folder
+from klq_edu.rlhf.sampling import Decoder
+from klq_edu.worlds.weights import cached_folder
 from klq_edu.worlds.world import World
 
 PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
@@ -33,9 +36,13 @@ DEEDS = ("smiles", "sings", "helps", "waits", "lies", "weeps")
 EVENTS = ("shines", "grows", "rests", "falls", "burns", "breaks")
 ADVERBS = ("gently", "bravely", "again", "alone", "slowly", "bitterly", "together", "forever")
 END = "."
-FOLLOWERS = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END)}
-PAD = "<pad>"
+FIRST = ADJECTIVES + PEOPLE + THINGS
+AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END), ADVERBS: (END,)}
 LONGEST = 5
+PAD = "<pad>"
+VOCABULARY = (PAD, END, *dict.fromkeys(" ".join(PROMPTS).split()))
+VOCABULARY += ADJECTIVES + PEOPLE + THINGS + DEEDS + EVENTS + ADVERBS
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 # The reward: what each word is worth, and what some pairs of neighbours add. It scores prefixes as they grow.
 LEXICON = {
@@ -47,11 +54,10 @@ LEXICON = {
     "gently": 0.6, "bravely": 0.8, "together": 0.9, "alone": -0.6, "bitterly": -1.0, "forever": 0.3,
 }  # fmt: skip
 PAIRS = {
-    ("old", "thief"): 1.5, ("lost", "child"): -1.0, ("cruel", "storm"): -0.5, ("quiet", "garden"): 0.8,
-    ("thief", "helps"): 2.0, ("queen", "lies"): -0.8, ("child", "sings"): 0.7, ("candle", "shines"): 0.6,
-    ("storm", "rests"): 1.8, ("soldier", "weeps"): 0.9, ("sailor", "waits"): 0.5, ("tower", "burns"): -0.7,
-    ("helps", "alone"): 0.8, ("sings", "together"): 0.9, ("falls", "gently"): 1.1, ("smiles", "bitterly"): -0.8,
-    ("grows", "slowly"): 0.5, ("waits", "forever"): -0.6,
+    "old thief": 1.5, "lost child": -1.0, "cruel storm": -0.5, "quiet garden": 0.8, "thief helps": 2.0,
+    "queen lies": -0.8, "child sings": 0.7, "candle shines": 0.6, "storm rests": 1.8, "soldier weeps": 0.9,
+    "sailor waits": 0.5, "tower burns": -0.7, "helps alone": 0.8, "sings together": 0.9, "falls gently": 1.1,
+    "smiles bitterly": -0.8, "grows slowly": 0.5, "waits forever": -0.6,
 }  # fmt: skip
 
 METRICS = {
@@ -64,65 +70,57 @@ METRICS = {
 
 
 def successors(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The words that may follow a partial completion (prompt not included).
+    """The words that may follow a partial completion, or a prompt: the last word decides.
 
     >>> successors(("kind", "river"))
     ('shines', 'grows', 'rests', 'falls', 'burns', 'breaks')
     """
-    if not words:
-        return ADJECTIVES + PEOPLE + THINGS
-    return next((after for kind, after in FOLLOWERS.items() if words[-1] in kind), (END,))
+    return next((after for kind, after in AFTER.items() if words and words[-1] in kind), FIRST)
 
 
 def raw_score(words: tuple[str, ...]) -> float:
-    """Lexicon value of a completion, before standardising.
+    """Lexicon value of a completion, before standardising (a prompt before it counts nothing).
 
     >>> round(raw_score(("old", "thief", "helps", ".")), 2)
     3.8
     """
-    return sum(LEXICON.get(w, 0.0) for w in words) + sum(PAIRS.get(p, 0.0) for p in pairwise(words))
+    return sum(LEXICON.get(w, 0.0) for w in words) + sum(PAIRS.get(" ".join(p), 0.0) for p in pairwise(words))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, <pad> and the full stop (which ends a completion) included."""
-    words = [PAD, END, *dict.fromkeys(" ".join(PROMPTS).split())]
-    words += [*ADJECTIVES, *PEOPLE, *THINGS, *DEEDS, *EVENTS, *ADVERBS]
-    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=PAD))
+    model = Tokenizer(models.WordLevel(IDS, unk_token=PAD))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, pad_token=PAD)
 
 
-def build_tree(tokenizer: PreTrainedTokenizerFast) -> TokenTree:
-    """The grammar as a TokenTree, with a uniform reference and raw rewards to be replaced later."""
-    word, ids = tokenizer.convert_ids_to_tokens, tokenizer.convert_tokens_to_ids
-    prompts = {tuple(ids(p.split())): len(p.split()) for p in PROMPTS}
+def words_of(ids: tuple[int, ...]) -> tuple[str, ...]:
+    """The words of a prefix or completion."""
+    return tuple(VOCABULARY[i] for i in ids)
 
-    def completion(prefix):
-        return tuple(word(list(prefix)))[next(n for p, n in prompts.items() if prefix[:n] == p) :]
+
+def build_tree() -> TokenTree:
+    """The grammar as a TokenTree, with a uniform reference and raw rewards to be replaced later."""
 
     def uniform(prefix):
-        probs = torch.zeros(len(tokenizer), dtype=torch.float64)
-        allowed = ids(list(successors(completion(prefix))))
-        probs[allowed] = 1 / len(allowed)
-        return probs
+        allowed = torch.tensor([IDS[w] for w in successors(words_of(prefix))])
+        return torch.zeros(len(IDS), dtype=torch.float64).index_fill(0, allowed, 1 / len(allowed))
 
-    reward = lambda prefix: raw_score(completion(prefix))  # noqa: E731
-    return TokenTree.grow(len(tokenizer), LONGEST, uniform, reward, ids(END), tuple(prompts))
+    prompts = tuple(tuple(IDS[w] for w in p.split()) for p in PROMPTS)
+    return TokenTree.grow(len(IDS), LONGEST, uniform, lambda prefix: raw_score(words_of(prefix)), IDS[END], prompts)
 
 
 class GrammarRule:
     """The grammar as a decoding constraint: the state is the tree's, the allowed tokens its children."""
 
-    def __init__(self, tree: TokenTree, tokenizer):
+    def __init__(self, tree: TokenTree):
         self.children, self.possible = tree.children, tree.ref > 0
-        ids = (tuple(tokenizer(p)["input_ids"]) for p in PROMPTS)
-        self.roots = {prompt: tree.prefixes.index(prefix) for prompt, prefix in zip(PROMPTS, ids, strict=True)}
+        self.roots = dict(zip(PROMPTS, tree.roots.tolist(), strict=True))
 
     def start(self, prompts: list[str]) -> Tensor:
         """The root of each prompt; ValueError for a prompt that is not the grammar's."""
-        unknown = [p for p in prompts if p not in self.roots]
-        if unknown:
-            raise ValueError(f"prompts must be among {PROMPTS} in the grammar world, got {unknown[0]!r}")
+        if unknown := set(prompts) - set(PROMPTS):
+            raise ValueError(f"prompts must be among {PROMPTS} in the grammar world, got {min(unknown)!r}")
         return torch.tensor([self.roots[p] for p in prompts])
 
     def allowed(self, state: Tensor) -> Tensor:
@@ -134,30 +132,16 @@ class GrammarRule:
         return torch.where(state == ENDS, ENDS, self.children[state, tokens])
 
 
-class TreeReader:
-    """Reads a language model's probabilities at every state of the tree, in one forward pass over its longest paths."""
-
-    def __init__(self, tree: TokenTree, tokenizer, policy: ActorCritic):
-        self.possible = tree.ref > 0
-        choice = torch.cat([self.possible.sum(1) > 1, torch.tensor([False])])  # children = −1 reads the appended False
-        longest = choice[:-1] & ~choice[tree.children].any(1)  # where only one token is possible nothing is read
-        paths = [tree.prefixes[s] for s in longest.nonzero().flatten().tolist()]
-        texts = [" ".join(tokenizer.convert_ids_to_tokens(list(p))) for p in paths]
-        self.sequences = encode_prompts(tokenizer, texts, policy, 0)
-        width = self.sequences[0].shape[1]
-        ends = [(row, path, n) for row, path in enumerate(paths) for n in range(1, len(path) + 1)]
-        place = {path[:n]: (row, width - len(path) + n - 1) for row, path, n in ends}  # where each prefix is read
-        self.states = torch.tensor([s for s, prefix in enumerate(tree.prefixes) if prefix in place])
-        self.rows, self.columns = torch.tensor([place[tree.prefixes[s]] for s in self.states]).T
-
-    @torch.no_grad()
-    def __call__(self, policy: ActorCritic) -> Tensor:
-        """The policy as a table [S, V], float64, zero off the grammar."""
-        inputs = policy.encode(*(x.to(policy.device) for x in self.sequences))
-        logits = policy(inputs, slice(0, None))[0][self.rows, self.columns].cpu().double()
-        table = self.possible.double()
-        table[self.states] = logits.masked_fill(~self.possible[self.states], -torch.inf).softmax(-1)
-        return table
+@torch.no_grad()
+def policy_table(tree: TokenTree, tokenizer, policy: ActorCritic) -> Tensor:
+    """The policy as a table [S, V], float64, zero off the grammar: one pass over all states where there is a choice."""
+    possible = tree.ref > 0
+    states = (possible.sum(1) > 1).nonzero().flatten()
+    texts = [" ".join(words_of(tree.prefixes[s])) for s in states]
+    logits = Decoder(policy)(*encode_prompts(tokenizer, texts, policy, 0))
+    table = possible.double()
+    table[states] = logits.cpu().double().masked_fill(~possible[states], -torch.inf).softmax(-1)
+    return table
 
 
 def corpus(size: int, seed: int) -> list[str]:
@@ -166,11 +150,12 @@ def corpus(size: int, seed: int) -> list[str]:
     taste = {p: {w: rng.lognormvariate(0, 0.7) for w in (*LEXICON, *ADJECTIVES, *ADVERBS, END)} for p in PROMPTS}
     sentences = []
     for _ in range(size):
-        prompt, words = rng.choice(PROMPTS), []
-        while not words or words[-1] != END:
+        prompt = rng.choice(PROMPTS)
+        words = prompt.split()
+        while words[-1] != END:
             options = successors(tuple(words))
-            words.append(rng.choices(options, [taste[prompt].get(w, 1.0) for w in options])[0])
-        sentences.append(" ".join((prompt, *words)))
+            words += rng.choices(options, [taste[prompt].get(w, 1.0) for w in options])
+        sentences.append(" ".join(words))
     return sentences
 
 
@@ -199,26 +184,46 @@ def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, see
     tokenizer.save_pretrained(folder)
 
 
+def standardise(tree: TokenTree) -> TokenTree:
+    """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
+    weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[tree.leaves]
+    centred = scores - (weights * scores).sum()
+    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / (weights * centred**2).sum().sqrt()))
+
+
+def lexicon_reward(tree: TokenTree, identity: str):
+    """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop."""
+    scores = dict(zip(map(words_of, tree.completions()), tree.rewards[tree.leaves].tolist(), strict=True))
+
+    def lexicon(prompts, completions, **_):
+        return [scores[(*p.split(), *c.removesuffix(END).split(), END)] for p, c in zip(prompts, completions)]
+
+    lexicon.identity = identity  # the scores' last digits differ between machines
+    return lexicon
+
+
+def exact_metrics(tree: TokenTree, tokenizer, tau: float):
+    """A function of the policy: METRICS, by enumeration."""
+    best, start = tree.optimum(tau)[1][tree.roots].mean().item(), tree.objective(tree.ref, tau).item()
+
+    def measure(policy: ActorCritic) -> dict[str, float]:
+        table = policy_table(tree, tokenizer, policy)
+        reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
+        j = reward - tau * kl
+        return dict(J=j, attained=(j - start) / (best - start), regret=best - j, exact_reward=reward, exact_kl=kl)
+
+    return measure
+
+
 @lru_cache(maxsize=2)
-def load_grammar(seed: int = 0) -> World:
+def load(seed: int = 0) -> World:
     """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it."""
     tokenizer = build_tokenizer()
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
-    uniform = build_tree(tokenizer)
-    reference = ActorCritic.from_pretrained(folder)
-    reader = TreeReader(uniform, tokenizer, reference)
-    tree = standardise(uniform.with_ref(reader(reference)))
-    scores = dict(zip(tree.completions(), tree.rewards[tree.leaves].tolist(), strict=True))
-
-    def lexicon_reward(prompts, completions, **_):
-        """The standardised lexicon score of each completion, looked up in the tree."""
-        keys = [f"{p} {c}".split() for p, c in zip(prompts, completions, strict=True)]
-        keys = [(*k, END) if k[-1] != END else tuple(k) for k in keys]
-        return [scores[tuple(tokenizer.convert_tokens_to_ids(list(k)))] for k in keys]
-
-    lexicon_reward.identity = folder.name  # the scores' last digits differ between machines
+    tree = build_tree()
+    tree = standardise(tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder))))
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:
@@ -227,31 +232,8 @@ def load_grammar(seed: int = 0) -> World:
             raise ValueError(f"max_new_tokens must be >= {LONGEST} in the grammar world, got {config.max_new_tokens}")
         return ActorCritic.from_pretrained(folder, critic=config.critic)
 
-    def evaluate(config: TrainConfig):
-        best = tree.optimum(config.tau)[1][tree.roots].mean().item()
-        start = tree.objective(tree.ref, config.tau).item()
-
-        def measure(policy: ActorCritic) -> dict[str, float]:
-            table = reader(policy)
-            reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
-            j = reward - config.tau * kl
-            return {
-                "J": j, "attained": (j - start) / (best - start), "regret": best - j,
-                "exact_reward": reward, "exact_kl": kl,
-            }  # fmt: skip
-
-        return measure
-
     prompts = Dataset.from_dict({"prompt": list(PROMPTS)})
     return World(
-        "grammar", prompts, prompts, tokenizer, lexicon_reward, make_policy,
-        GrammarRule(tree, tokenizer), tree, evaluate, METRICS, threads=1,
+        "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, folder.name), make_policy,
+        GrammarRule(tree), tree, lambda config: exact_metrics(tree, tokenizer, config.tau), METRICS, threads=1,
     )  # fmt: skip
-
-
-def standardise(tree: TokenTree) -> TokenTree:
-    """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
-    weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[tree.leaves]
-    centred = scores - (weights * scores).sum()
-    std = (weights * centred**2).sum().sqrt()
-    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / std))

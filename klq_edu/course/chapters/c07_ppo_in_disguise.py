@@ -39,11 +39,11 @@ def float32():
 def grammar_batch():
     """(policy, rollout, settings) of the grammar model after three KLQ updates, so that it has left its reference."""
     from klq_edu.worlds import load
-    from klq_edu.worlds.presets import WORLDS
+    from klq_edu.worlds.registry import preset
 
     with float32():
         world = load("grammar")
-        config = replace(WORLDS["grammar"], algorithm="klq", batch_size=128)
+        config = preset("grammar", batch_size=128)
         torch.manual_seed(0)
         policy, generator = world.make_policy(config), torch.Generator().manual_seed(0)
         prepare(policy, world.prompts, config)

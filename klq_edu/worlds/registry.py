@@ -1,0 +1,67 @@
+"""The worlds by name: what is known of them before they are loaded. All that lists worlds, `--help` included, reads it.
+
+A new world is one file, klq_edu/worlds/<name>.py with a function `load() -> World`, and one entry in WORLDS. Standard
+library only, so that `--help` is instant.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from klq_edu.rlhf.config import TrainConfig
+
+VARIANTS = {
+    "klq": {},
+    "ppo_clip": {"algorithm": "ppo_clip"},
+    "ppo_clip_whitened": {"algorithm": "ppo_clip", "whiten": True},
+    "ppo_penalty": {"algorithm": "ppo_penalty"},
+}
+
+
+class Entry(NamedTuple):
+    """A world's line for --help, and what its demo does."""
+
+    about: str  # what it is, in a few words
+    exact: bool  # whether it can be enumerated, so that optimum and regret are known (its World has a tree)
+    settings: TrainConfig  # of a run, for every algorithm alike but for what defines the algorithm
+    demo: tuple[str, ...]  # the variants that its demo compares
+    quick_updates: int  # per run of `klq demo --quick`
+
+    @property
+    def help(self) -> str:
+        """`about`, and whether the optimum is known."""
+        return self.about + (" whose exact optimum is known" if self.exact else "")
+
+
+WORLDS = {
+    "stories": Entry(
+        "SmolLM2-135M, a real language model", False,
+        TrainConfig(updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05,
+                    max_new_tokens=20, temperature=0.8),
+        demo=("klq", "ppo_clip"), quick_updates=10,
+    ),
+    "grammar": Entry(
+        "a tiny language model", True, TrainConfig(max_new_tokens=5, critic="separate"),
+        demo=("klq", "ppo_clip", "ppo_penalty"), quick_updates=30,
+    ),
+}  # fmt: skip
+
+
+def named(what: str, name: str, known: dict):
+    """What `known` holds under this name; ValueError that lists the names, if it is none of them."""
+    if name not in known:
+        raise ValueError(f"{what} must be one of {tuple(known)}, got {name!r}")
+    return known[name]
+
+
+def preset(world: str, variant: str = "klq", **changes) -> TrainConfig:
+    """The demo's settings for an algorithm variant in a world, with changes.
+
+    >>> preset("grammar", "ppo_clip_whitened", tau=1.0).whiten
+    True
+    """
+    return replace(named("world", world, WORLDS).settings, **(named("variant", variant, VARIANTS) | changes))
+
+
+def variant_of(settings: dict) -> str:
+    """The name of the variant that these settings belong to: the inverse of `preset`."""
+    return settings["algorithm"] + ("_whitened" if settings["whiten"] else "")
