@@ -29,7 +29,7 @@ class DemoConfig:
     tau: float | None = None  # KL coefficient τ; not given: the world's.
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Of forward passes (autocast); all else is always float32.
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
     open: bool = False  # Open the report in a browser at the end.
 
     def __post_init__(self):
