@@ -142,16 +142,17 @@ def logits_klq_loss_parts(
     logits: Tensor, tokens: Tensor, values: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
     old_values: Tensor | None, mask: Tensor, temperature: float, tau: float, loss: str, clip: float | None,
     log_ratio_clip: float | None, delta: float | None, with_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, its gradient in the logits or an empty tensor, its gradient in the values)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, log-prob, entropy, the loss's gradient in the logits or an empty tensor, its gradient in the values)."""
     grad = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
     fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
-    total, dvalues = _logits_klq(grad, logits, tokens, values, *fixed, mask, temperature, *variant, backend)
-    return total, grad, dvalues
+    *results, dvalues = _logits_klq(grad, logits, tokens, values, *fixed, mask, temperature, *variant, backend)
+    return *results, grad, dvalues
 
 
-def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor]:
-    """(loss, gradient in the values) for the op's arguments; the gradient in the logits goes to `grad` unless empty."""
+def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, log-prob, entropy, gradient in the values) for the op's arguments; the gradient in the logits goes to
+    `grad` unless empty."""
     (*fixed, mask, temperature), (*variant, backend) = settings[:6], settings[6:]
     checks.token_ids(tokens, mask, logits.shape[-1])
     kernels, out = module(backend), grad.view(-1, logits.shape[-1])
@@ -160,13 +161,14 @@ def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor
     total, a, dvalues = chunked.klq_terms(stats.logprob, values, mask, *fixed, *variant)
     if out.numel():
         kernels.logits_grad(logits, tokens, None, temperature, mask, stats, (a / count, None, None), out)
-    return total / count, (dvalues / count).to(values.dtype)
+    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(values.dtype)
 
 
 @logits_klq_loss_parts.register_fake
 def _(logits, tokens, values, *rest):
     dtype, with_grad = result_dtype(logits, values, *rest[:4]), rest[-2]
-    return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape if with_grad else 0), values.clone()
+    stats, shape = tiled.empty_statistics(tokens, result_dtype(logits), False), logits.shape if with_grad else 0
+    return logits.new_empty((), dtype=dtype), *stats[:2], logits.new_empty(shape), values.clone()
 
 
 def _loss_backward(ctx, upstream, *unused):
@@ -175,17 +177,17 @@ def _loss_backward(ctx, upstream, *unused):
 
 
 def _save_loss(ctx, inputs, output):
-    ctx.grads = [g.detach() for g in output[1:]]
+    ctx.grads = [g.detach() for g in output[3:]]
     ctx.set_materialize_grads(False)
 
 
 logits_klq_loss_parts.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
-def logits_klq_loss(logits: Tensor, *args) -> Tensor:
-    """The loss, differentiable in logits and values."""
+def logits_klq_loss(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log-prob, entropy); only the loss may be differentiated, in logits and values."""
     with_grad = logits.requires_grad and torch.is_grad_enabled()
-    return logits_klq_loss_parts(logits, *args[:-1], with_grad, args[-1])[0]
+    return logits_klq_loss_parts(logits, *args[:-1], with_grad, args[-1])[:3]
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -195,13 +197,14 @@ class InplaceLoss(torch.autograd.Function):
     def forward(ctx, logits, tokens, values, *settings):
         """As the custom op, in place."""
         grad = flat_view(logits.detach())
-        total, dvalues = _logits_klq(grad, grad, tokens, values.detach(), *settings)
+        *results, dvalues = _logits_klq(grad, grad, tokens, values.detach(), *settings)
         torch.autograd.graph.increment_version(grad)
         ctx.grads = grad.view(logits.shape), dvalues
-        return total
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *unused):
         """What the forward pass has already computed, scaled by the upstream gradient."""
         grad, dvalues = _hand_over(ctx, upstream, inplace=True)
         return grad, None, dvalues, *[None] * 12

@@ -113,13 +113,14 @@ def logits_klq_loss(
     logits: Tensor, tokens: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *,
     tau: float, temperature: float = 1.0, loss: str = "l2", clip: float | None = None,
     log_ratio_clip: float | None = None, delta: float | None = None, old_logprobs: Tensor | None = None,
-    old_values: Tensor | None = None, inplace: bool = False, backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    old_values: Tensor | None = None, inplace: bool = False, return_stats: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
     """Masked mean of the KLQ loss (see `klq_kernels.reference.klq_loss` for its variants) from logits [..., V].
 
     Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
     `logits`, so that no second [..., V] tensor exists; nothing else may then need them (autograd says so if it does).
-    All other tensors are shaped like tokens [...]. Raises as `token_stats` and `klq_loss` do.
+    All other tensors are shaped like tokens [...]. With `return_stats` the result is (loss, TokenStats) with log-prob
+    and entropy, detached. Raises as `token_stats` and `klq_loss` do.
 
     >>> one = torch.ones(1)
     >>> logits_klq_loss(torch.zeros(1, 4), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
@@ -133,9 +134,11 @@ def logits_klq_loss(
     old = dict(old_logprobs=old_logprobs, old_values=old_values)
     backend, given, flat = _prepare_loss(backend, tokens, mask, variant, dict(logits=logits), per_token, old)
     if backend == "reference":
-        return reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
+        out, stats = reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
+        return (out, stats) if return_stats else out
     args = given["logits"], *flat, temperature, *variant.values(), backend
-    return custom.InplaceLoss.apply(*args) if inplace else custom.logits_klq_loss(*args)
+    out, *stats = (custom.InplaceLoss.apply if inplace else custom.logits_klq_loss)(*args)
+    return (out, _shaped([x.detach() for x in stats], tokens, with_ref=False)) if return_stats else out
 
 
 def linear_klq_loss(

@@ -181,10 +181,10 @@ def klq_loss(
 def logits_klq_loss(
     logits: Tensor, tokens: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *,
     temperature: float = 1.0, **variant,
-) -> Tensor:  # fmt: skip
-    """`klq_kernels.logits_klq_loss` as `token_stats`, then `klq_loss`."""
+) -> tuple[Tensor, TokenStats]:  # fmt: skip
+    """`klq_kernels.logits_klq_loss` as `token_stats`, then `klq_loss`: the loss and the detached statistics."""
     stats = token_stats(logits, tokens, temperature=temperature, mask=mask)
-    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant)
+    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant), _detached(stats)
 
 
 def linear_klq_loss(
@@ -197,8 +197,7 @@ def linear_klq_loss(
         hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature, mask=mask
     )
     ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
-    loss = klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant)
-    return loss, TokenStats(*(x if x is None else x.detach() for x in stats))
+    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant), _detached(stats)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -241,6 +240,10 @@ def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The tensors, all of the mask's shape, in their result dtype with masked entries replaced by 0."""
     checks.alike(mask=mask, **{f"tensors[{i}]": x for i, x in enumerate(tensors)})
     return [zero_unless(mask, x) for x in cast(*tensors)]
+
+
+def _detached(stats: TokenStats) -> TokenStats:
+    return TokenStats(*(x if x is None else x.detach() for x in stats))
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ NOTHING_TO_CHECK = {"tree.completions"}
 ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "reference.cast",
               "reference.narrow", "reference.result_dtype"}  # fmt: skip
 OWN_DTYPE = {"reference.zero_unless", "reference.shift_left", "reference.narrow", "reference.result_dtype",
-             "reference.linear_klq_loss", "improvement.soft_policy_iteration"}  # fmt: skip
+             "reference.linear_klq_loss", "reference.logits_klq_loss", "improvement.soft_policy_iteration"}  # fmt: skip
 TABLE = {k: MANUAL.get(k) or entry(f) for k, f in public().items() if k not in NOTHING_TO_CHECK}
 each = pytest.mark.parametrize("name", TABLE)
 
@@ -254,8 +254,9 @@ def test_triton_refuses_any_float64_by_name(name):
             function(**cast(args, F64, some), backend="triton")
 
 
-def test_return_stats_and_the_loss_share_a_dtype():
-    function, args = TABLE["klq_kernels.linear_klq_loss"]
+@pytest.mark.parametrize("name", ["logits_klq_loss", "linear_klq_loss"])
+def test_return_stats_and_the_loss_share_a_dtype(name):
+    function, args = TABLE[f"klq_kernels.{name}"]
     for some in groups(args):
         for backend in (None, "torch", "reference"):
             out = function(**cast(args, F64, some), return_stats=True, backend=backend)

@@ -299,6 +299,24 @@ def test_statistics_that_ride_along_with_the_loss(backend, heads, workspace_byte
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_statistics_that_ride_along_with_the_loss_from_logits(backend, inplace):
+    """return_stats changes neither loss nor gradient and gives token_stats' log-probs and entropies, detached."""
+    model, mask = draw_logits(ref=False), torch.tensor([[True, True, False], [False, True, True]])
+    rest = draw_loss(mask=mask) | VARIANT | dict(temperature=0.7, inplace=inplace, backend=backend)
+    leaf = model["logits"].clone().requires_grad_()
+    both, alone = (
+        logits_klq_loss(leaf * 1.0, model["tokens"], **rest, return_stats=True),
+        logits_klq_loss(leaf * 1.0, model["tokens"], **rest),
+    )
+    (loss, stats), want = both, token_stats(**exactly(model), temperature=0.7, mask=mask, backend="reference")
+    assert torch.equal(loss, alone) and torch.equal(*(torch.autograd.grad(x, leaf)[0] for x in (loss, alone)))
+    assert stats.ref_logprob is None and stats.kl is None
+    for got, exact in zip(stats[:2], want[:2], strict=True):
+        assert not got.requires_grad and got.shape == mask.shape and error(got, exact) < 5e-6
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("op", MODEL_OPS[:2])
 def test_any_integer_dtype_of_tokens(op, dtype, backend):

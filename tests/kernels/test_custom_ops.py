@@ -117,7 +117,9 @@ def compiled_lambda_returns(h, w, b, tokens, mask, x):
 def compiled_logits_klq_loss(h, w, b, tokens, mask, x, **given):
     values, variant = h.sum(-1), dict(loss="huber", delta=0.5)
     logits = h @ w.t() + b
-    return 1.7 * logits_klq_loss(logits, tokens, x[0], values, x[1], mask, tau=0.5, backend="torch", **variant, **given)
+    rest = dict(tau=0.5, return_stats=True, backend="torch", **variant, **given)
+    loss, stats = logits_klq_loss(logits, tokens, x[0], values, x[1], mask, **rest)
+    return 1.7 * loss + stats.logprob.sum() + stats.entropy.sum()
 
 
 def compiled_linear_klq_loss(h, w, b, tokens, mask, x, tau=0.5, temperature=0.7):
