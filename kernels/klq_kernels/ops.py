@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from klq_kernels import checks, custom, reference
-from klq_kernels.chunked import WORKSPACE_BYTES
+from klq_kernels import autograd, checks, reference
 from klq_kernels.reference import LambdaReturns, TokenStats, narrow
+from klq_kernels.torch_linear import WORKSPACE_BYTES
 
 
 def token_stats(
@@ -37,7 +37,7 @@ def token_stats(
     if backend == "reference":
         return reference.token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
     logits, ref = model["logits"], None if ref_logits is None else model["ref_logits"].detach()
-    out = custom.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
+    out = autograd.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
     return _shaped(out, tokens, ref_logits is not None)
 
 
@@ -72,7 +72,7 @@ def linear_token_stats(
         return reference.linear_token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
     hidden, weight, bias, *ref = model.values()
     flat = _flat(tokens.long()), *_reference(*ref), temperature, _flat(mask)
-    out = custom.linear_token_stats(_rows(hidden), weight, bias, *flat, workspace_bytes, backend)
+    out = autograd.linear_token_stats(_rows(hidden), weight, bias, *flat, workspace_bytes, backend)
     return _shaped(out, tokens, ref_hidden is not None)
 
 
@@ -106,7 +106,7 @@ def lambda_returns(
     if backend == "reference":
         return reference.lambda_returns(**given, mask=mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
     *tensors, weights = (x if x is None else x.detach() for x in given.values())
-    return LambdaReturns(*custom.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
+    return LambdaReturns(*autograd.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
 
 
 def logits_klq_loss(
@@ -137,7 +137,7 @@ def logits_klq_loss(
         out, stats = reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
         return (out, stats) if return_stats else out
     args = given["logits"], *flat, temperature, *variant.values(), backend
-    out, *stats = (custom.InplaceLoss.apply if inplace else custom.logits_klq_loss)(*args)
+    out, *stats = (autograd.InplaceLoss.apply if inplace else autograd.logits_klq_loss)(*args)
     return (out, _shaped([x.detach() for x in stats], tokens, with_ref=False)) if return_stats else out
 
 
@@ -176,7 +176,7 @@ def linear_klq_loss(
         return (out, stats) if return_stats else out
     hidden, weight, bias, *ref = (given[name] for name in model)
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    out, *stats = custom.linear_klq_loss(
+    out, *stats = autograd.linear_klq_loss(
         _rows(hidden), weight, bias, *flat, *_reference(*ref), temperature, *variant.values(), needed,
         workspace_bytes, backend,
     )[:5]  # fmt: skip

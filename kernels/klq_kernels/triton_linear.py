@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels.chunked import Gradients, Head, add_product, product
 from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
-from klq_kernels.tiled import Statistics, empty_statistics
+from klq_kernels.torch_linear import Gradients, Head, add_product, product
+from klq_kernels.torch_logits import Statistics, empty_statistics
 from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel, vocabulary_splits
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -206,7 +206,7 @@ def linear_grad_kernel(
 def linear_stats(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Statistics:
-    """See `chunked.linear_stats`; needs no workspace."""
+    """See `torch_linear.linear_stats`; needs no workspace."""
     out = empty_statistics(tokens, torch.float32, ref is not None)
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
@@ -232,8 +232,8 @@ def linear_grad(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Statistics,
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None], needed: tuple[bool, bool, bool], workspace: int,
 ) -> Gradients:  # fmt: skip
-    """See `chunked.linear_grad`: logit gradients exist for one slab of the vocabulary at a time, in the weight's dtype
-    and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order."""
+    """See `torch_linear.linear_grad`: logit gradients exist for one slab of the vocabulary at a time, in the weight's
+    dtype and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order."""
     hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
     grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
     rows, V = len(tokens), len(policy.weight)

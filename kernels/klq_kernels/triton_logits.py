@@ -1,7 +1,7 @@
 """The `triton` backend on logits and λ-returns: GPU kernels (or, with TRITON_INTERPRET=1, the same on a CPU).
 
 One visit to each row pair for the statistics, one for the gradient. Offsets are int64, no size is a compile-time
-constant, and masked rows are not read. The interface is that of `tiled`.
+constant, and masked rows are not read. The interface is that of `torch_logits`.
 """
 
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from klq_kernels.device import INF, accumulate, accumulate_ref, bregman, shrink, softmax_gradient
 from klq_kernels.reference import LambdaReturns
-from klq_kernels.tiled import Statistics, empty_statistics
+from klq_kernels.torch_logits import Statistics, empty_statistics
 
 PARTIALS = 6  # m, s, h, n, t, w per row and split
 SMALL_KL = tl.constexpr(0.05)
@@ -217,7 +217,7 @@ def returns_kernel(
 def logits_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
 ) -> Statistics:
-    """See `tiled.logits_stats`."""
+    """See `torch_logits.logits_stats`."""
     out = empty_statistics(tokens, torch.float32, ref_logits is not None)
     rows, V = len(tokens), logits.shape[-1]
     if rows == 0:
@@ -242,7 +242,7 @@ def logits_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Statistics,
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See `tiled.logits_grad`."""
+    """See `torch_logits.logits_grad`."""
     rows, V = out.shape
     if rows == 0:
         return out

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klq_kernels import (
+    autograd,
     checks,
-    chunked,
-    custom,
     lambda_returns,
     linear_klq_loss,
     linear_token_stats,
     logits_klq_loss,
     reference,
-    tiled,
     token_stats,
+    torch_linear,
+    torch_logits,
 )
 
 # The interpreter computes with numpy, which warns of inf − inf and inf · 0 in lanes that are then masked.
@@ -203,7 +203,7 @@ def small_tiles(monkeypatch):
 def tiles(request, backend, monkeypatch):
     """What makes SHAPE and VOCAB large: the torch backend's cache holds two rows of logits, a split of Triton's two
     tiles."""
-    monkeypatch.setattr(tiled.row_blocks, "__defaults__", (360,))
+    monkeypatch.setattr(torch_logits.row_blocks, "__defaults__", (360,))
     if backend == "triton":
         from klq_kernels import triton_linear
 
@@ -214,16 +214,16 @@ def tiles(request, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     """Guards the tests below, which would protect little if everything fitted into one tile."""
-    head, mask = chunked.Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
-    assert len([*tiled.row_blocks(mask, 4 * VOCAB)]) > 2
-    assert len([*chunked.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
+    head, mask = torch_linear.Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
+    assert len([*torch_logits.row_blocks(mask, 4 * VOCAB)]) > 2
+    assert len([*torch_linear.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
     if backend == "triton":
-        kernels = custom.module(backend)
+        kernels = autograd.module(backend)
         assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
     for ref in (None, head) if backend == "torch" else ():
-        first, *others = chunked.tall_blocks(mask, head, ref, WORKSPACE[backend])
+        first, *others = torch_linear.tall_blocks(mask, head, ref, WORKSPACE[backend])
         heads = head.take(first), ref and ref.take(first)
-        assert others and len([*chunked.logit_tiles(heads, WORKSPACE[backend])]) > 2
+        assert others and len([*torch_linear.logit_tiles(heads, WORKSPACE[backend])]) > 2
 
 
 def check_tiles(op, case, inputs, backend, names="logprob entropy kl"):
@@ -344,7 +344,7 @@ def test_policy_and_reference_of_two_dtypes(low, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_torch_on_cpus_with_and_without_16_bit_products(native, dtype, op, monkeypatch):
     """Where the CPU multiplies bfloat16 quickly, the torch backend lets it, and rounds logits as `reference` does."""
-    monkeypatch.setattr(chunked, "native", lambda x: native and x == torch.bfloat16)
+    monkeypatch.setattr(torch_linear, "native", lambda x: native and x == torch.bfloat16)
     inputs = draw(op, vocab=130, dtype=dtype, mask=torch.rand(2, 3) < 0.8)
     check(op, inputs, "torch", upstream_for((2, 3)) if op is linear_token_stats else None)
 
@@ -671,13 +671,13 @@ def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
     """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
-    module = custom.module(backend, linear=True) if op is linear_token_stats else chunked
+    module = autograd.module(backend, linear=True) if op is linear_token_stats else torch_linear
     name = "linear_grad" if op is linear_token_stats else "linear_klq"
     original, made = getattr(module, name), []
 
     def spy(*args):
         out = original(*args)
-        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, chunked.Gradients)))
+        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, torch_linear.Gradients)))
         return out
 
     inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
@@ -697,7 +697,7 @@ def test_a_frozen_model_costs_no_gradient(op, backend, monkeypatch):
     inputs = draw(op)
     values = inputs["values"].requires_grad_()
     want = torch.autograd.grad(op(**inputs, backend="reference"), values)
-    monkeypatch.setattr(custom.module(backend), "logits_grad", None)
+    monkeypatch.setattr(autograd.module(backend), "logits_grad", None)
     torch.testing.assert_close(torch.autograd.grad(op(**inputs, backend=backend), values), want)
 
 
@@ -823,7 +823,7 @@ def test_klq_terms_are_the_loss_and_its_derivatives(seed, loss, dtype, **thresho
     logp, v = (x.requires_grad_() for x in (torch.randn(40, dtype=dtype), batch.pop("values")))
     settings = thresholds | dict(loss=loss)
     want = reference.klq_loss(logp, values=v, mask=mask, **batch, **settings, reduction="none").sum()
-    total, dlogp, dv = chunked.klq_terms(logp.detach(), v.detach(), mask, **batch, **settings)
+    total, dlogp, dv = torch_linear.klq_terms(logp.detach(), v.detach(), mask, **batch, **settings)
     for got, exact in zip((total, dlogp, dv), (want.detach(), *torch.autograd.grad(want, (logp, v))), strict=True):
         torch.testing.assert_close(got, exact)
 

@@ -8,13 +8,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from klq_kernels import (
-    custom,
+    autograd,
     lambda_returns,
     linear_klq_loss,
     linear_token_stats,
     logits_klq_loss,
-    tiled,
     token_stats,
+    torch_logits,
 )
 
 N, V, H = 4, 9, 5
@@ -33,41 +33,41 @@ def opcheck_cases():
     policy = tuple(x.requires_grad_() for x in (normal(N, H), normal(V, H), normal(V)))
     ref_logits, ref = normal(N, V), (normal(N, H + 2), normal(V, H + 2), normal(V))
     logq, target, old_logp, old_v, a, c = normal(6, N).unbind()
-    stats = list(tiled.logits_stats(logits.detach(), tokens, ref_logits, 0.7, mask))
+    stats = list(torch_logits.logits_stats(logits.detach(), tokens, ref_logits, 0.7, mask))
     frozen = tuple(x.detach() for x in policy)
     returns = tuple(normal(2, 3) for _ in range(4))
     l2, double = (0.7, 0.5, "l2", None, None, None), (0.7, 0.5, "double_clipped", 0.2, 0.2, None)
     no_bias = (policy[0], policy[1], None)
     return {
-        "token_stats": (custom.token_stats, (logits, tokens, ref_logits, 0.7, mask, "torch")),
-        "token_stats, no reference": (custom.token_stats, (logits, tokens, None, 1.0, mask, "torch")),
+        "token_stats": (autograd.token_stats, (logits, tokens, ref_logits, 0.7, mask, "torch")),
+        "token_stats, no reference": (autograd.token_stats, (logits, tokens, None, 1.0, mask, "torch")),
         "token_stats_grad": (
-            custom.token_stats_grad,
+            autograd.token_stats_grad,
             (logits.detach(), tokens, ref_logits, 0.7, mask, stats, a, None, c, "torch"),
         ),
-        "linear_token_stats": (custom.linear_token_stats, (*policy, tokens, *ref, 0.7, mask, 1000, "torch")),
+        "linear_token_stats": (autograd.linear_token_stats, (*policy, tokens, *ref, 0.7, mask, 1000, "torch")),
         "linear_token_stats, no reference": (
-            custom.linear_token_stats,
+            autograd.linear_token_stats,
             (*no_bias, tokens, None, None, None, 1.0, mask, 1000, "torch"),
         ),
         "linear_token_stats_grad": (
-            custom.linear_token_stats_grad,
+            autograd.linear_token_stats_grad,
             (*frozen, tokens, *ref, 0.7, mask, 1000, stats, a, None, c, [True, False, True], "torch"),
         ),
         "lambda_returns": (
-            custom.lambda_returns,
+            autograd.lambda_returns,
             (*returns, torch.ones(2, 3, dtype=torch.bool), None, 0.5, 1.0, 0.9, 1.0, "torch"),
         ),
         "logits_klq_loss": (
-            custom.logits_klq_loss_parts,
+            autograd.logits_klq_loss_parts,
             (logits, tokens, values, logq, target, None, None, mask, *l2, True, "torch"),
         ),
         "linear_klq_loss, ref_logprobs": (
-            custom.linear_klq_loss,
+            autograd.linear_klq_loss,
             (*policy, tokens, values, logq, target, None, None, mask, None, None, None, *l2, [True] * 3, 1000, "torch"),
         ),
         "linear_klq_loss, ref_hidden": (
-            custom.linear_klq_loss,
+            autograd.linear_klq_loss,
             (*no_bias, tokens, values, None, target, old_logp, old_v, mask, *ref, *double, [False, True, False], 1000,
              "torch"),
         ),

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 from klq_kernels import lambda_returns, triton_linear, triton_logits
-from klq_kernels.chunked import Head
+from klq_kernels.torch_linear import Head
 
 backend, sweep, notes = make_backend(GPUTarget("cuda", 90, 32)), None, []
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klq_kernels import reference, tiled
+from klq_kernels import reference, torch_logits
 from klq_kernels.reference import clean, result_dtype
-from klq_kernels.tiled import Statistics, empty_statistics, row_blocks
+from klq_kernels.torch_logits import Statistics, empty_statistics, row_blocks
 
 WORKSPACE_BYTES = 1 << 26  # 64 MiB: 524 rows of 32,000 tokens, 458 beside a reference, whose tiles get an eighth
 REF_SHARE = 8
@@ -99,9 +99,9 @@ def linear_stats(
         whole, chosen = None, tokens[rows]
         for columns, (z, r) in logit_tiles((policy.take(rows), ref and ref.take(rows)), workspace):
             inside = chosen - columns.start
-            tile = tiled.softmax_stats(z, inside, r, temperature)
-            whole = tiled.join(whole, tile, inside >= 0, temperature)
-        store(out, rows, tiled.finished(whole, out.norm.dtype))
+            tile = torch_logits.softmax_stats(z, inside, r, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
+        store(out, rows, torch_logits.finished(whole, out.norm.dtype))
     return out
 
 
@@ -118,7 +118,7 @@ def linear_grad(
         ups = tuple(None if x is None else x[rows] for x in upstream)
         mine, chosen, real = policy.take(rows), tokens[rows], mask[rows]
         for columns, (z, r) in logit_tiles((mine, ref and ref.take(rows)), workspace):
-            tiled.logits_grad(z, chosen - columns.start, r, temperature, real, some, ups, z)
+            torch_logits.logits_grad(z, chosen - columns.start, r, temperature, real, some, ups, z)
             grads.add(mine.take(columns=columns), rows, columns, z, None, first=index == 0)
     return grads.like(given)
 
@@ -219,22 +219,22 @@ def chunk_stats(
     kernels: ModuleType, z: Tensor, tokens: Tensor, ref: Head | None, rows: slice | Tensor, temperature: float,
     mask: Tensor, workspace: int,
 ) -> Statistics:  # fmt: skip
-    """Statistics of a chunk whose policy logits are z. `tiled` leaves their softmax in z and takes the reference's
-    logits tile by tile; other kernels keep z and visit both rows together (then another workspace is needed)."""
-    if kernels is not tiled:
+    """Statistics of a chunk whose policy logits are z. `torch_logits` leaves their softmax in z and takes the
+    reference's logits tile by tile; others keep z and visit both rows together (then another workspace is needed)."""
+    if kernels is not torch_logits:
         r = None if ref is None else ref.take(rows).logits(torch.empty_like(z))
         return kernels.logits_stats(z, tokens, r, temperature, mask)
     whole, parts = None, []
     alone = [(slice(0, z.shape[1]), [None])]
     for columns, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), workspace // REF_SHARE):
         inside = tokens - columns.start
-        tile = tiled.softmax_stats(z[:, columns], inside, r, temperature)
-        whole = tiled.join(whole, tile, inside >= 0, temperature)
+        tile = torch_logits.softmax_stats(z[:, columns], inside, r, temperature)
+        whole = torch_logits.join(whole, tile, inside >= 0, temperature)
         parts.append((columns, tile))
     if len(parts) > 1:
         for columns, tile in parts:
-            z[:, columns].mul_(tiled.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
-    return tiled.finished(whole, z.dtype)
+            z[:, columns].mul_(torch_logits.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
+    return torch_logits.finished(whole, z.dtype)
 
 
 def chunk_grad(
@@ -242,7 +242,7 @@ def chunk_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Logit gradients for upstream gradients a of the log-probs, in place of what `chunk_stats` left, and a factor per
     row that is still to be applied: dL/dz = −(a/T) (p_v − 1[v = token])."""
-    if kernels is tiled:
+    if kernels is torch_logits:
         index = tokens.long().unsqueeze(1)
         return z.scatter_add_(1, index, z.new_full((1, 1), -1.0).expand_as(index)), -a / temperature
     return kernels.logits_grad(z, tokens, None, temperature, mask, stats, (a, None, None), z), None

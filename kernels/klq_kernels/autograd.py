@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from klq_kernels import checks, chunked, tiled
-from klq_kernels.chunked import Head
+from klq_kernels import checks, torch_linear, torch_logits
 from klq_kernels.reference import result_dtype
-from klq_kernels.tiled import Statistics
+from klq_kernels.torch_linear import Head
+from klq_kernels.torch_logits import Statistics
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -19,7 +19,7 @@ Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def module(backend: str, linear: bool = False):
     """The module with this backend's `logits_stats`, `logits_grad` and `lambda_returns`, or with its `linear_…`."""
     if backend == "torch":
-        return chunked if linear else tiled
+        return torch_linear if linear else torch_logits
     from klq_kernels import triton_linear, triton_logits
 
     return triton_linear if linear else triton_logits
@@ -36,7 +36,7 @@ def token_stats(
 
 @token_stats.register_fake
 def _(logits, tokens, ref_logits, *rest):
-    return tuple(tiled.empty_statistics(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
+    return tuple(torch_logits.empty_statistics(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
 
 
 @custom_op("klq_kernels::token_stats_grad", mutates_args=())
@@ -90,7 +90,7 @@ def linear_token_stats(
 
 @linear_token_stats.register_fake
 def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, *rest):
-    return tuple(tiled.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
+    return tuple(torch_logits.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
 
 
 @custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
@@ -158,7 +158,7 @@ def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor
     kernels, out = module(backend), grad.view(-1, logits.shape[-1])
     stats = kernels.logits_stats(logits, tokens, None, temperature, mask)
     count = mask.sum().clamp(min=1)
-    total, a, dvalues = chunked.klq_terms(stats.logprob, values, mask, *fixed, *variant)
+    total, a, dvalues = torch_linear.klq_terms(stats.logprob, values, mask, *fixed, *variant)
     if out.numel():
         kernels.logits_grad(logits, tokens, None, temperature, mask, stats, (a / count, None, None), out)
     return total / count, stats.logprob, stats.entropy, (dvalues / count).to(values.dtype)
@@ -167,7 +167,7 @@ def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor
 @logits_klq_loss_parts.register_fake
 def _(logits, tokens, values, *rest):
     dtype, with_grad = result_dtype(logits, values, *rest[:4]), rest[-2]
-    stats, shape = tiled.empty_statistics(tokens, result_dtype(logits), False), logits.shape if with_grad else 0
+    stats, shape = torch_logits.empty_statistics(tokens, result_dtype(logits), False), logits.shape if with_grad else 0
     return logits.new_empty((), dtype=dtype), *stats[:2], logits.new_empty(shape), values.clone()
 
 
@@ -224,7 +224,7 @@ def linear_klq_loss(
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
     fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
-    total, stats, grads, dvalues = chunked.linear_klq(
+    total, stats, grads, dvalues = torch_linear.linear_klq(
         module(backend), policy, tokens, ref, values, temperature, mask, fixed, variant, tuple(needed), workspace
     )
     dense = (hidden.new_empty(0) if g is None else g for g in grads)
@@ -234,7 +234,7 @@ def linear_klq_loss(
 @linear_klq_loss.register_fake
 def _(hidden, weight, bias, tokens, values, ref_logprobs, targets, old_logprobs, old_values, mask, ref_hidden,
       ref_weight, *rest):  # fmt: skip
-    stats = tiled.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None)
+    stats = torch_logits.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None)
     dtype = result_dtype(weight, ref_weight, values, ref_logprobs, targets, old_logprobs, old_values)
     grads = _empty_gradients((hidden, weight, bias), rest[-3])
     return hidden.new_empty((), dtype=dtype), *stats[:4], *grads, torch.empty_like(values)
