@@ -1,203 +1,195 @@
 """The operations as `torch.library` custom ops: opaque to torch.compile, which needs only their shapes, and with
-gradients. Arguments are flat ([N] tokens); the last one names the backend, "torch" or "triton".
+gradients. Their tensors are flat ([N] tokens) and go by name; options (keyword-only) come after the tensors, and the
+settings of a loss are spelled out, since a schema knows no named tuples. `backend` is "torch" or "triton".
 """
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
-from klq_kernels import checks, torch_linear, torch_logits
-from klq_kernels.reference import result_dtype
-from klq_kernels.torch_linear import Head
-from klq_kernels.torch_logits import Statistics
+from klq_kernels import checks, torch_linear
+from klq_kernels.loss import klq_terms
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype
 
-Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # `Residuals`, as a schema spells them
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def module(backend: str, linear: bool = False):
-    """The module with this backend's `logits_stats`, `logits_grad` and `lambda_returns`, or with its `linear_…`."""
-    if backend == "torch":
-        return torch_linear if linear else torch_logits
-    from klq_kernels import triton_linear, triton_logits
+def kernels(backend: str, inputs: str) -> ModuleType:
+    """The module of a backend ("torch", "triton") for inputs "logits" (`logits_stats`, `logits_grad`, `lambda_returns`)
+    or "linear" (`linear_stats`, `linear_grad`, `chunk_stats`, `chunk_grad`): all take [N] tokens."""
+    return importlib.import_module(f"klq_kernels.{backend}_{inputs}")
 
-    return triton_linear if linear else triton_logits
+
+# Statistics
 
 
 @custom_op("klq_kernels::token_stats", mutates_args=())
 def token_stats(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, backend: str
-) -> Stats:
-    """`Statistics` of every row."""
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, *, temperature: float, backend: str
+) -> Eight:
+    """`Residuals` of every row of logits [..., V]; tokens and mask [N] (arXiv 2508.17000, eq. (2))."""
     checks.token_ids(tokens, mask, logits.shape[-1])
-    return tuple(module(backend).logits_stats(logits, tokens, ref_logits, temperature, mask))
+    return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask))
 
 
 @token_stats.register_fake
-def _(logits, tokens, ref_logits, *rest):
-    return tuple(torch_logits.empty_statistics(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
+def _(logits, tokens, ref_logits, mask, **options):
+    return tuple(Residuals.zeros(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
 
 
 @custom_op("klq_kernels::token_stats_grad", mutates_args=())
 def token_stats_grad(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor,
-    stats: Sequence[Tensor], a: Tensor | None, b: Tensor | None, c: Tensor | None, backend: str,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
+    b: Tensor | None, c: Tensor | None, *, temperature: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient in the logits for upstream gradients a, b, c of log-prob, entropy and KL, in a tensor of its own."""
+    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL, in a tensor of its
+    own."""
     out = torch.empty((len(tokens), logits.shape[-1]), dtype=logits.dtype, device=logits.device)
-    step = module(backend).logits_grad
-    return step(logits, tokens, ref_logits, temperature, mask, Statistics(*stats), (a, b, c), out).reshape(logits.shape)
+    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c), out=out)
+    return kernels(backend, "logits").logits_grad(logits, tokens, ref_logits, **given).reshape(logits.shape)
 
 
 @token_stats_grad.register_fake
-def _(logits, *rest):
+def _(logits, *rest, **options):
     return logits.new_empty(logits.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
-    ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
-
-
-def _saved(ctx, *upstream: Tensor | None) -> tuple[list, str]:
-    """What the gradient's op takes, but `needed`: forward arguments, results, upstream gradients; and the backend."""
-    tensors = ctx.saved_tensors
-    *inputs, backend = (x if t is None else t for t, x in zip(tensors, ctx.rest))
-    contiguous = (None if g is None else g.contiguous() for g in upstream)
-    return [*inputs, list(tensors[len(ctx.rest) :]), *contiguous], backend
-
-
-def _token_stats_backward(ctx, a, b, _, c, *unused):
-    args, backend = _saved(ctx, a, b, c)
-    return token_stats_grad(*args, backend), *[None] * 5
-
-
-token_stats.register_autograd(_token_stats_backward, setup_context=_save)
 
 
 @custom_op("klq_kernels::linear_token_stats", mutates_args=())
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, temperature: float, mask: Tensor, workspace: int, backend: str,
-) -> Stats:  # fmt: skip
-    """`Statistics` of every row of hidden [N, H]."""
+    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, *, temperature: float, workspace: int,
+    backend: str,
+) -> Eight:  # fmt: skip
+    """`Residuals` of every row of hidden [N, H] (arXiv 2508.17000, eq. (2))."""
     checks.token_ids(tokens, mask, len(weight))
-    policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    return tuple(module(backend, linear=True).linear_stats(policy, tokens, ref, temperature, mask, workspace))
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, temperature, mask, workspace))
 
 
 @linear_token_stats.register_fake
-def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, *rest):
-    return tuple(torch_logits.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
+def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, mask, **options):
+    return tuple(Residuals.zeros(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
 
 
 @custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
 def linear_token_stats_grad(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, temperature: float, mask: Tensor, workspace: int,
-    stats: Sequence[Tensor], a: Tensor | None, b: Tensor | None, c: Tensor | None, needed: Sequence[bool], backend: str,
+    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
+    b: Tensor | None, c: Tensor | None, *, temperature: float, workspace: int, backend: str, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias; empty where not needed."""
-    policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    step = module(backend, linear=True).linear_grad
-    grads = step(policy, tokens, ref, temperature, mask, Statistics(*stats), (a, b, c), tuple(needed), workspace)
+    """Gradients of hidden [N, H], weight [V, H] and bias [V]; empty where not needed."""
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c))
+    given |= dict(needed=tuple(needed), workspace=workspace)
+    grads = kernels(backend, "linear").linear_grad(policy, tokens, ref, **given)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @linear_token_stats_grad.register_fake
-def _(hidden, weight, bias, *rest):
-    return _empty_gradients((hidden, weight, bias), needed=rest[-2])
+def _(hidden, weight, bias, *rest, needed, **options):
+    return _empty_gradients((hidden, weight, bias), needed)
 
 
-def _linear_backward(ctx, a, b, _, c, *unused):
-    args, backend = _saved(ctx, a, b, c)
+def _save(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options, ctx.count = keyword_only_inputs, len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx, *upstream: Tensor | None) -> list:
+    """A gradient op's tensors: those of the forward op, its residuals, the upstream gradients."""
+    inputs, stats = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
+    return [*inputs, stats, *(None if g is None else g.contiguous() for g in upstream)]
+
+
+def _token_stats_backward(ctx, a, b, _, c, *unused):
+    return token_stats_grad(*_saved(ctx, a, b, c), **ctx.options), *[None] * (ctx.count - 1)
+
+
+def _linear_token_stats_backward(ctx, a, b, _, c, *unused):
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-    return *_asked(linear_token_stats_grad(*args, needed, backend), needed), *[None] * 8
+    grads = linear_token_stats_grad(*_saved(ctx, a, b, c), **ctx.options, needed=needed)
+    return *_asked(grads, needed), *[None] * (ctx.count - 3)
 
 
-linear_token_stats.register_autograd(_linear_backward, setup_context=_save)
+token_stats.register_autograd(_token_stats_backward, setup_context=_save)
+linear_token_stats.register_autograd(_linear_token_stats_backward, setup_context=_save)
+
+
+# λ-returns
 
 
 @custom_op("klq_kernels::lambda_returns", mutates_args=())
 def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
-    tau: float, gamma: float, lam: float, alpha: float, backend: str,
+    *, tau: float, gamma: float, lam: float, alpha: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(Ĝ, Δ, δ), each [B, T]."""
+    """(Ĝ, Δ, δ), each [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
     checks.right_padded(mask)
-    step = module(backend).lambda_returns
-    return tuple(step(rewards, values, logprobs, ref_logprobs, mask, trace_weights, tau, gamma, lam, alpha))
+    given = (rewards, values, logprobs, ref_logprobs, mask, trace_weights)
+    return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
 
 
 @lambda_returns.register_fake
-def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, *rest):
+def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
     dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
     return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
 
 
+# Losses: their last results are the gradients of their first arguments, computed in the forward pass
+
+
 @custom_op("klq_kernels::logits_klq_loss", mutates_args=())
-def logits_klq_loss_parts(
-    logits: Tensor, tokens: Tensor, values: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
-    old_values: Tensor | None, mask: Tensor, temperature: float, tau: float, loss: str, clip: float | None,
-    log_ratio_clip: float | None, delta: float | None, with_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, log-prob, entropy, the loss's gradient in the logits or an empty tensor, its gradient in the values)."""
-    grad = torch.empty(logits.shape if with_grad else 0, dtype=logits.dtype, device=logits.device)
-    fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
-    *results, dvalues = _logits_klq(grad, logits, tokens, values, *fixed, mask, temperature, *variant, backend)
+def logits_klq_loss(
+    logits: Tensor, values: Tensor, tokens: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
+    old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str, clip: float | None,
+    log_ratio_clip: float | None, delta: float | None, needed: bool, backend: str,
+) -> Five:  # fmt: skip
+    """Loss; log-prob, entropy [N]; gradients of logits [..., V] (empty unless needed) and values (arXiv 2508.17000,
+    eq. (6))."""
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    grad = torch.empty(logits.shape if needed else 0, dtype=logits.dtype, device=logits.device)
+    *results, dvalues = _logits_klq(grad, logits, tokens, inputs, settings, temperature, backend)
     return *results, grad, dvalues
 
 
-def _logits_klq(grad, logits, tokens, values, *settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-prob, entropy, gradient in the values) for the op's arguments; the gradient in the logits goes to
-    `grad` unless empty."""
-    (*fixed, mask, temperature), (*variant, backend) = settings[:6], settings[6:]
+def _logits_klq(
+    grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, log-prob, entropy, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
+    mask, module, out = inputs.mask, kernels(backend, "logits"), grad.view(-1, logits.shape[-1])
     checks.token_ids(tokens, mask, logits.shape[-1])
-    kernels, out = module(backend), grad.view(-1, logits.shape[-1])
-    stats = kernels.logits_stats(logits, tokens, None, temperature, mask)
+    stats = module.logits_stats(logits, tokens, None, temperature, mask)
     count = mask.sum().clamp(min=1)
-    total, a, dvalues = torch_linear.klq_terms(stats.logprob, values, mask, *fixed, *variant)
+    total, a, dvalues = klq_terms(inputs._replace(logprobs=stats.logprob), settings)
     if out.numel():
-        kernels.logits_grad(logits, tokens, None, temperature, mask, stats, (a / count, None, None), out)
-    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(values.dtype)
+        module.logits_grad(logits, tokens, None, temperature, mask, stats, Upstream(a / count), out)
+    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(inputs.values.dtype)
 
 
-@logits_klq_loss_parts.register_fake
-def _(logits, tokens, values, *rest):
-    dtype, with_grad = result_dtype(logits, values, *rest[:4]), rest[-2]
-    stats, shape = torch_logits.empty_statistics(tokens, result_dtype(logits), False), logits.shape if with_grad else 0
-    return logits.new_empty((), dtype=dtype), *stats[:2], logits.new_empty(shape), values.clone()
-
-
-def _loss_backward(ctx, upstream, *unused):
-    grad, dvalues = _hand_over(ctx, upstream)
-    return grad, None, dvalues, *[None] * 13
-
-
-def _save_loss(ctx, inputs, output):
-    ctx.grads = [g.detach() for g in output[3:]]
-    ctx.set_materialize_grads(False)
-
-
-logits_klq_loss_parts.register_autograd(_loss_backward, setup_context=_save_loss)
-
-
-def logits_klq_loss(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log-prob, entropy); only the loss may be differentiated, in logits and values."""
-    with_grad = logits.requires_grad and torch.is_grad_enabled()
-    return logits_klq_loss_parts(logits, *args[:-1], with_grad, args[-1])[:3]
+@logits_klq_loss.register_fake
+def _(logits, values, tokens, *per_token, needed, **options):
+    dtype = result_dtype(logits, values, *per_token[:-1])
+    stats, shape = Residuals.zeros(tokens, result_dtype(logits), False), logits.shape if needed else 0
+    return logits.new_empty((), dtype=dtype), *stats[:2], logits.new_empty(shape), torch.empty_like(values)
 
 
 class InplaceLoss(torch.autograd.Function):
     """`logits_klq_loss` whose forward pass overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, values, *settings):
-        """As the custom op, in place."""
-        grad = flat_view(logits.detach())
-        *results, dvalues = _logits_klq(grad, grad, tokens, values.detach(), *settings)
+    def forward(ctx, logits, values, tokens, inputs, settings, temperature, backend):
+        """As the custom op, in place; `inputs` hold no graph."""
+        grad = _flat_view(logits.detach())
+        *results, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
         torch.autograd.graph.increment_version(grad)
         ctx.grads = grad.view(logits.shape), dvalues
         ctx.mark_non_differentiable(*results[1:])
@@ -206,60 +198,72 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *unused):
         """What the forward pass has already computed, scaled by the upstream gradient."""
-        grad, dvalues = _hand_over(ctx, upstream, inplace=True)
-        return grad, None, dvalues, *[None] * 12
+        return *_hand_over(ctx, upstream, inplace=True), *[None] * 5
 
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+def logits_klq_loss_inplace(
+    logits: Tensor, values: Tensor, tokens: Tensor, *, settings: LossSettings, temperature: float, backend: str, **given
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log-prob, entropy) as `logits_klq_loss` for logits [..., V] (6), which are overwritten."""
+    inputs = LossInputs(logprobs=None, values=values.detach(), **given)
+    return InplaceLoss.apply(logits, values, tokens, inputs, settings, temperature, backend)
 
 
 @custom_op("klq_kernels::linear_klq_loss", mutates_args=())
 def linear_klq_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, values: Tensor, ref_logprobs: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, tokens: Tensor, ref_logprobs: Tensor | None,
     targets: Tensor, old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, temperature: float, tau: float, loss: str, clip: float | None,
-    log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int, backend: str,
-) -> Parts:  # fmt: skip
-    """Loss; log-prob, entropy, reference log-prob, KL; gradients of hidden, weight, bias and values."""
+    ref_weight: Tensor | None, ref_bias: Tensor | None, *, temperature: float, tau: float, loss: str,
+    clip: float | None, log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int,
+    backend: str,
+) -> Nine:  # fmt: skip
+    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless needed)
+    and values (arXiv 2508.17000, eqs. (2), (6))."""
     checks.token_ids(tokens, mask, len(weight))
-    policy, ref = Head(hidden, weight, bias), head(ref_hidden, ref_weight, ref_bias)
-    fixed, variant = (ref_logprobs, targets, old_logprobs, old_values), (tau, loss, clip, log_ratio_clip, delta)
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
     total, stats, grads, dvalues = torch_linear.linear_klq(
-        module(backend), policy, tokens, ref, values, temperature, mask, fixed, variant, tuple(needed), workspace
+        kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
     )
     dense = (hidden.new_empty(0) if g is None else g for g in grads)
     return total, *stats[:4], *dense, dvalues.to(values.dtype)
 
 
 @linear_klq_loss.register_fake
-def _(hidden, weight, bias, tokens, values, ref_logprobs, targets, old_logprobs, old_values, mask, ref_hidden,
-      ref_weight, *rest):  # fmt: skip
-    stats = torch_logits.empty_statistics(tokens, result_dtype(weight, ref_weight), ref_hidden is not None)
+def _(hidden, weight, bias, values, tokens, ref_logprobs, targets, old_logprobs, old_values, mask, ref_hidden,
+      ref_weight, ref_bias, *, needed, **options):  # fmt: skip
+    stats = Residuals.zeros(tokens, result_dtype(weight, ref_weight), ref_hidden is not None)
     dtype = result_dtype(weight, ref_weight, values, ref_logprobs, targets, old_logprobs, old_values)
-    grads = _empty_gradients((hidden, weight, bias), rest[-3])
+    grads = _empty_gradients((hidden, weight, bias), needed)
     return hidden.new_empty((), dtype=dtype), *stats[:4], *grads, torch.empty_like(values)
 
 
-def _save_linear_loss(ctx, inputs, output):
-    ctx.grads = [g.detach() for g in output[5:]]
-    ctx.needed = inputs[-3]
-    ctx.set_materialize_grads(False)
+def _register_loss(op: CustomOpDef, learns: int) -> None:
+    """Autograd of a loss with gradients of its first `learns` arguments among its results."""
+
+    def save(ctx, inputs, keyword_only_inputs, output):
+        ctx.grads = [g.detach() for g in output[-learns:]]
+        ctx.others = len(inputs) - learns
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, upstream, *unused):
+        grads = _asked(_hand_over(ctx, upstream), ctx.needs_input_grad)
+        return *grads, *[None] * ctx.others
+
+    op.register_autograd(backward, setup_context=save)
 
 
-def _linear_loss_backward(ctx, upstream, *unused):
-    *grads, dvalues = _hand_over(ctx, upstream)
-    return *_asked(grads, ctx.needed), None, dvalues, *[None] * 17
+_register_loss(logits_klq_loss, learns=2)
+_register_loss(linear_klq_loss, learns=4)
 
 
-linear_klq_loss.register_autograd(_linear_loss_backward, setup_context=_save_linear_loss)
-
-
-def head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
     """A Head, or None without a reference."""
     return None if hidden is None else Head(hidden, weight, bias)
 
 
-def flat_view(x: Tensor) -> Tensor:
+def _flat_view(x: Tensor) -> Tensor:
     """x as [N, V] in the same memory; an in-place gradient can't be written into a strided tensor's copy."""
     try:
         return x.view(-1, x.shape[-1])

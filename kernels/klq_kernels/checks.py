@@ -208,22 +208,3 @@ def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> Non
     alike(rewards=rewards, **tensors, **optional(trace_weights=trace_weights))
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
-
-
-NEEDS = {
-    "l2": (), "huber": ("delta",), "value_clipped": ("clip", "old_values", "old_logprobs"),
-    "ratio_clipped": ("log_ratio_clip", "old_logprobs"),
-    "double_clipped": ("clip", "log_ratio_clip", "old_values", "old_logprobs"),
-}  # fmt: skip
-LOSSES = tuple(NEEDS)
-
-
-def loss_variant(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
-    """Every variant gets the thresholds and old quantities it needs, or an error that names what is missing."""
-    thresholds = optional(delta=delta, clip=clip, log_ratio_clip=log_ratio_clip)
-    positive(tau=tau, **thresholds)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
-    for name in NEEDS[loss]:
-        if name not in thresholds | optional(old_values=old_values, old_logprobs=old_logprobs):
-            raise ValueError(f"loss={loss!r} needs {name}, got None")

@@ -1,11 +1,17 @@
 """The public operations: checks, choice of backend, autograd. What they compute is defined in `reference`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from klq_kernels import autograd, checks, reference
-from klq_kernels.reference import LambdaReturns, TokenStats, narrow
+from klq_kernels.loss import check_settings
 from klq_kernels.torch_linear import WORKSPACE_BYTES
+from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
+
+MODEL = {"logits", "ref_logits", "weight", "ref_weight", "bias", "ref_bias"}  # not per token
+LEARN = {"logits", "hidden", "weight", "bias", "values"}
 
 
 def token_stats(
@@ -32,13 +38,11 @@ def token_stats(
     """
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    backend, model = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
+    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
     if backend == "reference":
-        return reference.token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
-    logits, ref = model["logits"], None if ref_logits is None else model["ref_logits"].detach()
-    out = autograd.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
-    return _shaped(out, tokens, ref_logits is not None)
+        return reference.token_stats(**given, temperature=temperature)
+    stats = autograd.token_stats(**_flat(given), temperature=temperature, backend=backend)
+    return _shaped(stats, tokens, ref_logits is not None)
 
 
 def linear_token_stats(
@@ -63,17 +67,14 @@ def linear_token_stats(
     (-1.3863, 1.3863, None)
     """
     checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
-    checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     model = dict(hidden=hidden, weight=weight, bias=bias)
     model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    backend, model = _prepare(backend, tokens, mask, **model)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    backend, given = _prepare(backend, tokens, mask, **model)
     if backend == "reference":
-        return reference.linear_token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
-    hidden, weight, bias, *ref = model.values()
-    flat = _flat(tokens.long()), *_reference(*ref), temperature, _flat(mask)
-    out = autograd.linear_token_stats(_rows(hidden), weight, bias, *flat, workspace_bytes, backend)
-    return _shaped(out, tokens, ref_hidden is not None)
+        return reference.linear_token_stats(**given, temperature=temperature)
+    options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+    return _shaped(autograd.linear_token_stats(**_flat(given), **options), tokens, ref_hidden is not None)
 
 
 def lambda_returns(
@@ -101,12 +102,14 @@ def lambda_returns(
     tensor([[1., 1.]])
     """
     given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
+    coefficients = dict(tau=tau, gamma=gamma, lam=lam, alpha=alpha)
+    checks.returns(mask=mask, trace_weights=trace_weights, **coefficients, **given)
     backend, given = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
+    del given["tokens"]
     if backend == "reference":
-        return reference.lambda_returns(**given, mask=mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
-    *tensors, weights = (x if x is None else x.detach() for x in given.values())
-    return LambdaReturns(*autograd.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
+        return reference.lambda_returns(**given, **coefficients)
+    given = {name: x if x is None else x.detach() for name, x in given.items()}
+    return LambdaReturns(*autograd.lambda_returns(**given, **coefficients, backend=backend))
 
 
 def logits_klq_loss(
@@ -129,16 +132,18 @@ def logits_klq_loss(
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, None, mask)
     checks.tensors(ref_logprobs=ref_logprobs)
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, dict(logits=logits), per_token, old)
+    settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    backend, given = _prepare_loss(backend, tokens, inputs, settings, logits=logits)
     if backend == "reference":
-        out, stats = reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
+        out, stats = reference.logits_klq_loss(**given, temperature=temperature, **settings._asdict())
         return (out, stats) if return_stats else out
-    args = given["logits"], *flat, temperature, *variant.values(), backend
-    out, *stats = (autograd.InplaceLoss.apply if inplace else autograd.logits_klq_loss)(*args)
-    return (out, _shaped([x.detach() for x in stats], tokens, with_ref=False)) if return_stats else out
+    op, options = autograd.logits_klq_loss, dict(temperature=temperature, backend=backend)
+    if inplace:
+        out, *stats = autograd.logits_klq_loss_inplace(**_flat(given), settings=settings, **options)
+    else:
+        out, *stats = op(**_flat(given), **settings._asdict(), needed=_learns(logits), **options)
+    return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
 
 
 def linear_klq_loss(
@@ -164,58 +169,60 @@ def linear_klq_loss(
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     model = dict(hidden=hidden, weight=weight, bias=bias)
     model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(tokens=tokens, **model, mask=mask)
-    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, model, per_token, old)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    backend, given = _prepare_loss(backend, tokens, inputs, settings, **model)
     if backend == "reference":
-        out, stats = reference.linear_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
+        out, stats = reference.linear_klq_loss(**given, temperature=temperature, **settings._asdict())
         return (out, stats) if return_stats else out
-    hidden, weight, bias, *ref = (given[name] for name in model)
-    needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    out, *stats = autograd.linear_klq_loss(
-        _rows(hidden), weight, bias, *flat, *_reference(*ref), temperature, *variant.values(), needed,
-        workspace_bytes, backend,
-    )[:5]  # fmt: skip
-    return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
+    options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+    needed = [_learns(given[name]) for name in ("hidden", "weight", "bias")]
+    out, *stats = autograd.linear_klq_loss(**_flat(given), **settings._asdict(), needed=needed, **options)[:5]
+    return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
 
 
-def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> tuple[str, dict]:
-    """The backend for these tensors, and the tensors in the dtypes it gets them in."""
+def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **floats: Tensor | None):
+    """The backend for these tensors, and all of them by name: floats in the dtypes it gets them in, a full mask for
+    None."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.common_device(**floats, tokens=tokens, mask=mask)
-    return checks.pick_backend(backend, **floats), dict(zip(floats, narrow(*floats.values())))
+    backend = checks.pick_backend(backend, **floats)
+    return backend, dict(zip(floats, narrow(*floats.values())), tokens=tokens, mask=mask)
 
 
-def _prepare_loss(
-    backend: str | None, tokens: Tensor, mask: Tensor, variant: dict, model: dict, per_token: dict, old: dict
-) -> tuple[str, dict, list]:
-    """What `_prepare` returns after the checks of either loss, and flat tensors as its custom op takes them."""
-    checks.loss_variant(**variant, **old)
-    checks.tensors(values=per_token["values"], targets=per_token["targets"])
-    checks.alike(tokens=tokens, mask=mask, **checks.optional(**per_token, **old))
-    backend, given = _prepare(backend, tokens, mask, **model, **per_token, **old)
-    fixed = (given[name] for name in ("ref_logprobs", "targets", *old))
-    return backend, given, [_flat(tokens.long()), given["values"].reshape(-1), *map(_flat, fixed), _flat(mask)]
+def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, settings: LossSettings, **model):
+    """What `_prepare` returns, after the checks of either loss."""
+    check_settings(settings, inputs)
+    checks.tensors(values=inputs.values, targets=inputs.targets)
+    given = inputs._asdict()
+    mask = given.pop("mask")
+    del given["logprobs"]
+    checks.alike(tokens=tokens, mask=mask, **checks.optional(**given))
+    return _prepare(backend, tokens, mask, **model, **given)
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    """x as [N], contiguous (an expanded mask has stride 0) and without its graph."""
-    return None if x is None else x.detach().reshape(-1).contiguous()
+def _flat(given: dict) -> dict:
+    """Tensors as a custom op takes them: per token [N] and contiguous (an expanded mask has stride 0), hidden states
+    [N, H], logits and heads as they are; only the policy and the values keep their graph."""
+    out = {}
+    for name, x in given.items():
+        x = x if x is None or name in LEARN else x.detach()
+        if name in ("hidden", "ref_hidden") and x is not None:
+            x = x.reshape(-1, x.shape[-1])
+        elif name not in MODEL and x is not None:
+            x = x.reshape(-1).contiguous()
+        out[name] = x.long() if name == "tokens" else x
+    return out
 
 
-def _rows(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
+def _learns(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
-def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple:
-    """The reference head, flat and detached, or three Nones."""
-    return tuple(None if x is None else x.detach() for x in (hidden if hidden is None else _rows(hidden), weight, bias))
-
-
-def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
+def _shaped(stats: Sequence[Tensor], tokens: Tensor, with_ref: bool) -> TokenStats:
     """TokenStats shaped like tokens from flat results; the reference's log-prob is no function of the policy."""
-    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[: 4 if with_ref else 2])
+    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in stats[: 4 if with_ref else 2])
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))

@@ -21,11 +21,12 @@ from klq_kernels import (
     linear_klq_loss,
     linear_token_stats,
     logits_klq_loss,
-    reference,
     token_stats,
     torch_linear,
     torch_logits,
 )
+from klq_kernels.loss import LOSSES, klq_loss, klq_terms
+from klq_kernels.types import Gradients, Head, LossInputs, LossSettings
 
 # The interpreter computes with numpy, which warns of inf − inf and inf · 0 in lanes that are then masked.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -214,11 +215,11 @@ def tiles(request, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     """Guards the tests below, which would protect little if everything fitted into one tile."""
-    head, mask = torch_linear.Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
+    head, mask = Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
     assert len([*torch_logits.row_blocks(mask, 4 * VOCAB)]) > 2
     assert len([*torch_linear.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
     if backend == "triton":
-        kernels = autograd.module(backend)
+        kernels = autograd.kernels(backend, "logits")
         assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
     for ref in (None, head) if backend == "torch" else ():
         first, *others = torch_linear.tall_blocks(mask, head, ref, WORKSPACE[backend])
@@ -262,7 +263,7 @@ def test_tiles_of_linear_token_stats(backend, case, tiles):
 
 @pytest.mark.parametrize(
     "backend, case",
-    pairwise({"torch": 99, "triton": 3}, loss=checks.LOSSES, strided=(False, True), **COMMON),
+    pairwise({"torch": 99, "triton": 3}, loss=LOSSES, strided=(False, True), **COMMON),
 )
 def test_tiles_of_logits_klq_loss(backend, case, tiles):
     inputs = draw_logits(SHAPE, VOCAB, case["dtype"], ref=False)
@@ -271,9 +272,7 @@ def test_tiles_of_logits_klq_loss(backend, case, tiles):
     check_tiles(logits_klq_loss, case, inputs, backend)
 
 
-@pytest.mark.parametrize(
-    "backend, case", pairwise({"torch": 99, "triton": 4}, heads=HEADS[:6], loss=checks.LOSSES, **COMMON)
-)
+@pytest.mark.parametrize("backend, case", pairwise({"torch": 99, "triton": 4}, heads=HEADS[:6], loss=LOSSES, **COMMON))
 def test_tiles_of_linear_klq_loss(backend, case, tiles):
     """With ref_logprobs where the heads hold no reference, else with the reference in the same pass."""
     inputs = draw_heads(SHAPE, VOCAB, WIDTH, case["dtype"], case["heads"])
@@ -344,7 +343,7 @@ def test_policy_and_reference_of_two_dtypes(low, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_torch_on_cpus_with_and_without_16_bit_products(native, dtype, op, monkeypatch):
     """Where the CPU multiplies bfloat16 quickly, the torch backend lets it, and rounds logits as `reference` does."""
-    monkeypatch.setattr(torch_linear, "native", lambda x: native and x == torch.bfloat16)
+    monkeypatch.setattr(torch_linear, "_native", lambda x: native and x == torch.bfloat16)
     inputs = draw(op, vocab=130, dtype=dtype, mask=torch.rand(2, 3) < 0.8)
     check(op, inputs, "torch", upstream_for((2, 3)) if op is linear_token_stats else None)
 
@@ -671,13 +670,13 @@ def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
     """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
-    module = autograd.module(backend, linear=True) if op is linear_token_stats else torch_linear
+    module = autograd.kernels(backend, "linear") if op is linear_token_stats else torch_linear
     name = "linear_grad" if op is linear_token_stats else "linear_klq"
     original, made = getattr(module, name), []
 
-    def spy(*args):
-        out = original(*args)
-        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, torch_linear.Gradients)))
+    def spy(*args, **given):
+        out = original(*args, **given)
+        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, Gradients)))
         return out
 
     inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
@@ -697,7 +696,8 @@ def test_a_frozen_model_costs_no_gradient(op, backend, monkeypatch):
     inputs = draw(op)
     values = inputs["values"].requires_grad_()
     want = torch.autograd.grad(op(**inputs, backend="reference"), values)
-    monkeypatch.setattr(autograd.module(backend), "logits_grad", None)
+    inputs_kind, step = ("logits", "logits_grad") if op is logits_klq_loss else ("linear", "chunk_grad")
+    monkeypatch.setattr(autograd.kernels(backend, inputs_kind), step, None)
     torch.testing.assert_close(torch.autograd.grad(op(**inputs, backend=backend), values), want)
 
 
@@ -774,7 +774,7 @@ BATCHES = dict(
     seed=st.integers(0, 10**6), shape=st.one_of(st.tuples(st.integers(0, 7)), st.tuples(*[st.integers(0, 3)] * 2)),
     vocab=st.integers(1, 90), width=st.integers(1, 20), density=st.sampled_from([0.0, 0.5, 1.0]),
     temperature=st.floats(0.3, 3.0), heads=st.sampled_from(HEADS), dtype=st.sampled_from(DTYPES),
-    loss=st.sampled_from(checks.LOSSES),
+    loss=st.sampled_from(LOSSES),
 )  # fmt: skip
 
 
@@ -810,7 +810,7 @@ def test_triton_on_random_batches(backend, **batch):
 
 
 @given(
-    seed=st.integers(0, 10**6), loss=st.sampled_from(checks.LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
+    seed=st.integers(0, 10**6), loss=st.sampled_from(LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
     log_ratio_clip=st.floats(0.01, 3), delta=st.floats(0.01, 3), dtype=st.sampled_from([F32, F64]),
 )  # fmt: skip
 @settings(max_examples=5 * settings.default.max_examples)
@@ -821,9 +821,9 @@ def test_klq_terms_are_the_loss_and_its_derivatives(seed, loss, dtype, **thresho
     mask = torch.rand(40) < 0.8
     batch = {name: torch.randn(40, dtype=dtype).masked_fill(~mask, NAN) for name in PER_TOKEN[-5:]}
     logp, v = (x.requires_grad_() for x in (torch.randn(40, dtype=dtype), batch.pop("values")))
-    settings = thresholds | dict(loss=loss)
-    want = reference.klq_loss(logp, values=v, mask=mask, **batch, **settings, reduction="none").sum()
-    total, dlogp, dv = torch_linear.klq_terms(logp.detach(), v.detach(), mask, **batch, **settings)
+    inputs, settings = LossInputs(logprobs=logp, values=v, mask=mask, **batch), LossSettings(loss=loss, **thresholds)
+    want = klq_loss(**inputs._asdict(), **settings._asdict(), reduction="none").sum()
+    total, dlogp, dv = klq_terms(inputs._replace(logprobs=logp.detach(), values=v.detach()), settings)
     for got, exact in zip((total, dlogp, dv), (want.detach(), *torch.autograd.grad(want, (logp, v))), strict=True):
         torch.testing.assert_close(got, exact)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klq_kernels.checks import LOSSES
+from klq_kernels.loss import LOSSES
 from klq_kernels.reference import klq_loss
 
 F64 = torch.float64
