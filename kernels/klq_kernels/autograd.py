@@ -1,6 +1,6 @@
 """The operations as `torch.library` custom ops: opaque to torch.compile, which needs only their shapes, and with
-gradients. Their tensors are flat ([N] tokens) and go by name; options (keyword-only) come after the tensors, and the
-settings of a loss are spelled out, since a schema knows no named tuples. `backend` is "torch" or "triton".
+gradients. Their tensors are flat ([N] tokens) and go by name; options follow the tensors, those of a loss spelled out,
+since a schema knows no named tuples. `backend` is "torch" or "triton".
 """
 
 import importlib
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
 from klq_kernels import checks, torch_linear
 from klq_kernels.loss import klq_terms
@@ -26,9 +26,6 @@ def kernels(backend: str, inputs: str) -> ModuleType:
     return importlib.import_module(f"klq_kernels.{backend}_{inputs}")
 
 
-# Statistics
-
-
 @custom_op("klq_kernels::token_stats", mutates_args=())
 def token_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, *, temperature: float, backend: str
@@ -38,26 +35,15 @@ def token_stats(
     return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask))
 
 
-@token_stats.register_fake
-def _(logits, tokens, ref_logits, mask, **options):
-    return tuple(Residuals.zeros(tokens, result_dtype(logits, ref_logits), ref_logits is not None))
-
-
 @custom_op("klq_kernels::token_stats_grad", mutates_args=())
 def token_stats_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
     b: Tensor | None, c: Tensor | None, *, temperature: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL, in a tensor of its
-    own."""
-    out = torch.empty((len(tokens), logits.shape[-1]), dtype=logits.dtype, device=logits.device)
+    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL."""
+    out = logits.new_empty((len(tokens), logits.shape[-1]))
     given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c), out=out)
     return kernels(backend, "logits").logits_grad(logits, tokens, ref_logits, **given).reshape(logits.shape)
-
-
-@token_stats_grad.register_fake
-def _(logits, *rest, **options):
-    return logits.new_empty(logits.shape)
 
 
 @custom_op("klq_kernels::linear_token_stats", mutates_args=())
@@ -70,11 +56,6 @@ def linear_token_stats(
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, temperature, mask, workspace))
-
-
-@linear_token_stats.register_fake
-def _(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, mask, **options):
-    return tuple(Residuals.zeros(tokens, result_dtype(weight, ref_weight), ref_hidden is not None))
 
 
 @custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
@@ -91,9 +72,124 @@ def linear_token_stats_grad(
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
-@linear_token_stats_grad.register_fake
-def _(hidden, weight, bias, *rest, needed, **options):
-    return _empty_gradients((hidden, weight, bias), needed)
+@custom_op("klq_kernels::lambda_returns", mutates_args=())
+def lambda_returns(
+    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
+    *, tau: float, gamma: float, lam: float, alpha: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(Ĝ, Δ, δ), each [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
+    checks.right_padded(mask)
+    given = (rewards, values, logprobs, ref_logprobs, mask, trace_weights)
+    return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
+
+
+@custom_op("klq_kernels::logits_klq_loss", mutates_args=())
+def logits_klq_loss(
+    logits: Tensor, values: Tensor, tokens: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
+    old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str, clip: float | None,
+    log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], backend: str,
+) -> Five:  # fmt: skip
+    """Loss; log-prob, entropy [N]; gradients of logits [..., V] (empty unless needed) and values (arXiv 2508.17000,
+    eq. (6))."""
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    (grad,) = _empty((logits,), needed)
+    *results, dvalues = _logits_klq(grad, logits, tokens, inputs, settings, temperature, backend)
+    return *results, grad, dvalues
+
+
+def _logits_klq(
+    grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, log-prob, entropy, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
+    mask, module, out = inputs.mask, kernels(backend, "logits"), grad.view(-1, logits.shape[-1])
+    checks.token_ids(tokens, mask, logits.shape[-1])
+    stats = module.logits_stats(logits, tokens, None, temperature, mask)
+    count = mask.sum().clamp(min=1)
+    total, a, dvalues = klq_terms(inputs._replace(logprobs=stats.logprob), settings)
+    if out.numel():
+        module.logits_grad(logits, tokens, None, temperature, mask, stats, Upstream(a / count), out)
+    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(inputs.values.dtype)
+
+
+@custom_op("klq_kernels::linear_klq_loss", mutates_args=())
+def linear_klq_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, tokens: Tensor, ref_hidden: Tensor | None,
+    ref_weight: Tensor | None, ref_bias: Tensor | None, ref_logprobs: Tensor | None, targets: Tensor,
+    old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str,
+    clip: float | None, log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int,
+    backend: str,
+) -> Nine:  # fmt: skip
+    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless
+    needed) and values (arXiv 2508.17000, eqs. (2), (6))."""
+    checks.token_ids(tokens, mask, len(weight))
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    total, stats, grads, dvalues = torch_linear.linear_klq(
+        kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
+    )
+    dense = (hidden.new_empty(0) if g is None else g for g in grads)
+    return total, *stats[:4], *dense, dvalues.to(values.dtype)
+
+
+def _empty(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Room for the gradients of these tensors, none where not needed."""
+    return tuple(x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needed))
+
+
+def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+    """A Head, or None without a reference."""
+    return None if hidden is None else Head(hidden, weight, bias)
+
+
+def _flat_view(x: Tensor) -> Tensor:
+    """x as [N, V] in the same memory; an in-place gradient can't be written into a strided tensor's copy."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError as error:
+        got = f"shape {tuple(x.shape)} with strides {x.stride()}"
+        raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
+
+
+# Shapes and dtypes, for torch.compile
+
+
+def _fake_stats(tokens: Tensor, policy: Tensor, ref: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(Residuals.zeros(tokens, result_dtype(policy, ref), ref is not None))
+
+
+@lambda_returns.register_fake
+def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
+    dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
+    return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
+
+
+@logits_klq_loss.register_fake
+def _(logits, values, tokens, *per_token, needed, **options):
+    total = values.new_empty((), dtype=result_dtype(logits, values, *per_token[:-1]))
+    return total, *_fake_stats(tokens, logits, None)[:2], *_empty((logits, values), [*needed, True])
+
+
+@linear_klq_loss.register_fake
+def _(hidden, weight, bias, values, tokens, ref_hidden, ref_weight, ref_bias, *per_token, needed, **options):
+    total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token[:-1]))
+    grads = _empty((hidden, weight, bias, values), [*needed, True])
+    return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads
+
+
+token_stats.register_fake(lambda logits, tokens, ref_logits, mask, **_: _fake_stats(tokens, logits, ref_logits))
+token_stats_grad.register_fake(lambda logits, *_, **__: logits.new_empty(logits.shape))
+linear_token_stats.register_fake(
+    lambda hidden, weight, bias, tokens, ref_hidden, ref_weight, *_, **__: _fake_stats(tokens, weight, ref_weight)
+)
+linear_token_stats_grad.register_fake(
+    lambda hidden, weight, bias, *_, needed, **__: _empty((hidden, weight, bias), needed)
+)
+
+
+# Gradients
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
@@ -122,64 +218,19 @@ token_stats.register_autograd(_token_stats_backward, setup_context=_save)
 linear_token_stats.register_autograd(_linear_token_stats_backward, setup_context=_save)
 
 
-# λ-returns
+def _save_loss(ctx, inputs, keyword_only_inputs, output):
+    """A loss's last results are the gradients of its first arguments: of the logits or the head, and of the values."""
+    ctx.grads = [g.detach() for g in output[3 if len(output) == 5 else 5 :]]
+    ctx.others = len(inputs) - len(ctx.grads)
+    ctx.set_materialize_grads(False)
 
 
-@custom_op("klq_kernels::lambda_returns", mutates_args=())
-def lambda_returns(
-    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
-    *, tau: float, gamma: float, lam: float, alpha: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(Ĝ, Δ, δ), each [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
-    checks.right_padded(mask)
-    given = (rewards, values, logprobs, ref_logprobs, mask, trace_weights)
-    return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
+def _loss_backward(ctx, upstream, *unused):
+    return *_asked(_hand_over(ctx, upstream), ctx.needs_input_grad), *[None] * ctx.others
 
 
-@lambda_returns.register_fake
-def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
-    dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
-    return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
-
-
-# Losses: their last results are the gradients of their first arguments, computed in the forward pass
-
-
-@custom_op("klq_kernels::logits_klq_loss", mutates_args=())
-def logits_klq_loss(
-    logits: Tensor, values: Tensor, tokens: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
-    old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str, clip: float | None,
-    log_ratio_clip: float | None, delta: float | None, needed: bool, backend: str,
-) -> Five:  # fmt: skip
-    """Loss; log-prob, entropy [N]; gradients of logits [..., V] (empty unless needed) and values (arXiv 2508.17000,
-    eq. (6))."""
-    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    grad = torch.empty(logits.shape if needed else 0, dtype=logits.dtype, device=logits.device)
-    *results, dvalues = _logits_klq(grad, logits, tokens, inputs, settings, temperature, backend)
-    return *results, grad, dvalues
-
-
-def _logits_klq(
-    grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, log-prob, entropy, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
-    mask, module, out = inputs.mask, kernels(backend, "logits"), grad.view(-1, logits.shape[-1])
-    checks.token_ids(tokens, mask, logits.shape[-1])
-    stats = module.logits_stats(logits, tokens, None, temperature, mask)
-    count = mask.sum().clamp(min=1)
-    total, a, dvalues = klq_terms(inputs._replace(logprobs=stats.logprob), settings)
-    if out.numel():
-        module.logits_grad(logits, tokens, None, temperature, mask, stats, Upstream(a / count), out)
-    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(inputs.values.dtype)
-
-
-@logits_klq_loss.register_fake
-def _(logits, values, tokens, *per_token, needed, **options):
-    dtype = result_dtype(logits, values, *per_token[:-1])
-    stats, shape = Residuals.zeros(tokens, result_dtype(logits), False), logits.shape if needed else 0
-    return logits.new_empty((), dtype=dtype), *stats[:2], logits.new_empty(shape), torch.empty_like(values)
+for op in (logits_klq_loss, linear_klq_loss):
+    op.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -199,81 +250,6 @@ class InplaceLoss(torch.autograd.Function):
     def backward(ctx, upstream, *unused):
         """What the forward pass has already computed, scaled by the upstream gradient."""
         return *_hand_over(ctx, upstream, inplace=True), *[None] * 5
-
-
-def logits_klq_loss_inplace(
-    logits: Tensor, values: Tensor, tokens: Tensor, *, settings: LossSettings, temperature: float, backend: str, **given
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log-prob, entropy) as `logits_klq_loss` for logits [..., V] (6), which are overwritten."""
-    inputs = LossInputs(logprobs=None, values=values.detach(), **given)
-    return InplaceLoss.apply(logits, values, tokens, inputs, settings, temperature, backend)
-
-
-@custom_op("klq_kernels::linear_klq_loss", mutates_args=())
-def linear_klq_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, tokens: Tensor, ref_logprobs: Tensor | None,
-    targets: Tensor, old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, *, temperature: float, tau: float, loss: str,
-    clip: float | None, log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int,
-    backend: str,
-) -> Nine:  # fmt: skip
-    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless needed)
-    and values (arXiv 2508.17000, eqs. (2), (6))."""
-    checks.token_ids(tokens, mask, len(weight))
-    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    total, stats, grads, dvalues = torch_linear.linear_klq(
-        kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
-    )
-    dense = (hidden.new_empty(0) if g is None else g for g in grads)
-    return total, *stats[:4], *dense, dvalues.to(values.dtype)
-
-
-@linear_klq_loss.register_fake
-def _(hidden, weight, bias, values, tokens, ref_logprobs, targets, old_logprobs, old_values, mask, ref_hidden,
-      ref_weight, ref_bias, *, needed, **options):  # fmt: skip
-    stats = Residuals.zeros(tokens, result_dtype(weight, ref_weight), ref_hidden is not None)
-    dtype = result_dtype(weight, ref_weight, values, ref_logprobs, targets, old_logprobs, old_values)
-    grads = _empty_gradients((hidden, weight, bias), needed)
-    return hidden.new_empty((), dtype=dtype), *stats[:4], *grads, torch.empty_like(values)
-
-
-def _register_loss(op: CustomOpDef, learns: int) -> None:
-    """Autograd of a loss with gradients of its first `learns` arguments among its results."""
-
-    def save(ctx, inputs, keyword_only_inputs, output):
-        ctx.grads = [g.detach() for g in output[-learns:]]
-        ctx.others = len(inputs) - learns
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, upstream, *unused):
-        grads = _asked(_hand_over(ctx, upstream), ctx.needs_input_grad)
-        return *grads, *[None] * ctx.others
-
-    op.register_autograd(backward, setup_context=save)
-
-
-_register_loss(logits_klq_loss, learns=2)
-_register_loss(linear_klq_loss, learns=4)
-
-
-def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
-    """A Head, or None without a reference."""
-    return None if hidden is None else Head(hidden, weight, bias)
-
-
-def _flat_view(x: Tensor) -> Tensor:
-    """x as [N, V] in the same memory; an in-place gradient can't be written into a strided tensor's copy."""
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError as error:
-        got = f"shape {tuple(x.shape)} with strides {x.stride()}"
-        raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
-
-
-def _empty_gradients(tensors, needed) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needed))
 
 
 def _asked(grads, needed) -> list[Tensor | None]:

@@ -138,11 +138,14 @@ def logits_klq_loss(
     if backend == "reference":
         out, stats = reference.logits_klq_loss(**given, temperature=temperature, **settings._asdict())
         return (out, stats) if return_stats else out
-    op, options = autograd.logits_klq_loss, dict(temperature=temperature, backend=backend)
+    flat = _flat(given)
     if inplace:
-        out, *stats = autograd.logits_klq_loss_inplace(**_flat(given), settings=settings, **options)
+        given = inputs._replace(**{name: flat[name] for name in inputs._fields if name in flat})
+        args = (given._replace(values=flat["values"].detach()), settings, temperature, backend)
+        out, *stats = autograd.InplaceLoss.apply(flat["logits"], flat["values"], flat["tokens"], *args)
     else:
-        out, *stats = op(**_flat(given), **settings._asdict(), needed=_learns(logits), **options)
+        options = dict(temperature=temperature, needed=_learns(logits), backend=backend)
+        out, *stats = autograd.logits_klq_loss(**flat, **settings._asdict(), **options)[:3]
     return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
 
 
@@ -179,8 +182,8 @@ def linear_klq_loss(
         out, stats = reference.linear_klq_loss(**given, temperature=temperature, **settings._asdict())
         return (out, stats) if return_stats else out
     options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
-    needed = [_learns(given[name]) for name in ("hidden", "weight", "bias")]
-    out, *stats = autograd.linear_klq_loss(**_flat(given), **settings._asdict(), needed=needed, **options)[:5]
+    options |= settings._asdict() | dict(needed=_learns(hidden, weight, bias))
+    out, *stats = autograd.linear_klq_loss(**_flat(given), **options)[:5]
     return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
 
 
@@ -218,8 +221,9 @@ def _flat(given: dict) -> dict:
     return out
 
 
-def _learns(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
+def _learns(*tensors: Tensor | None) -> list[bool]:
+    """Which of these need a gradient."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
 
 
 def _shaped(stats: Sequence[Tensor], tokens: Tensor, with_ref: bool) -> TokenStats:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import checks
-from klq_kernels.loss import clamp_around, klq_loss, masked_mean, q_values
+from klq_kernels.loss import clamp_around, klq_loss, masked_mean, q_values  # noqa: F401
 from klq_kernels.types import INF, LambdaReturns, TokenStats, cast, clean, narrow, result_dtype, zero_unless
-
-__all__ = [
-    "LambdaReturns", "TokenStats", "cast", "clamp_around", "clean", "kl_divergence", "klq_loss", "lambda_returns",
-    "linear_klq_loss", "linear_token_stats", "logits_klq_loss", "masked_mean", "narrow", "q_values", "result_dtype",
-    "shift_left", "token_stats", "zero_unless",
-]  # fmt: skip
 
 
 def token_stats(

@@ -14,7 +14,7 @@ from torch import Tensor
 from klq_kernels import torch_logits
 from klq_kernels.loss import klq_terms
 from klq_kernels.torch_logits import row_blocks
-from klq_kernels.types import Gradients, Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype
+from klq_kernels.types import Gradients, Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, select
 
 WORKSPACE_BYTES = 1 << 26  # 64 MiB: 524 rows of 32,000 tokens, 458 beside a reference, whose tiles get an eighth
 REF_SHARE = 8
@@ -50,7 +50,7 @@ def linear_grad(
     grads, given = _start(policy, needed, mask), policy
     policy, ref = _workable(policy), None if upstream.kl is None else _workable(ref)
     for index, rows in enumerate(tall_blocks(mask, policy, ref, workspace)):
-        some, ups, mine, chosen = stats.take(rows), upstream.take(rows), policy.take(rows), tokens[rows]
+        some, ups, mine, chosen = select(stats, rows), select(upstream, rows), policy.take(rows), tokens[rows]
         for columns, (z, r) in logit_tiles((mine, ref and ref.take(rows)), workspace):
             torch_logits.logits_grad(z, chosen - columns.start, r, temperature, mask[rows], some, ups, z)
             _add(grads, mine.take(columns=columns), rows, columns, z, None, first=index == 0)
@@ -74,7 +74,7 @@ def linear_klq(
     dvalues = torch.zeros_like(inputs.values, dtype=result_dtype(inputs.values, stats.logprob))
     total = dvalues.new_zeros(())
     for index, (rows, z) in enumerate(logit_chunks(policy, inputs.mask, workspace, shared=ref is not None)):
-        x, chosen = inputs.take(rows), tokens[rows]
+        x, chosen = select(inputs, rows), tokens[rows]
         part = kernels.chunk_stats(z, chosen, ref and ref.take(rows), temperature, x.mask, workspace)
         stats.store(rows, part)
         x = x._replace(logprobs=part.logprob, ref_logprobs=part.ref_logprob if ref else x.ref_logprobs)

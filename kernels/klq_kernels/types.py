@@ -4,7 +4,7 @@ Results are float64 when every floating-point input is float64, else float32. Ma
 integer: they are replaced before any arithmetic, so they reach neither a result nor a gradient.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from klq_kernels import checks
 INF = float("inf")
 SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so that a backend sums p (e^(−d) − 1 + d)
 Rows = slice | Tensor  # which of N rows: a slice, or indices [n]
+Group = TypeVar("Group", bound=tuple)
 
 
 class TokenStats(NamedTuple):
@@ -60,10 +61,6 @@ class Residuals(NamedTuple):
         counts = (tokens.shape[0] if with_ref or name in own else 0 for name in cls._fields)
         return cls(*(torch.zeros(n, dtype=dtype, device=tokens.device) for n in counts))
 
-    def take(self, rows: Rows) -> "Residuals":
-        """Those of these rows."""
-        return Residuals(*(x[rows] if len(x) else x for x in self))
-
     def store(self, rows: Rows, part: "Residuals") -> None:
         """Write those of these rows into their places."""
         for whole, piece in zip(self, part, strict=True):
@@ -77,10 +74,6 @@ class Upstream(NamedTuple):
     logprob: Tensor | None = None
     entropy: Tensor | None = None
     kl: Tensor | None = None
-
-    def take(self, rows: Rows) -> "Upstream":
-        """Those of these rows."""
-        return Upstream(*(None if x is None else x[rows] for x in self))
 
 
 class Head(NamedTuple):
@@ -118,10 +111,6 @@ class LossInputs(NamedTuple):
     old_logprobs: Tensor | None = None
     old_values: Tensor | None = None
 
-    def take(self, rows: Rows) -> "LossInputs":
-        """Those of these rows."""
-        return LossInputs(*(None if x is None else x[rows] for x in self))
-
 
 class LossSettings(NamedTuple):
     """Variant of the KLQ loss (see `klq_kernels.loss.VARIANTS`) and its coefficients."""
@@ -131,6 +120,11 @@ class LossSettings(NamedTuple):
     clip: float | None = None
     log_ratio_clip: float | None = None
     delta: float | None = None
+
+
+def select(group: Group, rows: Rows) -> Group:
+    """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
+    return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:

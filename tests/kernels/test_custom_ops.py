@@ -63,7 +63,7 @@ def opcheck_cases():
         ),
         "logits_klq_loss": (
             autograd.logits_klq_loss,
-            rest | options | loss | dict.fromkeys(old) | l2 | dict(logits=logits, needed=True),
+            rest | options | loss | dict.fromkeys(old) | l2 | dict(logits=logits, needed=[True]),
         ),
         "linear_klq_loss, ref_logprobs": (
             autograd.linear_klq_loss,
