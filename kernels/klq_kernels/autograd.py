@@ -15,9 +15,9 @@ from klq_kernels import checks, torch_linear
 from klq_kernels.loss import klq_terms
 from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype
 
-Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # `Residuals`, as a schema spells them
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Five = tuple[(Tensor,) * 5]
+Eight = tuple[(Tensor,) * 8]  # `Residuals`, as a schema spells them
+Nine = tuple[(Tensor,) * 9]
 
 
 def kernels(backend: str, inputs: str) -> ModuleType:
@@ -189,9 +189,6 @@ linear_token_stats_grad.register_fake(
 )
 
 
-# Gradients
-
-
 def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.options, ctx.count = keyword_only_inputs, len(inputs)
@@ -211,7 +208,7 @@ def _token_stats_backward(ctx, a, b, _, c, *unused):
 def _linear_token_stats_backward(ctx, a, b, _, c, *unused):
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
     grads = linear_token_stats_grad(*_saved(ctx, a, b, c), **ctx.options, needed=needed)
-    return *_asked(grads, needed), *[None] * (ctx.count - 3)
+    return *(g if need else None for g, need in zip(grads, needed)), *[None] * (ctx.count - 3)
 
 
 token_stats.register_autograd(_token_stats_backward, setup_context=_save)
@@ -226,7 +223,8 @@ def _save_loss(ctx, inputs, keyword_only_inputs, output):
 
 
 def _loss_backward(ctx, upstream, *unused):
-    return *_asked(_hand_over(ctx, upstream), ctx.needs_input_grad), *[None] * ctx.others
+    grads = zip(_hand_over(ctx, upstream), ctx.needs_input_grad)
+    return *(g if need else None for g, need in grads), *[None] * ctx.others
 
 
 for op in (logits_klq_loss, linear_klq_loss):
@@ -250,10 +248,6 @@ class InplaceLoss(torch.autograd.Function):
     def backward(ctx, upstream, *unused):
         """What the forward pass has already computed, scaled by the upstream gradient."""
         return *_hand_over(ctx, upstream, inplace=True), *[None] * 5
-
-
-def _asked(grads, needed) -> list[Tensor | None]:
-    return [g if need else None for g, need in zip(grads, needed)]
 
 
 def _hand_over(ctx, factor: Tensor | None, inplace: bool = False) -> list[Tensor | None]:

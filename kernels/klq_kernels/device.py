@@ -45,7 +45,7 @@ def accumulate(z, m, s, h, inv_temperature):
 @triton.jit
 def accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature):
     """Add a tile of reference logits r [rows, columns] to (n, t, w) [rows], given what `accumulate` returned for the
-    policy's tile: the online softmax of Milakov and Gimelshein 2018 for two distributions at once."""
+    policy's tile: online softmax (Milakov and Gimelshein 2018) of two distributions at once."""
     new = tl.maximum(n, tl.max(r, 1))
     y = (r - _finite(new)[:, None]) * inv_temperature
     shift_ref = (_finite(n) - _finite(new)) * inv_temperature
@@ -67,8 +67,8 @@ def bregman(x, y):
 
 @triton.jit
 def softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B: tl.constexpr, HAS_C: tl.constexpr):
-    """T dL/dz of a tile [rows, columns] of policy log-probs x (reference: y) for upstream gradients a, b, c of log-prob,
-    entropy, KL: the formula in `torch_logits.logits_grad`."""
+    """T dL/dz [rows, columns] from policy log-probs x (reference: y) and upstream gradients a, b, c of log-prob, entropy,
+    KL: the formula in `torch_logits.logits_grad`."""
     p = tl.exp(x)
     g = -a + tl.zeros_like(x)
     if HAS_B:

@@ -1,8 +1,7 @@
 """Q, the KLQ loss that fits it, and the one table of that loss's variants.
 
-`VARIANTS` says which errors compete in a variant, what is made of the worst, and what a caller must give. The loss
-(`klq_loss`, differentiable) and its derivatives in closed form (`klq_terms`, for fused passes) both read it, so that a
-new variant is one entry here.
+`VARIANTS` says which errors compete, what is made of the worst, and what a caller must give. The loss (`klq_loss`,
+differentiable) and its derivatives in closed form (`klq_terms`, for fused passes) read it: a new variant is one entry.
 """
 
 from collections.abc import Callable
@@ -63,19 +62,19 @@ def klq_loss(
     old = checks.optional(old_logprobs=old_logprobs, old_values=old_values)
     checks.alike(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, targets=targets, mask=mask, **old)
     error = _worst(inputs, settings).error  # Q − Ĝ, or what clipping makes of it where that is worse
-    terms = VARIANTS[loss].outer.value(error, settings)  # ½ error², but for huber
+    terms = VARIANTS[loss].value(error, settings)  # ½ error², but for huber
     return masked_mean(terms, mask) if reduction == "mean" else terms
 
 
 def klq_terms(inputs: LossInputs, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over tokens of `klq_loss`, and its derivatives in each log-prob and value: f'(e) ∂e/∂log π and f'(e) ∂e/∂V,
-    where e is the worst of the variant's errors and f its outer function.
+    where e is the worst of the variant's errors and f what the variant makes of it.
 
     Shapes: inputs [N] -> [], [N], [N]; zero where masked. Source: arXiv 2508.17000, eq. (6), differentiated.
     """
-    worst, outer = _worst(inputs, settings), VARIANTS[settings.loss].outer
-    slope = outer.slope(worst.error, settings)
-    return outer.value(worst.error, settings).sum(), slope * worst.dlogprob, slope * worst.dvalue
+    worst, variant = _worst(inputs, settings), VARIANTS[settings.loss]
+    slope = variant.slope(worst.error, settings)
+    return variant.value(worst.error, settings).sum(), slope * worst.dlogprob, slope * worst.dvalue
 
 
 class Candidate(NamedTuple):
@@ -109,35 +108,25 @@ def _ratio_clipped(x: LossInputs, s: LossSettings) -> Candidate:
     return Candidate(error, s.tau * free, torch.ones_like(free))
 
 
-class Outer(NamedTuple):
-    """What is made of an error: a function f(e) and its derivative."""
-
-    value: Callable[[Tensor, LossSettings], Tensor]
-    slope: Callable[[Tensor, LossSettings], Tensor]
-
-
 def _huber(e: Tensor, s: LossSettings) -> Tensor:
     """½ e² if |e| ≤ delta, else delta (|e| − ½ delta)."""
     return torch.where(e.abs() <= s.delta, 0.5 * e**2, s.delta * (e.abs() - 0.5 * s.delta))
 
 
-HALF_SQUARE = Outer(lambda e, s: 0.5 * e**2, lambda e, s: e)
-HUBER = Outer(_huber, lambda e, s: e.clamp(-s.delta, s.delta))
-
-
 class Variant(NamedTuple):
-    """The errors of which the worst counts, the thresholds and old quantities that they need, and the outer function."""
+    """Errors of which the worst counts, thresholds and old quantities that they need, what is made of it: f and f'."""
 
     candidates: tuple[Callable[[LossInputs, LossSettings], Candidate], ...]
     thresholds: tuple[str, ...] = ()
     old: tuple[str, ...] = ()
-    outer: Outer = HALF_SQUARE
+    value: Callable[[Tensor, LossSettings], Tensor] = lambda e, s: 0.5 * e**2
+    slope: Callable[[Tensor, LossSettings], Tensor] = lambda e, s: e
 
 
 OLD_Q = ("old_logprobs", "old_values")
 VARIANTS = {
     "l2": Variant((_plain,)),
-    "huber": Variant((_plain,), ("delta",), outer=HUBER),
+    "huber": Variant((_plain,), ("delta",), (), _huber, lambda e, s: e.clamp(-s.delta, s.delta)),
     "value_clipped": Variant((_plain, _value_clipped), ("clip",), OLD_Q),
     "ratio_clipped": Variant((_plain, _ratio_clipped), ("log_ratio_clip",), ("old_logprobs",)),
     "double_clipped": Variant((_plain, _value_clipped, _ratio_clipped), ("clip", "log_ratio_clip"), OLD_Q),

@@ -1,7 +1,5 @@
-"""The `torch` backend from hidden states: chunks of rows or tiles of the vocabulary, whose logits live in a workspace of
-bounded size, never all; and the fused loss of both backends.
-
-The work on logits is done by `torch_logits`; the matrix products are torch's.
+"""The `torch` backend from hidden states: chunks of rows or tiles of the vocabulary, whose logits live in a workspace
+of bounded size, never all; and the fused loss of both backends. `torch_logits` works on the logits, torch multiplies.
 """
 
 import math
@@ -25,10 +23,8 @@ TALLEST = 2048  # rows of a tile; beyond that a product gains nothing
 def linear_stats(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Residuals:
-    """`reference.linear_token_stats` tile by tile, as in Cut Cross-Entropy (Wijmans et al. 2024).
-
-    Shapes: hidden [N, H], weight [V, H]; tokens and mask [N] -> residuals [N], zero where masked.
-    """
+    """`reference.linear_token_stats` tile by tile, as in Cut Cross-Entropy (Wijmans et al. 2024): hidden [N, H], weight
+    [V, H], tokens and mask [N] -> residuals [N], zero where masked."""
     policy, ref = _workable(policy), ref and _workable(ref)
     out = Residuals.zeros(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
     for rows in tall_blocks(mask, policy, ref, workspace):
@@ -45,7 +41,7 @@ def linear_grad(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Residuals,
     upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
 ) -> Gradients:  # fmt: skip
-    """Gradients of what `linear_stats` returned, [N, H], [V, H] and [V]: the logits are computed once more (Wijmans et al.
+    """Gradients [N, H], [V, H], [V] of what `linear_stats` returned: the logits are computed once more (Wijmans et al.
     2024), the reference's only if the KL has an upstream gradient."""
     grads, given = _start(policy, needed, mask), policy
     policy, ref = _workable(policy), None if upstream.kl is None else _workable(ref)
@@ -64,9 +60,9 @@ def linear_klq(
     """KLQ's loss, the residuals, and all gradients (hidden, weight, bias; values) from one pass over the vocabulary.
 
     Within a chunk the log-probs are known as soon as its logits are, hence the loss and its gradient: nothing is
-    computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `kernels`, a backend,
-    works on a chunk's logits. Shapes: hidden [N, H], weight [V, H]; tokens and inputs [N]. Source: arXiv 2508.17000,
-    eq. (6), in the chunks of Liger (Hsu et al. 2024).
+    computed twice. Matrix products: one for the logits, one for the reference's, one per gradient. `kernels` works on a
+    chunk's logits. Shapes: hidden [N, H], weight [V, H]; tokens and inputs [N]. Source: arXiv 2508.17000, eq. (6), in
+    the chunks of Liger (Hsu et al. 2024).
     """
     grads, count, given = _start(policy, needed, inputs.mask), inputs.mask.sum().clamp(min=1), policy
     policy, ref = _workable(policy), ref and _workable(ref)
@@ -100,7 +96,8 @@ def chunk_stats(
         parts.append((columns, tile))
     if len(parts) > 1:
         for columns, tile in parts:
-            z[:, columns].mul_(torch_logits.shares(tile, whole, temperature).to(z.dtype).unsqueeze(1))
+            share = ((tile.shift - whole.shift) / temperature + tile.lse - whole.lse).exp_()
+            z[:, columns].mul_(share.to(z.dtype).unsqueeze(1))
     return torch_logits.finished(whole, z.dtype)
 
 
@@ -108,14 +105,14 @@ def chunk_grad(
     z: Tensor, tokens: Tensor, temperature: float, mask: Tensor, stats: Residuals, a: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Logit gradients [n, V] for upstream gradients a [n] of the log-probs, in place of what `chunk_stats` left, and a
-    factor [n] that is still to be applied (None: none): dL/dz_v = −(a/T) (p_v − 1[v = token]), as in Hsu et al. 2024."""
+    factor [n] still to be applied (None: none): dL/dz_v = −(a/T) (p_v − 1[v = token]). Source: Hsu et al. 2024."""
     index = tokens.long().unsqueeze(1)
     return z.scatter_add_(1, index, z.new_full((1, 1), -1.0).expand_as(index)), -a / temperature
 
 
 def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> Iterator[tuple[Rows, Tensor]]:
-    """(rows, logits [n, V]) of unmasked rows in chunks that fit the workspace (at least one row), which is allocated once and
-    overwritten by each (Hsu et al. 2024). If it is shared, what the reference's tiles need is left free."""
+    """(rows, logits [n, V]) of unmasked rows in chunks that fit the workspace (or one row), which is allocated once and
+    overwritten (Hsu et al. 2024). If it is shared, what the reference's tiles need is left free."""
     size, dtype = workspace * (REF_SHARE - 1) // REF_SHARE if shared else workspace, result_dtype(policy.weight)
     buffer = None
     for rows in row_blocks(mask, len(policy.weight) * dtype.itemsize, size):
@@ -126,7 +123,8 @@ def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> It
 
 
 def tall_blocks(mask: Tensor, policy: Head, ref: Head | None, workspace: int) -> Iterator[Rows]:
-    """Unmasked rows of mask [N] in blocks so tall that square tiles of the models' logits fill the workspace, within reason."""
+    """Unmasked rows of mask [N] in blocks so tall that square tiles of both models' logits fill the workspace, within
+    reason."""
     itemsize = result_dtype(policy.weight).itemsize * (1 if ref is None else 2)
     return row_blocks(mask, 1, min(TALLEST, math.isqrt(workspace // itemsize)))
 

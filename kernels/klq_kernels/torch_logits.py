@@ -22,10 +22,8 @@ LOWEST = -1e30  # stands for −inf where it is multiplied by 0
 def logits_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
 ) -> Residuals:
-    """`reference.token_stats` (arXiv 2508.17000, eq. (2)) in one pass over blocks of rows.
-
-    Shapes: logits and ref_logits [..., V]; tokens and mask [N] -> residuals [N], zero where masked.
-    """
+    """`reference.token_stats` (arXiv 2508.17000, eq. (2)) in one pass over blocks of rows: logits and ref_logits
+    [..., V], tokens and mask [N] -> residuals [N], zero where masked."""
     dtype = result_dtype(logits, ref_logits)
     out = Residuals.zeros(tokens, dtype, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
@@ -74,11 +72,6 @@ def finished(stats: Residuals, dtype: torch.dtype) -> Residuals:
     return Residuals(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
 
 
-def shares(tile: Residuals, whole: Residuals, temperature: float) -> Tensor:
-    """A tile's share [n] of each row's probability: the rescaling of partial softmaxes in Dao et al. 2022."""
-    return ((tile.shift - whole.shift) / temperature + tile.lse - whole.lse).exp_()
-
-
 def logits_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Residuals,
     upstream: Upstream, out: Tensor,
@@ -87,7 +80,7 @@ def logits_grad(
 
         dL/dz_v = (1/T) {a 1[v = token] + p_v [−a − b (log p_v + H) + c (log p_v − log q_v − KL)]}
 
-    `out` may be the logits [..., V] themselves. Masked rows become zero. Source: (2) of arXiv 2508.17000, differentiated.
+    `out` may be the logits [..., V] themselves. Masked rows become zero.
     """
     if not mask.all():
         out[~mask] = 0
@@ -200,11 +193,11 @@ def _fill(
     logp, p, logq = (None, None, None) if scratch is None else (scratch[: len(z)], z, r)
     logp, out.shift[rows], out.lse[rows] = _log_softmax(z, temperature, logp)
     p = torch.softmax(logp, 1, out=p)
-    out.logprob[rows] = _choose(logp, tokens)
+    out.logprob[rows] = logp.gather(1, tokens.unsqueeze(1)).squeeze(1)
     out.entropy[rows] = -_cross(p, logp)
     if r is not None:
         logq, out.ref_shift[rows], out.ref_lse[rows] = _log_softmax(r, temperature, logq)
-        out.ref_logprob[rows] = _choose(logq, tokens)
+        out.ref_logprob[rows] = logq.gather(1, tokens.unsqueeze(1)).squeeze(1)
         out.kl[rows] = kl(p, logp, logq)
 
 
@@ -245,11 +238,6 @@ def _scratch(buffers: dict, name: str, like: Tensor) -> Tensor:
     if name not in buffers:
         buffers[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     return buffers[name][: len(like)]
-
-
-def _choose(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[n, tokens[n]]."""
-    return x.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 def _cross(p: Tensor, d: Tensor) -> Tensor:

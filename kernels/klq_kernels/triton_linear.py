@@ -16,7 +16,7 @@ from torch import Tensor
 from klq_kernels import triton_logits
 from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
 from klq_kernels.torch_linear import add_product, head_logits, product
-from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel, vocabulary_splits
+from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel, upstream_flags, vocabulary_splits
 from klq_kernels.types import Gradients, Head, Residuals, Upstream
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -57,44 +57,25 @@ def _load_hidden(H, rows, live, d, D, h_row):
 @triton.jit
 def _load_weight(W, columns, d, V, D, w_row):
     """[d, columns] of the transposed weight, 0 beyond V and D."""
-    return tl.load(
-        W + columns.to(tl.int64)[None, :] * w_row + d[:, None],
-        mask=(columns < V)[None, :] & (d < D)[:, None],
-        other=0.0,
-    )
+    inside = (columns < V)[None, :] & (d < D)[:, None]
+    return tl.load(W + columns.to(tl.int64)[None, :] * w_row + d[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
-def _logits_tile(
-    H, W, BIAS, rows, live, columns, V, D, h_row, w_row,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+def _logits_tiles(
+    H, H2, W, BIAS, rows, live, columns, V, D, h_row, h2_row, w_row,
+    HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Logits [ROWS, VOCAB] of one head in fp32; −inf beyond the vocabulary."""
-    z = tl.zeros([ROWS, VOCAB], tl.float32)
+    """Logits [rows, columns] in fp32 of hidden states H and, if SHARED, of H2 with the same head, each weight tile
+    loaded once; −inf beyond the vocabulary."""
+    z = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    r = z
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
         h, w = _load_hidden(H, rows, live, d, D, h_row), _load_weight(W, columns, d, V, D, w_row)
         z = _multiply(h, w, z, PRECISION, UPCAST)
-    if HAS_BIAS:
-        z += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    return tl.where((columns < V)[None, :], z, -INF)
-
-
-@triton.jit
-def _two_logits_tiles(
-    H, H2, W, BIAS, rows, live, columns, V, D, h_row, h2_row, w_row,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """`_logits_tile` of two models that share a head, each weight tile loaded once."""
-    z = tl.zeros([ROWS, VOCAB], tl.float32)
-    r = tl.zeros([ROWS, VOCAB], tl.float32)
-    for start in range(0, D, HIDDEN):
-        d = start + tl.arange(0, HIDDEN)
-        w = _load_weight(W, columns, d, V, D, w_row)
-        z = _multiply(_load_hidden(H, rows, live, d, D, h_row), w, z, PRECISION, UPCAST)
-        r = _multiply(_load_hidden(H2, rows, live, d, D, h2_row), w, r, PRECISION, UPCAST)
+        if SHARED:
+            r = _multiply(_load_hidden(H2, rows, live, d, D, h2_row), w, r, PRECISION, UPCAST)
     if HAS_BIAS:
         bias = tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
         z, r = z + bias, r + bias
@@ -110,7 +91,8 @@ def linear_stats_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of a tile of rows over one span of the vocabulary; OUT [6, splits, rows]. Row tiles vary
-    fastest, so that programs running together share weight tiles in L2. Source: Cut Cross-Entropy (Wijmans et al. 2024)."""
+    fastest, so that programs running together share weight tiles in L2. Source: Cut Cross-Entropy (Wijmans et al.
+    2024)."""
     split = tl.program_id(0) // row_tiles
     row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = tl.load(MASK + row, mask=row < rows, other=0) != 0
@@ -125,20 +107,14 @@ def linear_stats_kernel(
         columns = start + tl.arange(0, VOCAB)
         chosen = token[:, None] == columns[None, :]
         here = (token >= start) & (token < start + VOCAB) & live
-        if SHARED:
-            z, r = _two_logits_tiles(
-                H, H2, W, BIAS, row, live, columns, V, D, h_row, h2_row, w_row,
-                HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
-            )  # fmt: skip
-        else:
-            z = _logits_tile(
-                H, W, BIAS, row, live, columns, V, D, h_row, w_row,
-                HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
-            )  # fmt: skip
-            if HAS_REF:
-                r = _logits_tile(
-                    H2, W2, BIAS2, row, live, columns, V, D2, h2_row, w2_row,
-                    HAS_BIAS2, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+        z, r = _logits_tiles(
+            H, H2, W, BIAS, row, live, columns, V, D, h_row, h2_row, w_row, HAS_BIAS, SHARED, PRECISION, UPCAST, HIDDEN
+        )
+        if HAS_REF:
+            if not SHARED:
+                r, _ = _logits_tiles(
+                    H2, H2, W2, BIAS2, row, live, columns, V, D2, h2_row, h2_row, w2_row,
+                    HAS_BIAS2, False, PRECISION, UPCAST, HIDDEN,
                 )  # fmt: skip
         m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
         tl.store(TOKEN_Z + row, tl.sum(tl.where(chosen, z, 0.0), 1), mask=here)
@@ -174,8 +150,8 @@ def linear_grad_kernel(
     if tl.sum(live.to(tl.int32), 0) == 0:
         tl.store(target, tl.zeros([ROWS, VOCAB], tl.float32).to(OUT.dtype.element_ty), mask=inside)
         return
-    z = _logits_tile(
-        H, W, BIAS, row, live, columns, V, D, h_row, w_row, HAS_BIAS, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN
+    z, _ = _logits_tiles(
+        H, H, W, BIAS, row, live, columns, V, D, h_row, h_row, w_row, HAS_BIAS, False, PRECISION, UPCAST, HIDDEN
     )
     shift = tl.load(SHIFT + row, mask=live, other=0.0)[:, None]
     lse = tl.load(LSE + row, mask=live, other=0.0)[:, None]
@@ -191,9 +167,9 @@ def linear_grad_kernel(
     if HAS_C:
         c = tl.load(C + row, mask=live, other=0.0)[:, None]
         kl = tl.load(KL + row, mask=live, other=0.0)[:, None]
-        r = _logits_tile(
-            H2, W2, BIAS2, row, live, columns, V, D2, h2_row, w2_row,
-            HAS_BIAS2, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN,
+        r, _ = _logits_tiles(
+            H2, H2, W2, BIAS2, row, live, columns, V, D2, h2_row, h2_row, w2_row,
+            HAS_BIAS2, False, PRECISION, UPCAST, HIDDEN,
         )  # fmt: skip
         ref_shift = tl.load(REF_SHIFT + row, mask=live, other=0.0)[:, None]
         ref_lse = tl.load(REF_LSE + row, mask=live, other=0.0)[:, None]
@@ -234,9 +210,9 @@ def linear_grad(
     policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Residuals,
     upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
 ) -> Gradients:  # fmt: skip
-    """`torch_linear.linear_grad`: logit gradients [N, slab] exist for one slab of the vocabulary at a time, in the weight's
-    dtype and within `workspace` bytes (at least one tile); everything they are added to is fp32, in a fixed order. As
-    in Wijmans et al. 2024 but for the slab, which makes the sums' order fixed."""
+    """`torch_linear.linear_grad`, recomputing logits as in Wijmans et al. 2024: their gradients [N, slab] exist for one
+    slab of the vocabulary at a time, in the weight's dtype and within `workspace` bytes (or one tile); everything they
+    are added to is fp32, in a fixed order."""
     hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
     grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
     rows, V = len(tokens), len(policy.weight)
@@ -247,16 +223,13 @@ def linear_grad(
     slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
     dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
     heads, sizes, flags = _arguments(policy._replace(hidden=hidden), ref if upstream.kl is not None else None)
-    a, b, c = (stats.lse if x is None else x for x in upstream)
+    row_tiles = triton.cdiv(rows, tile.rows)
     for first in range(0, V, slab):
-        columns = slice(first, min(first + slab, V))
-        width = columns.stop - first
-        row_tiles = triton.cdiv(rows, tile.rows)
+        columns, width = slice(first, min(first + slab, V)), min(slab, V - first)
         linear_grad_kernel[(row_tiles * triton.cdiv(width, tile.vocab),)](
             *heads, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
-            a, b, c, dz, rows, V, *sizes, dz.stride(0), 1 / temperature, row_tiles, first,
-            **flags, HAS_A=upstream.logprob is not None, HAS_B=upstream.entropy is not None, HAS_C=upstream.kl is not None,
-            **_tile(tile),
+            *(stats.lse if x is None else x for x in upstream), dz, rows, V, *sizes, dz.stride(0), 1 / temperature,
+            row_tiles, first, **flags, **upstream_flags(upstream), **_tile(tile),
         )  # fmt: skip
         part = dz[:, :width]
         if grads.hidden is not None:
@@ -271,8 +244,8 @@ def linear_grad(
 def chunk_stats(
     z: Tensor, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Residuals:
-    """`torch_linear.chunk_stats` of policy logits z [n, V], which stay as they are: both models' rows are visited together,
-    so that the reference's logits need memory of their own. Source: Milakov and Gimelshein 2018."""
+    """`torch_linear.chunk_stats` of policy logits z [n, V], which stay: both models' rows are visited together (Milakov
+    and Gimelshein 2018), so that the reference's logits need memory of their own."""
     ref_logits = None if ref is None else head_logits(ref, torch.empty_like(z))
     return triton_logits.logits_stats(z, tokens, ref_logits, temperature, mask)
 
@@ -286,26 +259,22 @@ def chunk_grad(
 
 def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int, ...], dict[str, bool]]:
     """Both heads' tensors with unit last strides, their sizes and strides, and which biases there are."""
-    heads = [
-        Head(*(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in h)) for h in (policy, ref or policy)
-    ]
-    tensors = [h.weight if x is None else x for h in heads for x in h]
-    sizes = tuple(h.weight.shape[1] for h in heads)
-    strides = tuple(stride for h in heads for stride in (h.hidden.stride(0), h.weight.stride(0)))
+    given = [h.weight if x is None else x for h in (policy, ref or policy) for x in h]
+    given = [x if x.stride(-1) == 1 else x.contiguous() for x in given]
+    h, w, _, h2, w2, _ = given
     flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
-    return tensors, (*sizes, *strides), flags
+    return given, (w.shape[1], w2.shape[1], *(x.stride(0) for x in (h, w, h2, w2))), flags
 
 
 def _same(policy: Head, ref: Head) -> bool:
     """Whether both models use the same head: one weight (and one bias, or none) in memory."""
-    biases = [x if x is None else x.data_ptr() for x in (policy.bias, ref.bias)]
-    same_weight = policy.weight.data_ptr() == ref.weight.data_ptr() and policy.weight.stride() == ref.weight.stride()
-    return same_weight and policy.weight.shape == ref.weight.shape and biases[0] == biases[1]
+    places = [[x if x is None else (x.data_ptr(), x.shape, x.stride()) for x in head[1:]] for head in (policy, ref)]
+    return places[0] == places[1]
 
 
 def fp32_precision(platform: str) -> str:
-    """How fp32 matrices [N, H], [H, V] are multiplied: as three TF32 products on NVIDIA ("cuda"; Ootomo and Yokota 2022),
-    on AMD ("hip") as they are."""
+    """How fp32 [N, H] and [H, V] are multiplied: as three TF32 products on NVIDIA ("cuda"; Ootomo and Yokota 2022), on
+    AMD ("hip") as they are."""
     return "ieee" if platform == "hip" else "tf32x3"
 
 

@@ -37,9 +37,8 @@ def stats_kernel(
     Z, R, MASK, OUT, rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits, span,
     HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of one row of Z [rows, V] over one span of the vocabulary; OUT [6, splits, rows].
-
-    Source: online softmax (Milakov and Gimelshein 2018)."""
+    """Partial statistics of one row of Z [rows, V] over one span of the vocabulary, by online softmax (Milakov and
+    Gimelshein 2018); OUT [6, splits, rows]."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     if tl.load(MASK + row) == 0:
@@ -78,9 +77,8 @@ def merge_kernel(
     rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits,
     HAS_REF: tl.constexpr, IN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row's partials PART [6, splits, rows] into its residuals. Z and R hold its logits (IN_ROWS: then a small
-    KL is summed once more, accurately) or only those of its token [rows]. Source: Milakov and Gimelshein 2018, whose
-    operation ⊕ is associative."""
+    """Merge one row's partials PART [6, splits, rows] (Milakov and Gimelshein 2018: ⊕ is associative). Z and R hold its
+    logits (IN_ROWS: then a small KL is summed once more, accurately) or only those of its token [rows]."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(MASK + row) == 0:
         return
@@ -182,32 +180,28 @@ def returns_kernel(
     T, r_row, v_row, p_row, q_row, mask_row, c_row, tau, gamma, lam, alpha,
     HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of [B, T]: log-ratio → Q → δ → reverse scan → Δ → Ĝ, block by block from the end.
-
-    Source: arXiv 2508.17000, eqs. (7), (13), (14); the scan of linear recurrences is that of Blelloch 1990."""
+    """One row of [B, T]: log-ratio → Q → δ → reverse scan → Δ → Ĝ (arXiv 2508.17000, eqs. (13), (14), (7)), block by
+    block from the end. The scan of a linear recurrence is that of Blelloch 1990."""
     row = tl.program_id(0).to(tl.int64)
-    REWARDS += row * r_row
-    VALUES += row * v_row
-    LOGPROBS += row * p_row
-    REF_LOGPROBS += row * q_row
-    MASK += row * mask_row
-    WEIGHTS += row * c_row
+    MASK, VALUES = MASK + row * mask_row, VALUES + row * v_row
     steps = tl.arange(0, BLOCK)
     tail = 0.0
     for block in range(tl.cdiv(T, BLOCK) - 1, -1, -1):
         t = block * BLOCK + steps
         real = tl.load(MASK + t, mask=t < T, other=0) != 0
         following = tl.load(MASK + t + 1, mask=t + 1 < T, other=0) != 0
-        r = tl.load(REWARDS + t, mask=t < T, other=0.0).to(tl.float32)  # masked by t alone: 16 bytes at a time
+        r = tl.load(REWARDS + row * r_row + t, mask=t < T, other=0.0).to(
+            tl.float32
+        )  # masked by t alone: 16 bytes at a time
         v = tl.load(VALUES + t, mask=t < T, other=0.0).to(tl.float32)
         v_next = tl.load(VALUES + t + 1, mask=following, other=0.0).to(tl.float32)
-        p = tl.load(LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
-        q = tl.load(REF_LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
+        p = tl.load(LOGPROBS + row * p_row + t, mask=t < T, other=0.0).to(tl.float32)
+        q = tl.load(REF_LOGPROBS + row * q_row + t, mask=t < T, other=0.0).to(tl.float32)
         action_value = tl.where(real, tau * (p - q) + v, 0.0)
         td = tl.where(real, r + gamma * v_next, 0.0) - action_value
         decay = tl.where(following, gamma * lam, 0.0)
         if HAS_WEIGHTS:
-            decay *= tl.load(WEIGHTS + t + 1, mask=following, other=0.0).to(tl.float32)
+            decay *= tl.load(WEIGHTS + row * c_row + t + 1, mask=following, other=0.0).to(tl.float32)
         decays, totals = tl.associative_scan((decay, td), 0, _compose, reverse=True)
         advantages = totals + decays * tail
         tail = tl.sum(tl.where(steps == 0, advantages, 0.0), 0)
@@ -226,8 +220,8 @@ def logits_stats(
     if rows == 0:
         return out
     z, time, z_batch, z_time = _grid_view(logits)
-    r, _, r_batch, r_time = _grid_view(ref_logits) if ref_logits is not None else (z, time, z_batch, z_time)
     has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
+    r, _, r_batch, r_time = _grid_view(ref_logits if has_ref else logits)
     splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     where = (z_batch, z_time, r_batch, r_time, 1 / temperature, splits)
@@ -245,22 +239,25 @@ def logits_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Residuals,
     upstream: Upstream, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`torch_logits.logits_grad`, written to out [N, V]: p is computed again from the residuals, as in Dao et al. 2022."""
+    """`torch_logits.logits_grad`, written to out [N, V]: p comes from the residuals again, as in Dao et al. 2022."""
     rows, V = out.shape
     if rows == 0:
         return out
-    has_a, has_b, has_c = (x is not None for x in upstream)
     z, time, z_batch, z_time = _grid_view(logits)
-    r, _, r_batch, r_time = _grid_view(ref_logits) if has_c else (z, time, z_batch, z_time)
-    a, b, c = (x if x is not None else stats.lse for x in upstream)
+    r, _, r_batch, r_time = _grid_view(logits if upstream.kl is None else ref_logits)
     tile = chosen(GRAD_TILES)
     blocks = triton.cdiv(V, _block(tile, V))
     grad_kernel[(rows * blocks,)](
-        z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse, a, b, c,
-        out, V, time, z_batch, z_time, r_batch, r_time, out.stride(0), 1 / temperature, blocks,
-        HAS_A=has_a, HAS_B=has_b, HAS_C=has_c, BLOCK=_block(tile, V), num_warps=tile.warps,
+        z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
+        *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
+        out.stride(0), 1 / temperature, blocks, **upstream_flags(upstream), BLOCK=_block(tile, V), num_warps=tile.warps,
     )  # fmt: skip
     return out
+
+
+def upstream_flags(upstream: Upstream) -> dict[str, bool]:
+    """Which upstream gradients [N] a gradient kernel gets."""
+    return {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
 
 
 def lambda_returns(
