@@ -235,9 +235,9 @@ class InplaceLoss(torch.autograd.Function):
     """`logits_klq_loss` whose forward pass overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx, logits, values, tokens, inputs, settings, temperature, backend):
-        """As the custom op, in place; `inputs` hold no graph."""
-        grad = _flat_view(logits.detach())
+    def forward(ctx, logits, values, tokens, given, settings, temperature, backend):
+        """As the custom op, in place; `given` are the other per-token tensors."""
+        grad, inputs = _flat_view(logits.detach()), LossInputs(logprobs=None, values=values.detach(), **given)
         *results, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
         torch.autograd.graph.increment_version(grad)
         ctx.grads = grad.view(logits.shape), dvalues

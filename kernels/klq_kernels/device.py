@@ -67,8 +67,7 @@ def bregman(x, y):
 
 @triton.jit
 def softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B: tl.constexpr, HAS_C: tl.constexpr):
-    """T dL/dz [rows, columns] from policy log-probs x (reference: y) and upstream gradients a, b, c of log-prob, entropy,
-    KL: the formula in `torch_logits.logits_grad`."""
+    """T dL/dz [rows, columns] by the formula of `torch_logits.logits_grad`, from log-probs x (reference: y)."""
     p = tl.exp(x)
     g = -a + tl.zeros_like(x)
     if HAS_B:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import autograd, checks, reference
-from klq_kernels.loss import check_settings
+from klq_kernels.loss import check_settings, klq_loss
 from klq_kernels.torch_linear import WORKSPACE_BYTES
 from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
 
@@ -136,16 +136,15 @@ def logits_klq_loss(
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
     backend, given = _prepare_loss(backend, tokens, inputs, settings, logits=logits)
     if backend == "reference":
-        out, stats = reference.logits_klq_loss(**given, temperature=temperature, **settings._asdict())
-        return (out, stats) if return_stats else out
-    flat = _flat(given)
-    if inplace:
-        given = inputs._replace(**{name: flat[name] for name in inputs._fields if name in flat})
-        args = (given._replace(values=flat["values"].detach()), settings, temperature, backend)
-        out, *stats = autograd.InplaceLoss.apply(flat["logits"], flat["values"], flat["tokens"], *args)
+        stats = reference.token_stats(given["logits"], tokens, temperature=temperature, mask=mask)
+        out = _loss_of(stats, settings, **given)
+    elif inplace:
+        flat = _flat(given)
+        leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
+        out, *stats = autograd.InplaceLoss.apply(*leaves, flat, settings, temperature, backend)
     else:
-        options = dict(temperature=temperature, needed=_learns(logits), backend=backend)
-        out, *stats = autograd.logits_klq_loss(**flat, **settings._asdict(), **options)[:3]
+        options = settings._asdict() | dict(temperature=temperature, backend=backend)
+        out, *stats = autograd.logits_klq_loss(**_flat(given), **options, needed=_learns(logits))[:3]
     return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
 
 
@@ -179,11 +178,13 @@ def linear_klq_loss(
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
     backend, given = _prepare_loss(backend, tokens, inputs, settings, **model)
     if backend == "reference":
-        out, stats = reference.linear_klq_loss(**given, temperature=temperature, **settings._asdict())
-        return (out, stats) if return_stats else out
-    options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
-    options |= settings._asdict() | dict(needed=_learns(hidden, weight, bias))
-    out, *stats = autograd.linear_klq_loss(**_flat(given), **options)[:5]
+        model = {name: given[name] for name in (*model, "tokens", "mask")}
+        stats = reference.linear_token_stats(**model, temperature=temperature)
+        out = _loss_of(stats, settings, **given)
+    else:
+        options = settings._asdict() | dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+        needed = _learns(hidden, weight, bias)
+        out, *stats = autograd.linear_klq_loss(**_flat(given), **options, needed=needed)[:5]
     return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
 
 
@@ -205,6 +206,15 @@ def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, setti
     del given["logprobs"]
     checks.alike(tokens=tokens, mask=mask, **checks.optional(**given))
     return _prepare(backend, tokens, mask, **model, **given)
+
+
+def _loss_of(
+    stats: TokenStats, settings: LossSettings, *, ref_logprobs: Tensor | None, mask: Tensor, **given
+) -> Tensor:
+    """The loss by definition from statistics that hold the reference's log-probs where `ref_logprobs` is None."""
+    ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
+    given = {name: given[name] for name in ("values", "targets", "old_logprobs", "old_values")}
+    return klq_loss(stats.logprob, ref_logprobs, mask=mask, **given, **settings._asdict())
 
 
 def _flat(given: dict) -> dict:

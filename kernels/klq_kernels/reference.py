@@ -97,30 +97,6 @@ def lambda_returns(
     return LambdaReturns(zero_unless(mask, q + alpha * advantages), advantages, td_errors)
 
 
-def logits_klq_loss(
-    logits: Tensor, tokens: Tensor, ref_logprobs: Tensor, values: Tensor, targets: Tensor, mask: Tensor, *,
-    temperature: float = 1.0, **variant,
-) -> tuple[Tensor, TokenStats]:  # fmt: skip
-    """`klq_kernels.logits_klq_loss` as `token_stats` of logits [..., V], then `klq_loss` (6): the loss and the detached
-    statistics."""
-    stats = token_stats(logits, tokens, temperature=temperature, mask=mask)
-    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant), stats.detached()
-
-
-def linear_klq_loss(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_logprobs: Tensor | None, values: Tensor, targets: Tensor,
-    mask: Tensor, *, bias: Tensor | None = None, ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None, temperature: float = 1.0, **variant,
-) -> tuple[Tensor, TokenStats]:  # fmt: skip
-    """`klq_kernels.linear_klq_loss` as `linear_token_stats` of hidden [..., H], then `klq_loss` (6): the loss and the
-    detached statistics."""
-    stats = linear_token_stats(
-        hidden, weight, tokens, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature, mask=mask
-    )
-    ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
-    return klq_loss(stats.logprob, ref_logprobs, values, targets, mask, **variant), stats.detached()
-
-
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """Logits [..., V] of hidden states whose masked rows are replaced by zeros."""
     return torch.nn.functional.linear(zero_unless(mask.unsqueeze(-1).expand_as(hidden), hidden), weight, bias)

@@ -77,8 +77,6 @@ MANUAL = {
         lambda **kw: improvement.soft_policy_iteration(TREE, sweeps=0, **kw), dict(tau=0.5, gamma=0.9)
     ),
     "klq_kernels.linear_klq_loss": entry(klq_kernels.linear_klq_loss, ref_logprobs=None),
-    "reference.linear_klq_loss": entry(reference.linear_klq_loss, ref_logprobs=None, tau=0.5),
-    "reference.logits_klq_loss": entry(reference.logits_klq_loss, tau=0.5),
     "tree.optimum": (lambda **kw: TREE.optimum(**kw), dict(tau=0.5, gamma=0.9)),
     "tree.evaluate": policy_method(tree.TokenTree.evaluate, tau=0.5, gamma=0.9),
     "tree.objective": policy_method(tree.TokenTree.objective, tau=0.5, gamma=0.9),
@@ -89,11 +87,11 @@ MANUAL = {
     f"tree.{name}": policy_method(getattr(tree.TokenTree, name))
     for name in ("state_kl", "visits", "expected_reward", "sequence_kl", "sequence_distribution")
 }  # fmt: skip
-NOTHING_TO_CHECK = {"tree.completions", "loss.klq_terms", "loss.check_settings"}  # the last two's callers check
+NOTHING_TO_CHECK = {"tree.completions", "loss.klq_terms", "loss.check_settings", "types.select"}  # checked by callers
 ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "types.cast",
               "types.narrow", "types.result_dtype"}  # fmt: skip
 OWN_DTYPE = {"types.zero_unless", "reference.shift_left", "types.narrow", "types.result_dtype",
-             "reference.linear_klq_loss", "reference.logits_klq_loss", "improvement.soft_policy_iteration"}  # fmt: skip
+             "improvement.soft_policy_iteration"}  # fmt: skip
 TABLE = {k: MANUAL.get(k) or entry(f) for k, f in public().items() if k not in NOTHING_TO_CHECK}
 each = pytest.mark.parametrize("name", TABLE)
 
