@@ -40,7 +40,8 @@ def token_stats_grad(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
     b: Tensor | None, c: Tensor | None, *, temperature: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL."""
+    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL; the softmax is
+    computed again (Dao et al. 2022)."""
     out = logits.new_empty((len(tokens), logits.shape[-1]))
     given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c), out=out)
     return kernels(backend, "logits").logits_grad(logits, tokens, ref_logits, **given).reshape(logits.shape)
@@ -64,7 +65,8 @@ def linear_token_stats_grad(
     ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
     b: Tensor | None, c: Tensor | None, *, temperature: float, workspace: int, backend: str, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden [N, H], weight [V, H] and bias [V]; empty where not needed."""
+    """Gradients of hidden [N, H], weight [V, H] and bias [V], the logits computed again (Wijmans et al. 2024); empty
+    where not needed."""
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c))
     given |= dict(needed=tuple(needed), workspace=workspace)

@@ -67,7 +67,8 @@ def bregman(x, y):
 
 @triton.jit
 def softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B: tl.constexpr, HAS_C: tl.constexpr):
-    """T dL/dz [rows, columns] by the formula of `torch_logits.logits_grad`, from log-probs x (reference: y)."""
+    """T dL/dz [rows, columns] from log-probs x (reference: y): arXiv 2508.17000, eq. (2), differentiated as in
+    `torch_logits.logits_grad`."""
     p = tl.exp(x)
     g = -a + tl.zeros_like(x)
     if HAS_B:

@@ -57,7 +57,7 @@ class Finding:
     problems: list[str] = field(default_factory=list)
 
 
-def variants() -> dict[str, tuple]:
+def _variants() -> dict[str, tuple]:
     """name -> (kernel, its element-typed pointers, flags, tiles by element size, whether it multiplies matrices)."""
     stats, merge, grad, returns = (getattr(triton_logits, f"{n}_kernel") for n in ("stats", "merge", "grad", "returns"))
     head = {"H", "W", "BIAS", "H2", "W2", "BIAS2"}
@@ -81,7 +81,7 @@ def variants() -> dict[str, tuple]:
 
 def _examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool) -> tuple[Finding, dict[str, str]]:
     """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
-    kernel, typed, flags, _, multiplies = variants()[name]
+    kernel, typed, flags, _, multiplies = _variants()[name]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
     sizes, options = _sizes_and_options(tile)
     exact = triton_linear.fp32_precision(TARGETS[target].backend)
@@ -198,7 +198,7 @@ def _sizes_and_options(tile) -> tuple[dict[str, int], dict[str, int]]:
 def main() -> None:
     """Print findings as JSON lines, or one kernel's source."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": variants()}.items():
+    for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": _variants()}.items():
         parser.add_argument(option, nargs="+", default=list(known), choices=list(known))
     parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
     parser.add_argument("--ones", action="store_true", help="make every size 1, which Triton compiles differently")
@@ -207,7 +207,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: unset it to compile")
     for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
-        tiles = variants()[name][3].get(DTYPES[dtype], [])
+        tiles = _variants()[name][3].get(DTYPES[dtype], [])
         for tile in tiles if args.all_tiles else tiles[:1]:
             finding, sources = _examine(name, target, dtype, tile, tile is tiles[0], args.ones)
             if args.source:

@@ -51,7 +51,7 @@ def linear_token_stats(
     temperature: float = 1.0, mask: Tensor | None = None, workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
 ) -> TokenStats:  # fmt: skip
-    """`token_stats` of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
+    """`token_stats` (2) of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
 
     Shapes: hidden [..., H], weight [V, H], bias [V]; ref_hidden [..., H'], ref_weight [V, H'] (the same tensor as
     `weight` where the head is shared), ref_bias [V]; tokens and mask [...]. Differentiable in hidden, weight and bias
@@ -118,7 +118,7 @@ def logits_klq_loss(
     log_ratio_clip: float | None = None, delta: float | None = None, old_logprobs: Tensor | None = None,
     old_values: Tensor | None = None, inplace: bool = False, return_stats: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss (see `klq_kernels.reference.klq_loss` for its variants) from logits [..., V].
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); its variants are those of `klq_loss`) from logits [..., V].
 
     Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
     `logits`, so that no second [..., V] tensor exists; nothing else may then need them (autograd says so if it does).
@@ -156,12 +156,12 @@ def linear_klq_loss(
     ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, return_stats: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss from hidden states: loss and gradients in one pass over the vocabulary.
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); its variants are those of `klq_loss`) from hidden [..., H].
 
-    Give either ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with
-    ref_logprobs=None (four; exact KL and entropy ride along). Gradients flow to hidden, weight, bias and values. Shapes
-    as in `linear_token_stats`, variants as in `klq_kernels.reference.klq_loss`. With `return_stats` the result is
-    (loss, TokenStats), the statistics detached. Raises as those functions do.
+    Loss and gradients, for hidden, weight, bias and values, come from one pass over the vocabulary. Give either
+    ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with ref_logprobs=None (four;
+    exact KL and entropy ride along). Shapes as in `linear_token_stats`. With `return_stats` the result is
+    (loss, TokenStats), the statistics detached. Raises as `linear_token_stats` and `klq_loss` do.
 
     >>> one = torch.ones(1)
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)

@@ -80,7 +80,7 @@ def logits_grad(
 
         dL/dz_v = (1/T) {a 1[v = token] + p_v [−a − b (log p_v + H) + c (log p_v − log q_v − KL)]}
 
-    `out` may be the logits [..., V] themselves. Masked rows become zero.
+    `out` may be the logits [..., V] themselves. Masked rows become zero. Source: eq. (2), differentiated.
     """
     if not mask.all():
         out[~mask] = 0

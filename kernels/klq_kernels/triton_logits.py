@@ -143,7 +143,8 @@ def grad_kernel(
     V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature, blocks,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of one row's logits Z [rows, V]; OUT may be Z itself. Masked rows become zero."""
+    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022); OUT
+    may be Z itself. Masked rows become zero."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -281,7 +282,7 @@ def lambda_returns(
 
 
 def vocabulary_splits(programs: int, rows: int, V: int, block: int) -> tuple[int, int]:
-    """(number of splits, tokens per split) for N = rows: one where the rows make enough programs, more where they don't
+    """(number of splits, tokens per split) of [rows, V]: one where the rows make enough programs, more where they don't
     (Flash-Decoding: Dao et al. 2023)."""
     wanted = min(triton.cdiv(programs, rows), triton.cdiv(V, block))
     span = triton.cdiv(triton.cdiv(V, wanted), block) * block
