@@ -118,7 +118,7 @@ def logits_klq_loss(
     log_ratio_clip: float | None = None, delta: float | None = None, old_logprobs: Tensor | None = None,
     old_values: Tensor | None = None, inplace: bool = False, return_stats: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); its variants are those of `klq_loss`) from logits [..., V].
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); variants as in `klq_loss`) from logits [..., V].
 
     Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
     `logits`, so that no second [..., V] tensor exists; nothing else may then need them (autograd says so if it does).
@@ -156,10 +156,10 @@ def linear_klq_loss(
     ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, return_stats: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); its variants are those of `klq_loss`) from hidden [..., H].
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); variants as in `klq_loss`) from hidden [..., H].
 
     Loss and gradients, for hidden, weight, bias and values, come from one pass over the vocabulary. Give either
-    ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with ref_logprobs=None (four;
+    ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight with ref_logprobs=None (four;
     exact KL and entropy ride along). Shapes as in `linear_token_stats`. With `return_stats` the result is
     (loss, TokenStats), the statistics detached. Raises as `linear_token_stats` and `klq_loss` do.
 

@@ -1,4 +1,4 @@
-"""Who may import what: the kernels stand alone, and the mathematics loads no language-model library; their docstrings."""
+"""Who may import what: the kernels stand alone, and the mathematics loads no language-model library; docstrings."""
 
 import ast
 import re
