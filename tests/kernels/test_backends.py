@@ -297,6 +297,19 @@ def test_statistics_that_ride_along_with_the_loss(backend, heads, workspace_byte
         assert loss.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_either_loss_is_klq_loss_of_the_statistics(loss, backend):
+    """… with each setting in its own place: the definition is called past the operations."""
+    rest = draw_loss((40,)) | VARIANT | dict(loss=loss)
+    for op, stats_of, model in [
+        (logits_klq_loss, token_stats, draw_logits((40,), ref=False)),
+        (linear_klq_loss, linear_token_stats, draw_heads((40,), heads="bias")),
+    ]:
+        want = klq_loss(stats_of(**exactly(model)).logprob, **exactly(rest))
+        torch.testing.assert_close(op(**model, **rest, backend=backend), want.float())
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_statistics_that_ride_along_with_the_loss_from_logits(backend, inplace):

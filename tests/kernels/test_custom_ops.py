@@ -22,12 +22,12 @@ N, V, H = 4, 9, 5
 SHAPES = [(2, 3), (4, 5), (3, 7)]  # each with another number of tokens
 
 
-def opcheck_cases():
+def opcheck_cases(dtype=torch.float32):
     """name -> (op, its arguments by name), with masked tokens, with and without a reference, biases and gradients."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*size):
-        return torch.randn(*size, generator=rng)
+        return torch.randn(*size, generator=rng).to(dtype)
 
     tokens, mask = torch.randint(V, (N,), generator=rng), torch.tensor([True, True, False, True])
     rest, options = dict(tokens=tokens, mask=mask), dict(temperature=0.7, backend="torch")
@@ -78,18 +78,29 @@ def opcheck_cases():
 
 
 CASES = opcheck_cases()
+LOW = opcheck_cases(torch.bfloat16)
+
+
+def opcheck(case, utils):
+    """torch's checks of an op, its arguments put in the schema's order."""
+    op, given = case
+    arguments = op._opoverload._schema.arguments
+    args = tuple(given[a.name] for a in arguments if not a.kwarg_only)
+    options = {a.name: given[a.name] for a in arguments if a.kwarg_only}
+    torch.library.opcheck(op, args, options, test_utils=utils)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     """Schema, fake implementation, autograd registration, and tracing with dynamic shapes."""
     utils = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    op, given = CASES[name]
-    arguments = op._opoverload._schema.arguments
-    args = tuple(given[a.name] for a in arguments if not a.kwarg_only)
-    options = {a.name: given[a.name] for a in arguments if a.kwarg_only}
-    some = utils[:3] if "no reference" in name else utils  # the last indexes every result
-    torch.library.opcheck(op, args, options, test_utils=some)
+    opcheck(CASES[name], utils[:3] if "no reference" in name else utils)  # the last indexes every result
+
+
+@pytest.mark.parametrize("name", [name for name in LOW if "returns" not in name and "grad" not in name])
+def test_fakes_of_16_bit_inputs_have_float32_results(name):
+    """… but for the gradients, which are like what they belong to."""
+    opcheck(LOW[name], ["test_faketensor"])
 
 
 def batch(shape):

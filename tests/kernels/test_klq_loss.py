@@ -105,7 +105,7 @@ def test_the_table_s_derivatives_are_those_of_autograd(loss):
 
 @pytest.mark.parametrize("loss", ["value_clipped", "ratio_clipped", "double_clipped"])
 def test_of_equally_bad_candidates_the_plain_one_counts(loss):
-    """Q = ℓ = 1 has come from −1; both clamps leave 0, and Ĝ = ½ is as far from that as from Q: ½e² keeps its gradient."""
+    """Q = ℓ = 1 comes from −1; both clamps leave 0, and Ĝ = ½ is as far from that as from Q: ½e² keeps its gradient."""
     x = dict(logprobs=1.0, ref_logprobs=0.0, values=0.0, targets=0.5, old_logprobs=-1.0, old_values=0.0)
     inputs = LossInputs(mask=torch.tensor([True]), **{k: torch.tensor([v], dtype=F64) for k, v in x.items()})
     settings = LossSettings(1.0, loss, clip=1.0, log_ratio_clip=1.0)
