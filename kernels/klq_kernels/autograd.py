@@ -170,13 +170,13 @@ def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
 
 @logits_klq_loss.register_fake
 def _(logits, values, tokens, *per_token, needed, **options):
-    total = values.new_empty((), dtype=result_dtype(logits, values, *per_token[:-1]))
+    total = values.new_empty((), dtype=result_dtype(logits, values, *per_token))
     return total, *_fake_stats(tokens, logits, None)[:2], *_empty((logits, values), [*needed, True])
 
 
 @linear_klq_loss.register_fake
 def _(hidden, weight, bias, values, tokens, ref_hidden, ref_weight, ref_bias, *per_token, needed, **options):
-    total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token[:-1]))
+    total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token))
     grads = _empty((hidden, weight, bias, values), [*needed, True])
     return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads
 

@@ -139,18 +139,18 @@ def check_settings(settings: LossSettings, inputs: LossInputs) -> None:
     missing: ValueError for an unknown variant and for what is None, as `checks.positive` for τ and thresholds."""
     if settings.loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {settings.loss!r}")
-    given, variant = settings._asdict() | inputs._asdict(), VARIANTS[settings.loss]
-    thresholds = {name: given[name] for name in ("clip", "log_ratio_clip", "delta")}
+    thresholds = dict(clip=settings.clip, log_ratio_clip=settings.log_ratio_clip, delta=settings.delta)
     checks.positive(tau=settings.tau, **checks.optional(**thresholds))
+    given, variant = thresholds | inputs._asdict(), VARIANTS[settings.loss]
     for name in variant.thresholds + variant.old:
         if given[name] is None:
             raise ValueError(f"loss={settings.loss!r} needs {name}, got None")
 
 
 def _worst(inputs: LossInputs, settings: LossSettings) -> Candidate:
-    """Of each token's candidates the one with the largest |e|, of equals the first: a clamp that doesn't bind changes
-    nothing."""
-    candidates = [make(_cleaned(inputs), settings) for make in VARIANTS[settings.loss].candidates]
+    """Of each token's candidates that of the largest |e|, of equals the first: an idle clamp changes nothing."""
+    inputs = _cleaned(inputs)
+    candidates = [make(inputs, settings) for make in VARIANTS[settings.loss].candidates]
     which = torch.stack([c.error.detach().abs() for c in candidates]).argmax(0, keepdim=True)
     return Candidate(*(torch.stack(same).gather(0, which).squeeze(0) for same in zip(*candidates, strict=True)))
 

@@ -102,12 +102,9 @@ def _examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool
 def problems(f: Finding, multiplies: bool) -> list[str]:
     """What a default tile must not do."""
     needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
-    found = {
-        f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory": f.spill_bytes or f.local_accesses,
-        needs: f.shared_bytes > f.shared_limit,
-        "no 16-byte loads": "16" not in f.loads,
-        "no matrix instructions": multiplies and not f.matrix,
-    }
+    spills = f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory"
+    found = {spills: f.spill_bytes or f.local_accesses, needs: f.shared_bytes > f.shared_limit}
+    found |= {"no 16-byte loads": "16" not in f.loads, "no matrix instructions": multiplies and not f.matrix}
     return [problem for problem, there in found.items() if there]
 
 

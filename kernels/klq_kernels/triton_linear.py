@@ -55,13 +55,6 @@ def _load_hidden(H, rows, live, d, D, h_row):
 
 
 @triton.jit
-def _load_weight(W, columns, d, V, D, w_row):
-    """[d, columns] of the transposed weight, 0 beyond V and D."""
-    inside = (columns < V)[None, :] & (d < D)[:, None]
-    return tl.load(W + columns.to(tl.int64)[None, :] * w_row + d[:, None], mask=inside, other=0.0)
-
-
-@triton.jit
 def _logits_tiles(
     H, H2, W, BIAS, rows, live, columns, V, D, h_row, h2_row, w_row,
     HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HIDDEN: tl.constexpr,
@@ -72,15 +65,17 @@ def _logits_tiles(
     r = z
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
-        h, w = _load_hidden(H, rows, live, d, D, h_row), _load_weight(W, columns, d, V, D, w_row)
+        h = _load_hidden(H, rows, live, d, D, h_row)
+        inside = (columns < V)[None, :] & (d < D)[:, None]
+        w = tl.load(W + columns.to(tl.int64)[None, :] * w_row + d[:, None], mask=inside, other=0.0)  # transposed
         z = _multiply(h, w, z, PRECISION, UPCAST)
         if SHARED:
             r = _multiply(_load_hidden(H2, rows, live, d, D, h2_row), w, r, PRECISION, UPCAST)
     if HAS_BIAS:
         bias = tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
         z, r = z + bias, r + bias
-    inside = (columns < V)[None, :]
-    return tl.where(inside, z, -INF), tl.where(inside, r, -INF)
+    known = (columns < V)[None, :]
+    return tl.where(known, z, -INF), tl.where(known, r, -INF)
 
 
 @triton.jit

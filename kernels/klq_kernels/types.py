@@ -4,7 +4,7 @@ Results are float64 when every floating-point input is float64, else float32. Ma
 integer: they are replaced before any arithmetic, so they reach neither a result nor a gradient.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from klq_kernels import checks
 INF = float("inf")
 SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so that a backend sums p (e^(−d) − 1 + d)
 Rows = slice | Tensor  # which of N rows: a slice, or indices [n]
-Group = TypeVar("Group", bound=tuple)
 
 
 class TokenStats(NamedTuple):
@@ -122,7 +121,7 @@ class LossSettings(NamedTuple):
     delta: float | None = None
 
 
-def select(group: Group, rows: Rows) -> Group:
+def select(group: tuple, rows: Rows) -> tuple:
     """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
     return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
 
