@@ -22,12 +22,7 @@ from triton.compiler import ASTSource
 
 from klq_kernels import triton_linear, triton_logits
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes per block
 DTYPES = {"bf16": 2, "fp32": 4}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -105,7 +105,6 @@ def lambda_returns(
     coefficients = dict(tau=tau, gamma=gamma, lam=lam, alpha=alpha)
     checks.returns(mask=mask, trace_weights=trace_weights, **coefficients, **given)
     backend, given = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
-    del given["tokens"]
     if backend == "reference":
         return reference.lambda_returns(**given, **coefficients)
     given = {name: x if x is None else x.detach() for name, x in given.items()}
@@ -189,12 +188,12 @@ def linear_klq_loss(
 
 
 def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **floats: Tensor | None):
-    """The backend for these tensors, and all of them by name: floats in the dtypes it gets them in, a full mask for
-    None."""
+    """The backend for these tensors, and what it gets by name: floats in the dtypes it wants, tokens if there are any,
+    the mask (a full one for None)."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.common_device(**floats, tokens=tokens, mask=mask)
     backend = checks.pick_backend(backend, **floats)
-    return backend, dict(zip(floats, narrow(*floats.values())), tokens=tokens, mask=mask)
+    return backend, dict(zip(floats, narrow(*floats.values())), **checks.optional(tokens=tokens, mask=mask))
 
 
 def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, settings: LossSettings, **model):
