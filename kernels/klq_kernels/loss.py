@@ -150,9 +150,11 @@ def check_settings(settings: LossSettings, inputs: LossInputs) -> None:
 def _worst(inputs: LossInputs, settings: LossSettings) -> Candidate:
     """Of each token's candidates that of the largest |e|, of equals the first: an idle clamp changes nothing."""
     inputs = _cleaned(inputs)
-    candidates = [make(inputs, settings) for make in VARIANTS[settings.loss].candidates]
-    which = torch.stack([c.error.detach().abs() for c in candidates]).argmax(0, keepdim=True)
-    return Candidate(*(torch.stack(same).gather(0, which).squeeze(0) for same in zip(*candidates, strict=True)))
+    worst, *others = (make(inputs, settings) for make in VARIANTS[settings.loss].candidates)
+    for other in others:
+        worse = other.error.abs() > worst.error.abs()
+        worst = Candidate(*(torch.where(worse, x, y) for x, y in zip(other, worst, strict=True)))
+    return worst
 
 
 def _cleaned(inputs: LossInputs) -> LossInputs:
