@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from klq_kernels.chunked import native
+from klq_kernels.torch_linear import native
 
 
 def resolve_device(name: str) -> torch.device:

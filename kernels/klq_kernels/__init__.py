@@ -5,7 +5,7 @@ definition of every formula; README.md beside this folder explains the rest.
 """
 
 from klq_kernels.ops import lambda_returns, linear_klq_loss, linear_token_stats, logits_klq_loss, token_stats
-from klq_kernels.reference import LambdaReturns, TokenStats
+from klq_kernels.types import LambdaReturns, TokenStats
 
 __all__ = [
     "LambdaReturns", "TokenStats", "lambda_returns", "linear_klq_loss", "linear_token_stats", "logits_klq_loss",

@@ -28,12 +28,12 @@ def non_negative(**values: float) -> None:
 
 
 def unit_interval(**values: float) -> None:
-    """As `positive`, for values in [0, 1] (discounts, λ)."""
+    """As `positive`, for values in [0, 1]: γ and λ of arXiv 2508.17000, eqs. (14) and (7)."""
     _within("lie in [0, 1]", lambda x: 0 <= x <= 1, values)
 
 
 def step_size(alpha: float) -> None:
-    """As `positive`, for 0 < alpha <= 1."""
+    """As `positive`, for 0 < alpha <= 1, the step towards the λ-return in arXiv 2508.17000, eq. (7)."""
     _within("lie in (0, 1] (the fraction of the way to the λ-return)", lambda x: 0 < x <= 1, dict(alpha=alpha))
 
 
@@ -127,10 +127,11 @@ def logits(logits, tokens, ref_logits, mask) -> None:
 
 
 def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) -> None:
-    """Raise TypeError or ValueError unless the heads of policy and reference, tokens and mask fit each other."""
+    """Raise TypeError or ValueError unless both models' hidden [..., H], weight [V, H] and bias [V], tokens and mask
+    [...] fit each other."""
     tensors(hidden=hidden, weight=weight, **optional(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias))
     _tokens(hidden.shape[:-1], "hidden", tokens, mask)
-    head(hidden, weight, bias, "")
+    _head(hidden, weight, bias, "")
     if (ref_hidden is None) != (ref_weight is None):
         missing = "ref_weight" if ref_weight is None else "ref_hidden"
         raise ValueError(f"a reference needs both ref_hidden and ref_weight, got no {missing}")
@@ -138,7 +139,7 @@ def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) 
         raise ValueError("ref_bias was given without ref_hidden and ref_weight")
     if ref_hidden is not None:
         same_shape(ref_hidden.shape[:-1], "ref_hidden without its last axis", tokens=tokens)
-        head(ref_hidden, ref_weight, ref_bias, "ref_")
+        _head(ref_hidden, ref_weight, ref_bias, "ref_")
         if len(ref_weight) != len(weight):
             raise ValueError(f"ref_weight must have weight's {len(weight)} rows (tokens), got {len(ref_weight)}")
 
@@ -151,7 +152,7 @@ def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
     alike(**given)
 
 
-def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str) -> None:
+def _head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str) -> None:
     """Raise ValueError or TypeError unless hidden [..., H], weight [V, H] and bias [V] fit each other."""
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         rule = f"[V, H] with H = {hidden.shape[-1]}, the last axis of {prefix}hidden"
@@ -173,7 +174,7 @@ def same_shape(shape: torch.Size, of: str, **given: torch.Tensor) -> None:
 
 
 def right_padded(mask: torch.Tensor) -> None:
-    """Raise ValueError unless every row of `mask` is True…True False…False; on a GPU, assert it on the device."""
+    """Raise ValueError unless every row of mask [B, T] is True…True False…False; on a GPU, assert it on the device."""
     rule = "mask must be right-padded (True up to the last real token, then False)"
     if mask.dim() != 2:
         raise ValueError(f"mask must be [B, T], got shape {tuple(mask.shape)}")
@@ -186,10 +187,7 @@ def right_padded(mask: torch.Tensor) -> None:
 
 
 def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
-    """Raise ValueError unless every unmasked one of these integers lies in [0, vocab).
-
-    On a GPU the values are asserted on the device, so that the host never waits for them.
-    """
+    """Raise ValueError unless every unmasked one of tokens [N] is in [0, vocab); on a GPU, assert it on the device."""
     rule = f"tokens must lie in [0, {vocab}), the size of the vocabulary"
     ids = tokens.long()  # in 8 bits the vocabulary's size would overflow
     wrong = (((ids < 0) | (ids >= vocab)) & mask).any()
@@ -201,29 +199,11 @@ def token_ids(tokens: torch.Tensor, mask: torch.Tensor, vocab: int) -> None:
 
 
 def returns(*, rewards, trace_weights, tau, gamma, lam, alpha, **tensors) -> None:
-    """Raise TypeError or ValueError unless these are arguments of `lambda_returns` (but for holes in the mask)."""
+    """Raise TypeError or ValueError unless these tensors are [B, T] and the coefficients in the ranges of
+    `lambda_returns` (holes in the mask apart). Source: arXiv 2508.17000, eqs. (7), (14)."""
     positive(tau=tau)
     unit_interval(gamma=gamma, lam=lam)
     step_size(alpha)
     alike(rewards=rewards, **tensors, **optional(trace_weights=trace_weights))
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [B, T], got shape {tuple(rewards.shape)}")
-
-
-NEEDS = {
-    "l2": (), "huber": ("delta",), "value_clipped": ("clip", "old_values", "old_logprobs"),
-    "ratio_clipped": ("log_ratio_clip", "old_logprobs"),
-    "double_clipped": ("clip", "log_ratio_clip", "old_values", "old_logprobs"),
-}  # fmt: skip
-LOSSES = tuple(NEEDS)
-
-
-def loss_variant(loss, tau, clip, log_ratio_clip, delta, old_logprobs, old_values) -> None:
-    """Every variant gets the thresholds and old quantities it needs, or an error that names what is missing."""
-    thresholds = optional(delta=delta, clip=clip, log_ratio_clip=log_ratio_clip)
-    positive(tau=tau, **thresholds)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
-    for name in NEEDS[loss]:
-        if name not in thresholds | optional(old_values=old_values, old_logprobs=old_logprobs):
-            raise ValueError(f"loss={loss!r} needs {name}, got None")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,12 +22,7 @@ from triton.compiler import ASTSource
 
 from klq_kernels import triton_linear, triton_logits
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes per block
 DTYPES = {"bf16": 2, "fp32": 4}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,7 +52,7 @@ class Finding:
     problems: list[str] = field(default_factory=list)
 
 
-def variants() -> dict[str, tuple]:
+def _variants() -> dict[str, tuple]:
     """name -> (kernel, its element-typed pointers, flags, tiles by element size, whether it multiplies matrices)."""
     stats, merge, grad, returns = (getattr(triton_logits, f"{n}_kernel") for n in ("stats", "merge", "grad", "returns"))
     head = {"H", "W", "BIAS", "H2", "W2", "BIAS2"}
@@ -78,19 +74,17 @@ def variants() -> dict[str, tuple]:
     }
 
 
-def examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool) -> tuple[Finding, dict[str, str]]:
+def _examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool) -> tuple[Finding, dict[str, str]]:
     """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
-    kernel, typed, flags, _, multiplies = variants()[name]
+    kernel, typed, flags, _, multiplies = _variants()[name]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
     sizes, options = _sizes_and_options(tile)
+    exact = triton_linear.fp32_precision(TARGETS[target].backend)
     constants |= {name.upper(): size for name, size in sizes.items()}
-    precision = "-"
-    if multiplies:
-        exact = triton_linear.fp32_precision(TARGETS[target].backend)
-        precision = dtype if dtype == "bf16" else exact
-        constants |= {"PRECISION": exact, "UPCAST": False}
-    compiled = compile_for(kernel, typed, constants, TARGETS[target], dtype, options, ones)
-    facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, target)
+    constants |= {"PRECISION": exact, "UPCAST": False} if multiplies else {}
+    precision = "-" if not multiplies else dtype if dtype == "bf16" else exact
+    compiled = _compile(kernel, typed, constants, TARGETS[target], dtype, options, ones)
+    facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled)
     finding = Finding(
         kernel=name, target=target, dtype=dtype, tile=_label(tile), default=default,
         shared_bytes=compiled.metadata.shared, shared_limit=SHARED_LIMIT[target], precision=precision, **facts,
@@ -103,16 +97,13 @@ def examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool)
 def problems(f: Finding, multiplies: bool) -> list[str]:
     """What a default tile must not do."""
     needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
-    found = {
-        f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory": f.spill_bytes or f.local_accesses,
-        needs: f.shared_bytes > f.shared_limit,
-        "no 16-byte loads": "16" not in f.loads,
-        "no matrix instructions": multiplies and not f.matrix,
-    }
+    spills = f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory"
+    found = {spills: f.spill_bytes or f.local_accesses, needs: f.shared_bytes > f.shared_limit}
+    found |= {"no 16-byte loads": "16" not in f.loads, "no matrix instructions": multiplies and not f.matrix}
     return [problem for problem, there in found.items() if there]
 
 
-def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict, ones: bool):
+def _compile(kernel, typed: set[str], constants: dict, target: GPUTarget, dtype: str, options: dict, ones: bool):
     """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into; or with all
     `ones`, since Triton compiles a size of 1 as a constant."""
     kinds = {p.name: KINDS.get(p.name, "*fp32" if p.name.isupper() else "i32") for p in kernel.params}
@@ -129,7 +120,7 @@ def compile_for(kernel, typed: set[str], constants: dict, target: GPUTarget, dty
     return triton.compile(source, target=target, options=options)
 
 
-def _read_nvidia(compiled, target: str) -> tuple[dict, dict[str, str]]:
+def _read_nvidia(compiled) -> tuple[dict, dict[str, str]]:
     """Registers and spills from ptxas, instructions from the disassembly."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
@@ -140,40 +131,36 @@ def _read_nvidia(compiled, target: str) -> tuple[dict, dict[str, str]]:
         ptxas = TOOLS / ("ptxas-blackwell" if (TOOLS / "ptxas-blackwell").exists() else "ptxas")
         log = _run(ptxas, "-v", f"--gpu-name={arch}", "-o", Path(folder, "again"), ptx, stderr=True)
     widths = {"": 4, ".64": 8, ".128": 16, ".U16": 2, ".U8": 1}
-    loads = Counter(widths.get(w, 4) for w in re.findall(r"\bLDG\.E(?:\.\w+)*?(\.64|\.128|\.U16|\.U8)?\b", sass))
-    loads += Counter(16 for _ in re.findall(r"LDGSTS\.E[.\w]*\.128|UTMALDG", sass))
-    stores = Counter(widths.get(w, 4) for w in re.findall(r"\bSTG\.E(\.64|\.128|\.U16|\.U8)?", sass))
-    facts = {
-        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
-        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-        "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "loads": _keys(loads),
-        "stores": _keys(stores),
-        "matrix": dict(Counter(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)[.\w]*", sass))),
-    }
+    loads = [widths[w] for w in re.findall(r"\bLDG\.E(?:\.\w+)*?(\.64|\.128|\.U16|\.U8)?\b", sass)]
+    loads += [16 for _ in re.findall(r"LDGSTS\.E[.\w]*\.128|UTMALDG", sass)]
+    facts = dict(
+        registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+        spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        local_accesses=len(re.findall(r"\b(?:STL|LDL)\b", sass)), loads=_counts(loads),
+        stores=_counts(widths[w] for w in re.findall(r"\bSTG\.E(\.64|\.128|\.U16|\.U8)?", sass)),
+        matrix=dict(Counter(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)[.\w]*", sass))),
+    )  # fmt: skip
     return facts, {"ptx": compiled.asm["ptx"], "sass": sass}
 
 
-def _read_amd(compiled, target: str) -> tuple[dict, dict[str, str]]:
+def _read_amd(compiled) -> tuple[dict, dict[str, str]]:
+    """The same from the assembly, where the compiler notes registers and spills."""
     code = compiled.asm["amdgcn"]
     widths = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
-    loads, stores = (
-        Counter(widths.get(w, 4) for w in re.findall(rf"(?:global|buffer)_{kind}_(?:lds_)?(\w+?)(?:_d16\w*)?\b", code))
-        for kind in ("load", "store")
-    )
-    facts = {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
-        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
-        "local_accesses": len(re.findall(r"\bscratch_(?:load|store)", code)),
-        "loads": _keys(loads),
-        "stores": _keys(stores),
-        "matrix": dict(Counter(re.findall(r"\bv_mfma\w+", code))),
-    }
+    access = r"(?:global|buffer)_{}_(?:lds_)?(\w+?)(?:_d16\w*)?\b"
+    loads, stores = ([widths.get(w, 4) for w in re.findall(access.format(k), code)] for k in ("load", "store"))
+    facts = dict(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
+        spill_bytes=4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
+        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", code)), loads=_counts(loads),
+        stores=_counts(stores), matrix=dict(Counter(re.findall(r"\bv_mfma\w+", code))),
+    )  # fmt: skip
     return facts, {"amdgcn": code}
 
 
-def _keys(counts: Counter) -> dict[str, int]:
-    return {str(width): counts[width] for width in sorted(counts, reverse=True)}
+def _counts(widths: Iterable[int]) -> dict[str, int]:
+    """How many accesses of each width in bytes, the widest first."""
+    return {str(width): count for width, count in sorted(Counter(widths).items(), reverse=True)}
 
 
 def _run(*command, stderr: bool = False) -> str:
@@ -203,7 +190,7 @@ def _sizes_and_options(tile) -> tuple[dict[str, int], dict[str, int]]:
 def main() -> None:
     """Print findings as JSON lines, or one kernel's source."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": variants()}.items():
+    for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": _variants()}.items():
         parser.add_argument(option, nargs="+", default=list(known), choices=list(known))
     parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
     parser.add_argument("--ones", action="store_true", help="make every size 1, which Triton compiles differently")
@@ -212,9 +199,9 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: unset it to compile")
     for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
-        tiles = variants()[name][3].get(DTYPES[dtype], [])
+        tiles = _variants()[name][3].get(DTYPES[dtype], [])
         for tile in tiles if args.all_tiles else tiles[:1]:
-            finding, sources = examine(name, target, dtype, tile, tile is tiles[0], args.ones)
+            finding, sources = _examine(name, target, dtype, tile, tile is tiles[0], args.ones)
             if args.source:
                 print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
             else:

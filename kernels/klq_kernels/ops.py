@@ -1,11 +1,17 @@
 """The public operations: checks, choice of backend, autograd. What they compute is defined in `reference`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from klq_kernels import checks, custom, reference
-from klq_kernels.chunked import WORKSPACE_BYTES
-from klq_kernels.reference import LambdaReturns, TokenStats, narrow
+from klq_kernels import autograd, checks, reference
+from klq_kernels.loss import check_settings, klq_loss
+from klq_kernels.torch_linear import WORKSPACE_BYTES
+from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
+
+MODEL = {"logits", "ref_logits", "weight", "ref_weight", "bias", "ref_bias"}  # not per token
+LEARN = {"logits", "hidden", "weight", "bias", "values"}
 
 
 def token_stats(
@@ -32,13 +38,11 @@ def token_stats(
     """
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    backend, model = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
+    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
     if backend == "reference":
-        return reference.token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
-    logits, ref = model["logits"], None if ref_logits is None else model["ref_logits"].detach()
-    out = custom.token_stats(logits, _flat(tokens.long()), ref, temperature, _flat(mask), backend)
-    return _shaped(out, tokens, ref_logits is not None)
+        return reference.token_stats(**given, temperature=temperature)
+    stats = autograd.token_stats(**_flat(given), temperature=temperature, backend=backend)
+    return _shaped(stats, tokens, ref_logits is not None)
 
 
 def linear_token_stats(
@@ -47,7 +51,7 @@ def linear_token_stats(
     temperature: float = 1.0, mask: Tensor | None = None, workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
 ) -> TokenStats:  # fmt: skip
-    """`token_stats` of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
+    """`token_stats` (2) of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
 
     Shapes: hidden [..., H], weight [V, H], bias [V]; ref_hidden [..., H'], ref_weight [V, H'] (the same tensor as
     `weight` where the head is shared), ref_bias [V]; tokens and mask [...]. Differentiable in hidden, weight and bias
@@ -63,17 +67,14 @@ def linear_token_stats(
     (-1.3863, 1.3863, None)
     """
     checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
-    checks.heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     model = dict(hidden=hidden, weight=weight, bias=bias)
     model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    backend, model = _prepare(backend, tokens, mask, **model)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    backend, given = _prepare(backend, tokens, mask, **model)
     if backend == "reference":
-        return reference.linear_token_stats(tokens=tokens, **model, temperature=temperature, mask=mask)
-    hidden, weight, bias, *ref = model.values()
-    flat = _flat(tokens.long()), *_reference(*ref), temperature, _flat(mask)
-    out = custom.linear_token_stats(_rows(hidden), weight, bias, *flat, workspace_bytes, backend)
-    return _shaped(out, tokens, ref_hidden is not None)
+        return reference.linear_token_stats(**given, temperature=temperature)
+    options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+    return _shaped(autograd.linear_token_stats(**_flat(given), **options), tokens, ref_hidden is not None)
 
 
 def lambda_returns(
@@ -101,12 +102,13 @@ def lambda_returns(
     tensor([[1., 1.]])
     """
     given = dict(rewards=rewards, values=values, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    checks.returns(mask=mask, trace_weights=trace_weights, tau=tau, gamma=gamma, lam=lam, alpha=alpha, **given)
+    coefficients = dict(tau=tau, gamma=gamma, lam=lam, alpha=alpha)
+    checks.returns(mask=mask, trace_weights=trace_weights, **coefficients, **given)
     backend, given = _prepare(backend, None, mask, **given, trace_weights=trace_weights)
     if backend == "reference":
-        return reference.lambda_returns(**given, mask=mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha)
-    *tensors, weights = (x if x is None else x.detach() for x in given.values())
-    return LambdaReturns(*custom.lambda_returns(*tensors, mask, weights, tau, gamma, lam, alpha, backend))
+        return reference.lambda_returns(**given, **coefficients)
+    given = {name: x if x is None else x.detach() for name, x in given.items()}
+    return LambdaReturns(*autograd.lambda_returns(**given, **coefficients, backend=backend))
 
 
 def logits_klq_loss(
@@ -115,7 +117,7 @@ def logits_klq_loss(
     log_ratio_clip: float | None = None, delta: float | None = None, old_logprobs: Tensor | None = None,
     old_values: Tensor | None = None, inplace: bool = False, return_stats: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss (see `klq_kernels.reference.klq_loss` for its variants) from logits [..., V].
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); variants as in `klq_loss`) from logits [..., V].
 
     Loss and gradients, for logits and values, come from one visit to each row. With `inplace` the gradient overwrites
     `logits`, so that no second [..., V] tensor exists; nothing else may then need them (autograd says so if it does).
@@ -129,16 +131,20 @@ def logits_klq_loss(
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, None, mask)
     checks.tensors(ref_logprobs=ref_logprobs)
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, dict(logits=logits), per_token, old)
+    settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    backend, given = _prepare_loss(backend, tokens, inputs, settings, logits=logits)
     if backend == "reference":
-        out, stats = reference.logits_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
-        return (out, stats) if return_stats else out
-    args = given["logits"], *flat, temperature, *variant.values(), backend
-    out, *stats = (custom.InplaceLoss.apply if inplace else custom.logits_klq_loss)(*args)
-    return (out, _shaped([x.detach() for x in stats], tokens, with_ref=False)) if return_stats else out
+        stats = reference.token_stats(given["logits"], tokens, temperature=temperature, mask=mask)
+        out = _loss_of(stats, settings, **given)
+    elif inplace:
+        flat = _flat(given)
+        leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
+        out, *stats = autograd.InplaceLoss.apply(*leaves, flat, settings, temperature, backend)
+    else:
+        options = settings._asdict() | dict(temperature=temperature, backend=backend)
+        out, *stats = autograd.logits_klq_loss(**_flat(given), **options, needed=_learns(logits))[:3]
+    return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
 
 
 def linear_klq_loss(
@@ -149,12 +155,12 @@ def linear_klq_loss(
     ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, return_stats: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """Masked mean of the KLQ loss from hidden states: loss and gradients in one pass over the vocabulary.
+    """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); variants as in `klq_loss`) from hidden [..., H].
 
-    Give either ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight, with
-    ref_logprobs=None (four; exact KL and entropy ride along). Gradients flow to hidden, weight, bias and values. Shapes
-    as in `linear_token_stats`, variants as in `klq_kernels.reference.klq_loss`. With `return_stats` the result is
-    (loss, TokenStats), the statistics detached. Raises as those functions do.
+    Loss and gradients, for hidden, weight, bias and values, come from one pass over the vocabulary. Give either
+    ref_logprobs, shaped like tokens (three matrix products), or ref_hidden and ref_weight with ref_logprobs=None (four;
+    exact KL and entropy ride along). Shapes as in `linear_token_stats`. With `return_stats` the result is
+    (loss, TokenStats), the statistics detached. Raises as `linear_token_stats` and `klq_loss` do.
 
     >>> one = torch.ones(1)
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
@@ -164,58 +170,72 @@ def linear_klq_loss(
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
-    variant = dict(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    old = dict(old_logprobs=old_logprobs, old_values=old_values)
-    per_token = dict(ref_logprobs=ref_logprobs, values=values, targets=targets)
     model = dict(hidden=hidden, weight=weight, bias=bias)
     model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(tokens=tokens, **model, mask=mask)
-    backend, given, flat = _prepare_loss(backend, tokens, mask, variant, model, per_token, old)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    backend, given = _prepare_loss(backend, tokens, inputs, settings, **model)
     if backend == "reference":
-        out, stats = reference.linear_klq_loss(tokens=tokens, mask=mask, **given, temperature=temperature, **variant)
-        return (out, stats) if return_stats else out
-    hidden, weight, bias, *ref = (given[name] for name in model)
-    needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    out, *stats = custom.linear_klq_loss(
-        _rows(hidden), weight, bias, *flat, *_reference(*ref), temperature, *variant.values(), needed,
-        workspace_bytes, backend,
-    )[:5]  # fmt: skip
-    return (out, _shaped(tuple(x.detach() for x in stats), tokens, ref_hidden is not None)) if return_stats else out
+        model = {name: given[name] for name in (*model, "tokens", "mask")}
+        stats = reference.linear_token_stats(**model, temperature=temperature)
+        out = _loss_of(stats, settings, **given)
+    else:
+        options = settings._asdict() | dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+        needed = _learns(hidden, weight, bias)
+        out, *stats = autograd.linear_klq_loss(**_flat(given), **options, needed=needed)[:5]
+    return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
 
 
-def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor, **floats: Tensor | None) -> tuple[str, dict]:
-    """The backend for these tensors, and the tensors in the dtypes it gets them in."""
+def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **floats: Tensor | None):
+    """The backend for these tensors, and what it gets by name: floats in the dtypes it wants, tokens if there are any,
+    the mask (a full one for None)."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.common_device(**floats, tokens=tokens, mask=mask)
-    return checks.pick_backend(backend, **floats), dict(zip(floats, narrow(*floats.values())))
+    backend = checks.pick_backend(backend, **floats)
+    return backend, dict(zip(floats, narrow(*floats.values())), **checks.optional(tokens=tokens, mask=mask))
 
 
-def _prepare_loss(
-    backend: str | None, tokens: Tensor, mask: Tensor, variant: dict, model: dict, per_token: dict, old: dict
-) -> tuple[str, dict, list]:
-    """What `_prepare` returns after the checks of either loss, and flat tensors as its custom op takes them."""
-    checks.loss_variant(**variant, **old)
-    checks.tensors(values=per_token["values"], targets=per_token["targets"])
-    checks.alike(tokens=tokens, mask=mask, **checks.optional(**per_token, **old))
-    backend, given = _prepare(backend, tokens, mask, **model, **per_token, **old)
-    fixed = (given[name] for name in ("ref_logprobs", "targets", *old))
-    return backend, given, [_flat(tokens.long()), given["values"].reshape(-1), *map(_flat, fixed), _flat(mask)]
+def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, settings: LossSettings, **model):
+    """What `_prepare` returns, after the checks of either loss."""
+    check_settings(settings, inputs)
+    checks.tensors(values=inputs.values, targets=inputs.targets)
+    given = inputs._asdict()
+    mask = given.pop("mask")
+    del given["logprobs"]
+    checks.alike(tokens=tokens, mask=mask, **checks.optional(**given))
+    return _prepare(backend, tokens, mask, **model, **given)
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    """x as [N], contiguous (an expanded mask has stride 0) and without its graph."""
-    return None if x is None else x.detach().reshape(-1).contiguous()
+def _loss_of(
+    stats: TokenStats, settings: LossSettings, *, ref_logprobs: Tensor | None, mask: Tensor, **given
+) -> Tensor:
+    """The loss by definition from statistics that hold the reference's log-probs where `ref_logprobs` is None."""
+    ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
+    given = {name: given[name] for name in ("values", "targets", "old_logprobs", "old_values")}
+    return klq_loss(stats.logprob, ref_logprobs, mask=mask, **given, **settings._asdict())
 
 
-def _rows(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
+def _flat(given: dict) -> dict:
+    """Tensors as a custom op takes them: per token [N] and contiguous (an expanded mask has stride 0), hidden states
+    [N, H], logits and heads as they are; only the policy and the values keep their graph."""
+    out = {}
+    for name, x in given.items():
+        x = x if x is None or name in LEARN else x.detach()
+        if name in ("hidden", "ref_hidden") and x is not None:
+            x = x.reshape(-1, x.shape[-1])
+        elif name not in MODEL and x is not None:
+            x = x.reshape(-1).contiguous()
+        out[name] = x.long() if name == "tokens" else x
+    return out
 
 
-def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple:
-    """The reference head, flat and detached, or three Nones."""
-    return tuple(None if x is None else x.detach() for x in (hidden if hidden is None else _rows(hidden), weight, bias))
+def _learns(*tensors: Tensor | None) -> list[bool]:
+    """Which of these need a gradient."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
 
 
-def _shaped(out: tuple[Tensor, ...], tokens: Tensor, with_ref: bool) -> TokenStats:
+def _shaped(stats: Sequence[Tensor], tokens: Tensor, with_ref: bool) -> TokenStats:
     """TokenStats shaped like tokens from flat results; the reference's log-prob is no function of the policy."""
-    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in out[: 4 if with_ref else 2])
+    logprob, entropy, *ref = (x.reshape(tokens.shape) for x in stats[: 4 if with_ref else 2])
     return TokenStats(logprob, entropy, *((ref[0].detach(), ref[1]) if ref else (None, None)))

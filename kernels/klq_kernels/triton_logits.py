@@ -1,7 +1,7 @@
 """The `triton` backend on logits and λ-returns: GPU kernels (or, with TRITON_INTERPRET=1, the same on a CPU).
 
 One visit to each row pair for the statistics, one for the gradient. Offsets are int64, no size is a compile-time
-constant, and masked rows are not read. The interface is that of `tiled`.
+constant, and masked rows are not read. The interface is that of `torch_logits`.
 """
 
 import os
@@ -12,12 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels.device import INF, accumulate, accumulate_ref, bregman, shrink, softmax_gradient
-from klq_kernels.reference import LambdaReturns
-from klq_kernels.tiled import Statistics, empty_statistics
+from klq_kernels.device import INF, SMALL_KL, accumulate, accumulate_ref, bregman, shrink, softmax_gradient
+from klq_kernels.types import LambdaReturns, Residuals, Upstream
 
 PARTIALS = 6  # m, s, h, n, t, w per row and split
-SMALL_KL = tl.constexpr(0.05)
 ROWS_PER_SPLIT = 264  # fewer rows than this leave a GPU's 132 multiprocessors idle: split the vocabulary
 
 
@@ -39,7 +37,8 @@ def stats_kernel(
     Z, R, MASK, OUT, rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits, span,
     HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of one row over one span of the vocabulary; OUT [6, splits, rows]."""
+    """Partial statistics of one row of Z [rows, V] over one span of the vocabulary, by online softmax (Milakov and
+    Gimelshein 2018); OUT [6, splits, rows]."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     if tl.load(MASK + row) == 0:
@@ -74,12 +73,12 @@ def stats_kernel(
 
 @triton.jit
 def merge_kernel(
-    PART, TOKENS, MASK, Z, R, LOGPROB, ENTROPY, REF_LOGPROB, KL, SHIFT, NORM, REF_SHIFT, REF_NORM,
+    PART, TOKENS, MASK, Z, R, LOGPROB, ENTROPY, REF_LOGPROB, KL, SHIFT, LSE, REF_SHIFT, REF_LSE,
     rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits,
     HAS_REF: tl.constexpr, IN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row's partials. Z and R hold its logits (IN_ROWS: then a small KL is summed once more, accurately) or
-    only those of its token [rows]."""
+    """Merge one row's partials PART [6, splits, rows] (Milakov and Gimelshein 2018: ⊕ is associative). Z and R hold its
+    logits (IN_ROWS: then a small KL is summed once more, accurately) or only those of its token [rows]."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(MASK + row) == 0:
         return
@@ -104,13 +103,13 @@ def merge_kernel(
     scale = tl.where(s_i > 0.0, tl.exp(shift), 0.0)
     s = tl.sum(s_i * scale, 0)
     h = tl.sum(shrink(scale, h_i + s_i * shift), 0)
-    norm = tl.log(s)
+    lse = tl.log(s)
     known = (token >= 0) & (token < V)  # a GPU's ids are not checked on the host: an impossible one gives NaN
     z = tl.load(Z + token_offset, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(LOGPROB + row, (z - m) * inv_temperature - norm)
-    tl.store(ENTROPY + row, norm - h / s)
+    tl.store(LOGPROB + row, (z - m) * inv_temperature - lse)
+    tl.store(ENTROPY + row, lse - h / s)
     tl.store(SHIFT + row, m)
-    tl.store(NORM + row, norm)
+    tl.store(LSE + row, lse)
     if HAS_REF:
         n_i = tl.load(PART + 3 * stride, mask=there, other=-INF)
         t_i = tl.load(PART + 4 * stride, mask=there, other=0.0)
@@ -119,8 +118,8 @@ def merge_kernel(
         shift_ref = tl.where(t_i > 0.0, (n_i - n) * inv_temperature, -(n * inv_temperature))
         t = tl.sum(tl.where(t_i > 0.0, t_i * tl.exp(shift_ref), 0.0), 0)
         w = tl.sum(shrink(scale, w_i + s_i * (shift - shift_ref)), 0)
-        ref_norm = tl.log(t)
-        kl = w / s - norm + ref_norm
+        ref_lse = tl.log(t)
+        kl = w / s - lse + ref_lse
         if IN_ROWS:
             if kl < SMALL_KL:  # two ifs: the first is decided when compiling
                 kl_block = tl.zeros([BLOCK], tl.float32)
@@ -129,22 +128,23 @@ def merge_kernel(
                     inside = columns < V
                     x = tl.load(Z + columns, mask=inside, other=-INF).to(tl.float32)
                     y = tl.load(R + columns, mask=inside, other=-INF).to(tl.float32)
-                    kl_block += bregman((x - m) * inv_temperature - norm, (y - n) * inv_temperature - ref_norm)
+                    kl_block += bregman((x - m) * inv_temperature - lse, (y - n) * inv_temperature - ref_lse)
                 kl = tl.sum(kl_block, 0)
         r = tl.load(R + token_offset, mask=known, other=float("nan")).to(tl.float32)
-        tl.store(REF_LOGPROB + row, (r - n) * inv_temperature - ref_norm)
+        tl.store(REF_LOGPROB + row, (r - n) * inv_temperature - ref_lse)
         tl.store(KL + row, tl.maximum(kl, 0.0))
         tl.store(REF_SHIFT + row, n)
-        tl.store(REF_NORM + row, ref_norm)
+        tl.store(REF_LSE + row, ref_lse)
 
 
 @triton.jit
 def grad_kernel(
-    Z, R, TOKENS, MASK, ENTROPY, KL, SHIFT, NORM, REF_SHIFT, REF_NORM, A, B, C, OUT,
+    Z, R, TOKENS, MASK, ENTROPY, KL, SHIFT, LSE, REF_SHIFT, REF_LSE, A, B, C, OUT,
     V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature, blocks,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of one row's logits; OUT may be Z itself. Masked rows become zero."""
+    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022); OUT
+    may be Z itself. Masked rows become zero."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -159,18 +159,18 @@ def grad_kernel(
     entropy = tl.load(ENTROPY + row) if HAS_B else 0.0
     kl = tl.load(KL + row) if HAS_C else 0.0
     z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside, other=-INF).to(tl.float32)
-    x = (z - tl.load(SHIFT + row)) * inv_temperature - tl.load(NORM + row)
+    x = (z - tl.load(SHIFT + row)) * inv_temperature - tl.load(LSE + row)
     y = x
     if HAS_C:
         r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside, other=-INF).to(tl.float32)
-        y = (r - tl.load(REF_SHIFT + row)) * inv_temperature - tl.load(REF_NORM + row)
+        y = (r - tl.load(REF_SHIFT + row)) * inv_temperature - tl.load(REF_LSE + row)
     chosen = columns == tl.load(TOKENS + row)
     dz = softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B, HAS_C) * inv_temperature
     tl.store(OUT + columns, dz.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def compose(end_decay, end_total, decay, total):
+def _compose(end_decay, end_total, decay, total):
     """Join Δ_t = total + decay Δ_{t+1} to what is already known of the steps after it, down to the end of the block."""
     return decay * end_decay, total + decay * end_total
 
@@ -181,31 +181,29 @@ def returns_kernel(
     T, r_row, v_row, p_row, q_row, mask_row, c_row, tau, gamma, lam, alpha,
     HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: log-ratio → Q → δ → reverse scan → Δ → Ĝ, block by block from the end."""
+    """One row of [B, T]: log-ratio → Q → δ → reverse scan → Δ → Ĝ (arXiv 2508.17000, eqs. (13), (14), (7)), block by
+    block from the end. The scan of a linear recurrence is that of Blelloch 1990."""
     row = tl.program_id(0).to(tl.int64)
-    REWARDS += row * r_row
-    VALUES += row * v_row
-    LOGPROBS += row * p_row
-    REF_LOGPROBS += row * q_row
-    MASK += row * mask_row
-    WEIGHTS += row * c_row
+    MASK, VALUES = MASK + row * mask_row, VALUES + row * v_row
     steps = tl.arange(0, BLOCK)
     tail = 0.0
     for block in range(tl.cdiv(T, BLOCK) - 1, -1, -1):
         t = block * BLOCK + steps
         real = tl.load(MASK + t, mask=t < T, other=0) != 0
         following = tl.load(MASK + t + 1, mask=t + 1 < T, other=0) != 0
-        r = tl.load(REWARDS + t, mask=t < T, other=0.0).to(tl.float32)  # masked by t alone: 16 bytes at a time
+        r = tl.load(REWARDS + row * r_row + t, mask=t < T, other=0.0).to(
+            tl.float32
+        )  # masked by t alone: 16 bytes at a time
         v = tl.load(VALUES + t, mask=t < T, other=0.0).to(tl.float32)
         v_next = tl.load(VALUES + t + 1, mask=following, other=0.0).to(tl.float32)
-        p = tl.load(LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
-        q = tl.load(REF_LOGPROBS + t, mask=t < T, other=0.0).to(tl.float32)
+        p = tl.load(LOGPROBS + row * p_row + t, mask=t < T, other=0.0).to(tl.float32)
+        q = tl.load(REF_LOGPROBS + row * q_row + t, mask=t < T, other=0.0).to(tl.float32)
         action_value = tl.where(real, tau * (p - q) + v, 0.0)
         td = tl.where(real, r + gamma * v_next, 0.0) - action_value
         decay = tl.where(following, gamma * lam, 0.0)
         if HAS_WEIGHTS:
-            decay *= tl.load(WEIGHTS + t + 1, mask=following, other=0.0).to(tl.float32)
-        decays, totals = tl.associative_scan((decay, td), 0, compose, reverse=True)
+            decay *= tl.load(WEIGHTS + row * c_row + t + 1, mask=following, other=0.0).to(tl.float32)
+        decays, totals = tl.associative_scan((decay, td), 0, _compose, reverse=True)
         advantages = totals + decays * tail
         tail = tl.sum(tl.where(steps == 0, advantages, 0.0), 0)
         out = row * T + t
@@ -216,15 +214,15 @@ def returns_kernel(
 
 def logits_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
-) -> Statistics:
-    """See `tiled.logits_stats`."""
-    out = empty_statistics(tokens, torch.float32, ref_logits is not None)
+) -> Residuals:
+    """`torch_logits.logits_stats` for logits [..., V] in one visit to each row (Milakov and Gimelshein 2018)."""
+    out = Residuals.zeros(tokens, torch.float32, ref_logits is not None)
     rows, V = len(tokens), logits.shape[-1]
     if rows == 0:
         return out
     z, time, z_batch, z_time = _grid_view(logits)
-    r, _, r_batch, r_time = _grid_view(ref_logits) if ref_logits is not None else (z, time, z_batch, z_time)
     has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
+    r, _, r_batch, r_time = _grid_view(ref_logits if has_ref else logits)
     splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     where = (z_batch, z_time, r_batch, r_time, 1 / temperature, splits)
@@ -239,32 +237,36 @@ def logits_stats(
 
 
 def logits_grad(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Statistics,
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None], out: Tensor,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Residuals,
+    upstream: Upstream, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See `tiled.logits_grad`."""
+    """`torch_logits.logits_grad`, written to out [N, V]: p comes from the residuals again, as in Dao et al. 2022."""
     rows, V = out.shape
     if rows == 0:
         return out
-    has_a, has_b, has_c = (x is not None for x in upstream)
     z, time, z_batch, z_time = _grid_view(logits)
-    r, _, r_batch, r_time = _grid_view(ref_logits) if has_c else (z, time, z_batch, z_time)
-    a, b, c = (x if x is not None else stats.norm for x in upstream)
+    r, _, r_batch, r_time = _grid_view(logits if upstream.kl is None else ref_logits)
     tile = chosen(GRAD_TILES)
     blocks = triton.cdiv(V, _block(tile, V))
     grad_kernel[(rows * blocks,)](
-        z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.norm, stats.ref_shift, stats.ref_norm, a, b, c,
-        out, V, time, z_batch, z_time, r_batch, r_time, out.stride(0), 1 / temperature, blocks,
-        HAS_A=has_a, HAS_B=has_b, HAS_C=has_c, BLOCK=_block(tile, V), num_warps=tile.warps,
+        z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
+        *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
+        out.stride(0), 1 / temperature, blocks, **upstream_flags(upstream), BLOCK=_block(tile, V), num_warps=tile.warps,
     )  # fmt: skip
     return out
+
+
+def upstream_flags(upstream: Upstream) -> dict[str, bool]:
+    """Which upstream gradients [N] a gradient kernel gets."""
+    return {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
 
 
 def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
-    """See `reference.lambda_returns`: one launch, each row scanned in parallel."""
+    """`reference.lambda_returns` (arXiv 2508.17000, eqs. (7), (14)) of [B, T] in one launch, each row scanned in
+    parallel."""
     out = LambdaReturns(*(torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(3)))
     if mask.numel() == 0:
         return out
@@ -280,7 +282,8 @@ def lambda_returns(
 
 
 def vocabulary_splits(programs: int, rows: int, V: int, block: int) -> tuple[int, int]:
-    """(number of splits, tokens per split): one split where the rows make enough programs, more where they don't."""
+    """(number of splits, tokens per split) of [rows, V]: one where the rows make enough programs, more where they don't
+    (Flash-Decoding: Dao et al. 2023)."""
     wanted = min(triton.cdiv(programs, rows), triton.cdiv(V, block))
     span = triton.cdiv(triton.cdiv(V, wanted), block) * block
     return triton.cdiv(V, span), span

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import checks
-from klq_kernels.checks import LOSSES
+from klq_kernels.loss import LOSSES
 from klq_kernels.reference import clamp_around, clean, klq_loss, masked_mean
 
 __all__ = ["LOSSES", "klq_loss", "masked_mean", "ppo_clip_loss", "ppo_penalty_loss", "value_loss"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import klq_kernels
 from klq_edu.core import estimators, improvement, objectives, returns, tree
-from klq_kernels import reference
+from klq_kernels import loss, reference, types
 
 B, T, V, H = 2, 3, 5, 4
 F32, F64 = torch.float32, torch.float64
@@ -53,7 +53,7 @@ def policy_method(method, **coefficients):
 def public():
     """Name -> public function, found in the modules."""
     found = {f"klq_kernels.{name}": getattr(klq_kernels, name) for name in klq_kernels.__all__}
-    for module in (reference, estimators, improvement, objectives, returns):
+    for module in (reference, loss, types, estimators, improvement, objectives, returns):
         short = module.__name__.rsplit(".")[-1]
         found |= {f"{short}.{n}": f for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
     found |= {f"tree.{name}": f for name, f in vars(tree.TokenTree).items()}
@@ -61,13 +61,13 @@ def public():
 
 
 MANUAL = {
-    "reference.clean": (
-        lambda mask, **xs: reference.clean(mask, *xs.values()),
+    "types.clean": (
+        lambda mask, **xs: types.clean(mask, *xs.values()),
         {k: token_data()[n] for k, n in {"mask": "mask", "tensors[0]": "x", "tensors[1]": "values"}.items()},
     ),
-    "reference.cast": (lambda **xs: reference.cast(*xs.values()), {"tensors[0]": torch.ones(2)}),
-    "reference.narrow": (lambda **xs: reference.narrow(*xs.values()), {"tensors[0]": torch.ones(2)}),
-    "reference.result_dtype": (lambda **xs: reference.result_dtype(*xs.values()), {"tensors[0]": torch.ones(2)}),
+    "types.cast": (lambda **xs: types.cast(*xs.values()), {"tensors[0]": torch.ones(2)}),
+    "types.narrow": (lambda **xs: types.narrow(*xs.values()), {"tensors[0]": torch.ones(2)}),
+    "types.result_dtype": (lambda **xs: types.result_dtype(*xs.values()), {"tensors[0]": torch.ones(2)}),
     "improvement.kl_penalised_argmax": (
         lambda q, **xs: improvement.kl_penalised_argmax(q, *zip(*[iter(xs.values())] * 2)),
         dict(zip(["q", *ANCHORS], [*(token_data()[n] for n in ("q", "ref")), 0.5, token_data()["policy"], 0.5])),
@@ -77,8 +77,6 @@ MANUAL = {
         lambda **kw: improvement.soft_policy_iteration(TREE, sweeps=0, **kw), dict(tau=0.5, gamma=0.9)
     ),
     "klq_kernels.linear_klq_loss": entry(klq_kernels.linear_klq_loss, ref_logprobs=None),
-    "reference.linear_klq_loss": entry(reference.linear_klq_loss, ref_logprobs=None, tau=0.5),
-    "reference.logits_klq_loss": entry(reference.logits_klq_loss, tau=0.5),
     "tree.optimum": (lambda **kw: TREE.optimum(**kw), dict(tau=0.5, gamma=0.9)),
     "tree.evaluate": policy_method(tree.TokenTree.evaluate, tau=0.5, gamma=0.9),
     "tree.objective": policy_method(tree.TokenTree.objective, tau=0.5, gamma=0.9),
@@ -89,11 +87,11 @@ MANUAL = {
     f"tree.{name}": policy_method(getattr(tree.TokenTree, name))
     for name in ("state_kl", "visits", "expected_reward", "sequence_kl", "sequence_distribution")
 }  # fmt: skip
-NOTHING_TO_CHECK = {"tree.completions"}
-ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "reference.cast",
-              "reference.narrow", "reference.result_dtype"}  # fmt: skip
-OWN_DTYPE = {"reference.zero_unless", "reference.shift_left", "reference.narrow", "reference.result_dtype",
-             "reference.linear_klq_loss", "reference.logits_klq_loss", "improvement.soft_policy_iteration"}  # fmt: skip
+NOTHING_TO_CHECK = {"tree.completions", "loss.klq_terms", "loss.check_settings", "types.select"}  # checked by callers
+ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "types.cast",
+              "types.narrow", "types.result_dtype"}  # fmt: skip
+OWN_DTYPE = {"types.zero_unless", "reference.shift_left", "types.narrow", "types.result_dtype",
+             "improvement.soft_policy_iteration"}  # fmt: skip
 TABLE = {k: MANUAL.get(k) or entry(f) for k, f in public().items() if k not in NOTHING_TO_CHECK}
 each = pytest.mark.parametrize("name", TABLE)
 

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klq_kernels import (
+    autograd,
     checks,
-    chunked,
-    custom,
     lambda_returns,
     linear_klq_loss,
     linear_token_stats,
     logits_klq_loss,
-    reference,
-    tiled,
     token_stats,
+    torch_linear,
+    torch_logits,
 )
+from klq_kernels.loss import LOSSES, klq_loss, klq_terms
+from klq_kernels.types import Gradients, Head, LossInputs, LossSettings
 
 # The interpreter computes with numpy, which warns of inf − inf and inf · 0 in lanes that are then masked.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -203,7 +204,7 @@ def small_tiles(monkeypatch):
 def tiles(request, backend, monkeypatch):
     """What makes SHAPE and VOCAB large: the torch backend's cache holds two rows of logits, a split of Triton's two
     tiles."""
-    monkeypatch.setattr(tiled.row_blocks, "__defaults__", (360,))
+    monkeypatch.setattr(torch_logits.row_blocks, "__defaults__", (360,))
     if backend == "triton":
         from klq_kernels import triton_linear
 
@@ -214,16 +215,16 @@ def tiles(request, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     """Guards the tests below, which would protect little if everything fitted into one tile."""
-    head, mask = chunked.Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
-    assert len([*tiled.row_blocks(mask, 4 * VOCAB)]) > 2
-    assert len([*chunked.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
+    head, mask = Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
+    assert len([*torch_logits.row_blocks(mask, 4 * VOCAB)]) > 2
+    assert len([*torch_linear.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
     if backend == "triton":
-        kernels = custom.module(backend)
+        kernels = autograd.kernels(backend, "logits")
         assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
     for ref in (None, head) if backend == "torch" else ():
-        first, *others = chunked.tall_blocks(mask, head, ref, WORKSPACE[backend])
+        first, *others = torch_linear.tall_blocks(mask, head, ref, WORKSPACE[backend])
         heads = head.take(first), ref and ref.take(first)
-        assert others and len([*chunked.logit_tiles(heads, WORKSPACE[backend])]) > 2
+        assert others and len([*torch_linear.logit_tiles(heads, WORKSPACE[backend])]) > 2
 
 
 def check_tiles(op, case, inputs, backend, names="logprob entropy kl"):
@@ -262,7 +263,7 @@ def test_tiles_of_linear_token_stats(backend, case, tiles):
 
 @pytest.mark.parametrize(
     "backend, case",
-    pairwise({"torch": 99, "triton": 3}, loss=checks.LOSSES, strided=(False, True), **COMMON),
+    pairwise({"torch": 99, "triton": 3}, loss=LOSSES, strided=(False, True), **COMMON),
 )
 def test_tiles_of_logits_klq_loss(backend, case, tiles):
     inputs = draw_logits(SHAPE, VOCAB, case["dtype"], ref=False)
@@ -271,9 +272,7 @@ def test_tiles_of_logits_klq_loss(backend, case, tiles):
     check_tiles(logits_klq_loss, case, inputs, backend)
 
 
-@pytest.mark.parametrize(
-    "backend, case", pairwise({"torch": 99, "triton": 4}, heads=HEADS[:6], loss=checks.LOSSES, **COMMON)
-)
+@pytest.mark.parametrize("backend, case", pairwise({"torch": 99, "triton": 4}, heads=HEADS[:6], loss=LOSSES, **COMMON))
 def test_tiles_of_linear_klq_loss(backend, case, tiles):
     """With ref_logprobs where the heads hold no reference, else with the reference in the same pass."""
     inputs = draw_heads(SHAPE, VOCAB, WIDTH, case["dtype"], case["heads"])
@@ -296,6 +295,19 @@ def test_statistics_that_ride_along_with_the_loss(backend, heads, workspace_byte
             assert (got is None) == (exact is None)
             assert got is None or (not got.requires_grad and got.shape == mask.shape and error(got, exact) < 5e-6)
         assert loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_either_loss_is_klq_loss_of_the_statistics(loss, backend):
+    """… with each setting in its own place: the definition is called past the operations."""
+    rest = draw_loss((40,)) | VARIANT | dict(loss=loss)
+    for op, stats_of, model in [
+        (logits_klq_loss, token_stats, draw_logits((40,), ref=False)),
+        (linear_klq_loss, linear_token_stats, draw_heads((40,), heads="bias")),
+    ]:
+        want = klq_loss(stats_of(**exactly(model)).logprob, **exactly(rest))
+        torch.testing.assert_close(op(**model, **rest, backend=backend), want.float())
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -344,7 +356,7 @@ def test_policy_and_reference_of_two_dtypes(low, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_torch_on_cpus_with_and_without_16_bit_products(native, dtype, op, monkeypatch):
     """Where the CPU multiplies bfloat16 quickly, the torch backend lets it, and rounds logits as `reference` does."""
-    monkeypatch.setattr(chunked, "native", lambda x: native and x == torch.bfloat16)
+    monkeypatch.setattr(torch_linear, "native", lambda x: native and x == torch.bfloat16)
     inputs = draw(op, vocab=130, dtype=dtype, mask=torch.rand(2, 3) < 0.8)
     check(op, inputs, "torch", upstream_for((2, 3)) if op is linear_token_stats else None)
 
@@ -671,13 +683,13 @@ def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
     """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
-    module = custom.module(backend, linear=True) if op is linear_token_stats else chunked
+    module = autograd.kernels(backend, "linear") if op is linear_token_stats else torch_linear
     name = "linear_grad" if op is linear_token_stats else "linear_klq"
     original, made = getattr(module, name), []
 
-    def spy(*args):
-        out = original(*args)
-        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, chunked.Gradients)))
+    def spy(*args, **given):
+        out = original(*args, **given)
+        made.append(next(x for x in (out if name == "linear_klq" else [out]) if isinstance(x, Gradients)))
         return out
 
     inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
@@ -697,7 +709,8 @@ def test_a_frozen_model_costs_no_gradient(op, backend, monkeypatch):
     inputs = draw(op)
     values = inputs["values"].requires_grad_()
     want = torch.autograd.grad(op(**inputs, backend="reference"), values)
-    monkeypatch.setattr(custom.module(backend), "logits_grad", None)
+    inputs_kind, step = ("logits", "logits_grad") if op is logits_klq_loss else ("linear", "chunk_grad")
+    monkeypatch.setattr(autograd.kernels(backend, inputs_kind), step, None)
     torch.testing.assert_close(torch.autograd.grad(op(**inputs, backend=backend), values), want)
 
 
@@ -774,7 +787,7 @@ BATCHES = dict(
     seed=st.integers(0, 10**6), shape=st.one_of(st.tuples(st.integers(0, 7)), st.tuples(*[st.integers(0, 3)] * 2)),
     vocab=st.integers(1, 90), width=st.integers(1, 20), density=st.sampled_from([0.0, 0.5, 1.0]),
     temperature=st.floats(0.3, 3.0), heads=st.sampled_from(HEADS), dtype=st.sampled_from(DTYPES),
-    loss=st.sampled_from(checks.LOSSES),
+    loss=st.sampled_from(LOSSES),
 )  # fmt: skip
 
 
@@ -810,7 +823,7 @@ def test_triton_on_random_batches(backend, **batch):
 
 
 @given(
-    seed=st.integers(0, 10**6), loss=st.sampled_from(checks.LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
+    seed=st.integers(0, 10**6), loss=st.sampled_from(LOSSES), tau=st.floats(0.01, 3), clip=st.floats(0.01, 3),
     log_ratio_clip=st.floats(0.01, 3), delta=st.floats(0.01, 3), dtype=st.sampled_from([F32, F64]),
 )  # fmt: skip
 @settings(max_examples=5 * settings.default.max_examples)
@@ -821,9 +834,9 @@ def test_klq_terms_are_the_loss_and_its_derivatives(seed, loss, dtype, **thresho
     mask = torch.rand(40) < 0.8
     batch = {name: torch.randn(40, dtype=dtype).masked_fill(~mask, NAN) for name in PER_TOKEN[-5:]}
     logp, v = (x.requires_grad_() for x in (torch.randn(40, dtype=dtype), batch.pop("values")))
-    settings = thresholds | dict(loss=loss)
-    want = reference.klq_loss(logp, values=v, mask=mask, **batch, **settings, reduction="none").sum()
-    total, dlogp, dv = chunked.klq_terms(logp.detach(), v.detach(), mask, **batch, **settings)
+    inputs, settings = LossInputs(logprobs=logp, values=v, mask=mask, **batch), LossSettings(loss=loss, **thresholds)
+    want = klq_loss(**inputs._asdict(), **settings._asdict(), reduction="none").sum()
+    total, dlogp, dv = klq_terms(inputs._replace(logprobs=logp.detach(), values=v.detach()), settings)
     for got, exact in zip((total, dlogp, dv), (want.detach(), *torch.autograd.grad(want, (logp, v))), strict=True):
         torch.testing.assert_close(got, exact)
 

@@ -8,83 +8,99 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from klq_kernels import (
-    custom,
+    autograd,
     lambda_returns,
     linear_klq_loss,
     linear_token_stats,
     logits_klq_loss,
-    tiled,
     token_stats,
+    torch_logits,
 )
+from klq_kernels.types import LossSettings
 
 N, V, H = 4, 9, 5
 SHAPES = [(2, 3), (4, 5), (3, 7)]  # each with another number of tokens
 
 
-def opcheck_cases():
-    """name -> (op, arguments), with masked tokens, with and without a reference, biases and gradients."""
+def opcheck_cases(dtype=torch.float32):
+    """name -> (op, its arguments by name), with masked tokens, with and without a reference, biases and gradients."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*size):
-        return torch.randn(*size, generator=rng)
+        return torch.randn(*size, generator=rng).to(dtype)
 
     tokens, mask = torch.randint(V, (N,), generator=rng), torch.tensor([True, True, False, True])
-    logits, values = normal(N, V).requires_grad_(), normal(N).requires_grad_()
-    policy = tuple(x.requires_grad_() for x in (normal(N, H), normal(V, H), normal(V)))
-    ref_logits, ref = normal(N, V), (normal(N, H + 2), normal(V, H + 2), normal(V))
-    logq, target, old_logp, old_v, a, c = normal(6, N).unbind()
-    stats = list(tiled.logits_stats(logits.detach(), tokens, ref_logits, 0.7, mask))
-    frozen = tuple(x.detach() for x in policy)
-    returns = tuple(normal(2, 3) for _ in range(4))
-    l2, double = (0.7, 0.5, "l2", None, None, None), (0.7, 0.5, "double_clipped", 0.2, 0.2, None)
-    no_bias = (policy[0], policy[1], None)
+    rest, options = dict(tokens=tokens, mask=mask), dict(temperature=0.7, backend="torch")
+    logits, ref_logits = normal(N, V).requires_grad_(), normal(N, V)
+    policy = dict(hidden=normal(N, H), weight=normal(V, H), bias=normal(V))
+    leaf = {name: x.clone().requires_grad_() for name, x in policy.items()}
+    ref = dict(ref_hidden=normal(N, H + 2), ref_weight=normal(V, H + 2), ref_bias=normal(V))
+    alone, no_bias = dict.fromkeys(ref), leaf | dict(bias=None)
+    residuals = torch_logits.logits_stats(logits.detach(), tokens, ref_logits, 0.7, mask)
+    upstream = dict(stats=list(residuals), a=normal(N), b=None, c=normal(N))
+    loss = dict(values=normal(N).requires_grad_(), ref_logprobs=normal(N), targets=normal(N))
+    old = dict(old_logprobs=normal(N), old_values=normal(N))
+    l2, double = (x._asdict() for x in (LossSettings(0.5), LossSettings(0.5, "double_clipped", 0.2, 0.3)))
+    returns = {name: normal(2, 3) for name in ("rewards", "values", "logprobs", "ref_logprobs")}
+    returns |= dict(mask=torch.ones(2, 3, dtype=torch.bool), trace_weights=None)
+    linear, tiles = rest | options, dict(workspace=1000)
     return {
-        "token_stats": (custom.token_stats, (logits, tokens, ref_logits, 0.7, mask, "torch")),
-        "token_stats, no reference": (custom.token_stats, (logits, tokens, None, 1.0, mask, "torch")),
+        "token_stats": (autograd.token_stats, rest | options | dict(logits=logits, ref_logits=ref_logits)),
+        "token_stats, no reference": (autograd.token_stats, rest | options | dict(logits=logits, ref_logits=None)),
         "token_stats_grad": (
-            custom.token_stats_grad,
-            (logits.detach(), tokens, ref_logits, 0.7, mask, stats, a, None, c, "torch"),
+            autograd.token_stats_grad,
+            rest | options | upstream | dict(logits=logits.detach(), ref_logits=ref_logits),
         ),
-        "linear_token_stats": (custom.linear_token_stats, (*policy, tokens, *ref, 0.7, mask, 1000, "torch")),
-        "linear_token_stats, no reference": (
-            custom.linear_token_stats,
-            (*no_bias, tokens, None, None, None, 1.0, mask, 1000, "torch"),
-        ),
+        "linear_token_stats": (autograd.linear_token_stats, linear | tiles | leaf | ref),
+        "linear_token_stats, no reference": (autograd.linear_token_stats, linear | tiles | no_bias | alone),
         "linear_token_stats_grad": (
-            custom.linear_token_stats_grad,
-            (*frozen, tokens, *ref, 0.7, mask, 1000, stats, a, None, c, [True, False, True], "torch"),
+            autograd.linear_token_stats_grad,
+            linear | tiles | policy | ref | upstream | dict(needed=[True, False, True]),
         ),
         "lambda_returns": (
-            custom.lambda_returns,
-            (*returns, torch.ones(2, 3, dtype=torch.bool), None, 0.5, 1.0, 0.9, 1.0, "torch"),
+            autograd.lambda_returns,
+            returns | dict(tau=0.5, gamma=1.0, lam=0.9, alpha=1.0, backend="torch"),
         ),
         "logits_klq_loss": (
-            custom.logits_klq_loss_parts,
-            (logits, tokens, values, logq, target, None, None, mask, *l2, True, "torch"),
+            autograd.logits_klq_loss,
+            rest | options | loss | dict.fromkeys(old) | l2 | dict(logits=logits, needed=[True]),
         ),
         "linear_klq_loss, ref_logprobs": (
-            custom.linear_klq_loss,
-            (*policy, tokens, values, logq, target, None, None, mask, None, None, None, *l2, [True] * 3, 1000, "torch"),
+            autograd.linear_klq_loss,
+            linear | tiles | leaf | alone | loss | dict.fromkeys(old) | l2 | dict(needed=[True] * 3),
         ),
         "linear_klq_loss, ref_hidden": (
-            custom.linear_klq_loss,
-            (*no_bias, tokens, values, None, target, old_logp, old_v, mask, *ref, *double, [False, True, False], 1000,
-             "torch"),
+            autograd.linear_klq_loss,
+            linear | tiles | no_bias | ref | loss | old | double
+            | dict(ref_logprobs=None, needed=[True, True, False]),
         ),
     }  # fmt: skip
 
 
 CASES = opcheck_cases()
+LOW = opcheck_cases(torch.bfloat16)
+
+
+def opcheck(case, utils):
+    """torch's checks of an op, its arguments put in the schema's order."""
+    op, given = case
+    arguments = op._opoverload._schema.arguments
+    args = tuple(given[a.name] for a in arguments if not a.kwarg_only)
+    options = {a.name: given[a.name] for a in arguments if a.kwarg_only}
+    torch.library.opcheck(op, args, options, test_utils=utils)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     """Schema, fake implementation, autograd registration, and tracing with dynamic shapes."""
     utils = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    op, args = CASES[name]
-    torch.library.opcheck(
-        op, args, test_utils=utils[:3] if "no reference" in name else utils
-    )  # it indexes every result
+    opcheck(CASES[name], utils[:3] if "no reference" in name else utils)  # the last indexes every result
+
+
+@pytest.mark.parametrize("name", [name for name in LOW if "returns" not in name and "grad" not in name])
+def test_fakes_of_16_bit_inputs_have_float32_results(name):
+    """… but for the gradients, which are like what they belong to."""
+    opcheck(LOW[name], ["test_faketensor"])
 
 
 def batch(shape):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klq_kernels.checks import LOSSES
+from klq_kernels.loss import LOSSES, VARIANTS, klq_terms
 from klq_kernels.reference import klq_loss
+from klq_kernels.types import LossInputs, LossSettings
 
 F64 = torch.float64
 TAU = 0.6
@@ -72,6 +73,44 @@ def test_gradients_for_random_upstream_gradients(loss):
 
     leaves = batch["logprobs"].clone().requires_grad_(), batch["values"].clone().requires_grad_()
     assert torch.autograd.gradcheck(weighted, leaves)
+
+
+def derivatives(function, inputs):
+    """Autograd's derivatives of a sum over tokens in the log-probs and the values, zero where there is no such link."""
+    leaves = [x.clone().requires_grad_() for x in (inputs.logprobs, inputs.values)]
+    total = function(inputs._replace(logprobs=leaves[0], values=leaves[1])).sum()
+    return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize("loss", VARIANTS)
+def test_the_table_s_derivatives_are_those_of_autograd(loss):
+    """Each candidate's error, and the loss made of the worst, inside and outside every clamp and threshold, whatever
+    entries the table has. Each candidate is the worst somewhere: a clamp that does not bind never is."""
+    variant, settings = VARIANTS[loss], LossSettings(TAU, loss, **THRESHOLDS)
+    inputs = LossInputs(**(draw((400,)) | {"mask": torch.ones(400, dtype=torch.bool)}))
+    candidates = [make(inputs, settings) for make in variant.candidates]
+    for make, candidate in zip(variant.candidates, candidates, strict=True):
+        want = derivatives(lambda x, make=make: make(x, settings).error, inputs)
+        torch.testing.assert_close(candidate[1:], want)
+    worst = torch.stack([c.error.abs() for c in candidates]).argmax(0)
+    assert worst.unique().tolist() == list(range(len(candidates)))
+
+    def terms(x):
+        return klq_loss(**x._asdict(), **settings._asdict(), reduction="none")
+
+    total, *got = klq_terms(inputs, settings)
+    torch.testing.assert_close(total, terms(inputs).sum())
+    torch.testing.assert_close(tuple(got), derivatives(terms, inputs))
+
+
+@pytest.mark.parametrize("loss", ["value_clipped", "ratio_clipped", "double_clipped"])
+def test_of_equally_bad_candidates_the_plain_one_counts(loss):
+    """Q = ℓ = 1 comes from −1; both clamps leave 0, and Ĝ = ½ is as far from that as from Q: ½e² keeps its gradient."""
+    x = dict(logprobs=1.0, ref_logprobs=0.0, values=0.0, targets=0.5, old_logprobs=-1.0, old_values=0.0)
+    inputs = LossInputs(mask=torch.tensor([True]), **{k: torch.tensor([v], dtype=F64) for k, v in x.items()})
+    settings = LossSettings(1.0, loss, clip=1.0, log_ratio_clip=1.0)
+    by_autograd = derivatives(lambda x: klq_loss(**x._asdict(), **settings._asdict()), inputs)
+    assert klq_terms(inputs, settings)[1:] == by_autograd == (0.5, 0.5)
 
 
 def test_l2_gradient_is_the_error_times_tau_and_one():

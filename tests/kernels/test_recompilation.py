@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 from klq_kernels import lambda_returns, triton_linear, triton_logits
-from klq_kernels.chunked import Head
+from klq_kernels.types import Head, Upstream
 
 backend, sweep, notes = make_backend(GPUTarget("cuda", 90, 32)), None, []
 
@@ -51,13 +51,13 @@ empty = lambda *shape: torch.empty(shape, device="meta")
 def logits(B, T, V, temperature):
     z, r, mask, tokens = empty(B, T, V), empty(B, T, V), empty(B * T).bool(), empty(B * T).long()
     stats = triton_logits.logits_stats(z, tokens, r, temperature, mask)
-    triton_logits.logits_grad(z, tokens, r, temperature, mask, stats, (empty(B * T),) * 3, empty(B * T, V))
+    triton_logits.logits_grad(z, tokens, r, temperature, mask, stats, Upstream(*[empty(B * T)] * 3), empty(B * T, V))
 
 def hidden(N, V, D, temperature, workspace=1 << 26):
     policy, ref = Head(empty(N, D), empty(V, D), None), Head(empty(N, 2 * D), empty(V, 2 * D), None)
     mask, tokens = empty(N).bool(), empty(N).long()
     stats = triton_linear.linear_stats(policy, tokens, ref, temperature, mask, workspace)
-    needed, upstream = (True, True, False), (empty(N),) * 3
+    needed, upstream = (True, True, False), Upstream(*[empty(N)] * 3)
     triton_linear.linear_grad(policy, tokens, ref, temperature, mask, stats, upstream, needed, workspace)
 
 def returns(B, T, *coefficients):

@@ -1,133 +1,108 @@
 """The `torch` backend on logits: the definitions of `reference` in blocks of rows that stay in cache, on any device.
 
-Every function works on flat rows: tokens, mask and statistics [N], logits [..., V] with as many rows. Masked rows are
+Every function works on flat rows: tokens, mask and residuals [N], logits [..., V] with as many rows. Masked rows are
 never read. The arithmetic is float32, or float64 for float64 inputs.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from klq_kernels import reference
-from klq_kernels.reference import INF, LambdaReturns
+from klq_kernels.types import INF, SMALL_KL, LambdaReturns, Residuals, Rows, Upstream, result_dtype
 
 BLOCK_BYTES = 1 << 21
-SMALL_KL = 0.05  # below this Σ p log(p/q) loses digits, so the Bregman sum is taken
 FAR = -60.0  # log(p/q) below which e^(−d) is near overflow
 LOWEST = -1e30  # stands for −inf where it is multiplied by 0
 
 
-class Statistics(NamedTuple):
-    """What a forward pass leaves, each [N]; log p(v) = (z_v − shift)/temperature − norm. Empty without a reference."""
-
-    logprob: Tensor
-    entropy: Tensor
-    ref_logprob: Tensor
-    kl: Tensor
-    shift: Tensor
-    norm: Tensor
-    ref_shift: Tensor
-    ref_norm: Tensor
-
-
-def empty_statistics(tokens: Tensor, dtype: torch.dtype, with_ref: bool) -> Statistics:
-    """Zeros for each of the tokens [N]."""
-    counts = (tokens.shape[0], tokens.shape[0] if with_ref else 0)
-    own, ref = (torch.zeros(n, dtype=dtype, device=tokens.device) for n in counts)
-    return Statistics(*(x.clone() for x in (own, own, ref, ref, own, own, ref, ref)))
-
-
 def logits_stats(
     logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
-) -> Statistics:
-    """`reference.token_stats` in one pass over blocks of rows; zeros where masked."""
-    dtype = reference.result_dtype(logits, ref_logits)
-    out = empty_statistics(tokens, dtype, ref_logits is not None)
+) -> Residuals:
+    """`reference.token_stats` (arXiv 2508.17000, eq. (2)) in one pass over blocks of rows: logits and ref_logits
+    [..., V], tokens and mask [N] -> residuals [N], zero where masked."""
+    dtype = result_dtype(logits, ref_logits)
+    out = Residuals.zeros(tokens, dtype, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
-        z, r = (None if x is None else take_rows(x, rows, dtype) for x in (logits, ref_logits))
+        z, r = (None if x is None else _read_rows(x, rows, dtype) for x in (logits, ref_logits))
         _fill(out, rows, z, tokens[rows].long(), r, temperature, _kl)
     return out
 
 
-def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Statistics:
+def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
     """`logits_stats` of a tile of the vocabulary as if there were no more; where the token is elsewhere, the log-probs
-    mean nothing. The logits z [N, V] become the tile's softmax, the reference's r are used up; the KL has an error of
-    about 1e-7."""
-    out, buffers, inside = empty_statistics(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
+    mean nothing. The logits z [n, v] become the tile's softmax, the reference's r are used up; the KL has an error of
+    about 1e-7. Source: arXiv 2508.17000, eq. (2), on a tile as in Dao et al. 2022 (FlashAttention)."""
+    out, buffers, inside = Residuals.zeros(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
     for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
         part, reference_part = z[rows], None if r is None else r[rows]
         _fill(out, rows, part, inside[rows], reference_part, temperature, _cross_kl, _scratch(buffers, "logp", part))
     return out
 
 
-def join(left: Statistics | None, right: Statistics, here: Tensor, temperature: float) -> Statistics:
-    """Statistics over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
+def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: float) -> Residuals:
+    """Residuals over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
 
         H = Σ_i w_i (H_i − log w_i)        KL = Σ_i w_i (KL_i + log(w_i/u_i))
 
-    `here` says which tokens are in the right tile. In float64, so that many tiles round no more than one.
+    `here` [n] says which tokens are in the right tile. In float64, so that many tiles round no more than one. Source:
+    the chain rules of Cover and Thomas 2006, theorems 2.2.1 and 2.5.3, for (tile, token in it).
     """
-    right = Statistics(*(x.double() for x in right))
+    right = Residuals(*(x.double() for x in right))
     if left is None:
         return right
-    shift, norm, *log_w = _shares(left.shift, left.norm, right.shift, right.norm, temperature)
+    shift, lse, *log_w = _shares(left.shift, left.lse, right.shift, right.lse, temperature)
     sides, w = (left, right), [x.exp() for x in log_w]
     logprob = torch.where(here, right.logprob + log_w[1], left.logprob + log_w[0])
     entropy = sum(_weighted(wi, s.entropy - lw) for wi, lw, s in zip(w, log_w, sides, strict=True))
     if not len(left.kl):
-        return Statistics(logprob, entropy, left.kl, left.kl, shift, norm, left.kl, left.kl)
-    ref_shift, ref_norm, *log_u = _shares(left.ref_shift, left.ref_norm, right.ref_shift, right.ref_norm, temperature)
+        return Residuals(logprob, entropy, left.kl, left.kl, shift, lse, left.kl, left.kl)
+    ref_shift, ref_lse, *log_u = _shares(left.ref_shift, left.ref_lse, right.ref_shift, right.ref_lse, temperature)
     ref_logprob = torch.where(here, right.ref_logprob + log_u[1], left.ref_logprob + log_u[0])
     kl = sum(_weighted(wi, s.kl + lw - lu) for wi, lw, lu, s in zip(w, log_w, log_u, sides, strict=True))
-    return Statistics(logprob, entropy, ref_logprob, kl.clamp_(min=0), shift, norm, ref_shift, ref_norm)
+    return Residuals(logprob, entropy, ref_logprob, kl.clamp_(min=0), shift, lse, ref_shift, ref_lse)
 
 
-def finished(stats: Statistics, dtype: torch.dtype) -> Statistics:
-    """Joined statistics in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
+def finished(stats: Residuals, dtype: torch.dtype) -> Residuals:
+    """Joined residuals [n] in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
     nothing = stats.shift <= LOWEST
-    return Statistics(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
-
-
-def shares(tile: Statistics, whole: Statistics, temperature: float) -> Tensor:
-    """A tile's share of each row's probability."""
-    return ((tile.shift - whole.shift) / temperature + tile.norm - whole.norm).exp_()
+    return Residuals(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
 
 
 def logits_grad(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Statistics,
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None], out: Tensor,
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor, stats: Residuals,
+    upstream: Upstream, out: Tensor,
 ) -> Tensor:  # fmt: skip
     """Write the gradient in `logits` for upstream gradients (a, b, c) of log-prob, entropy and KL into `out` [N, V]:
 
         dL/dz_v = (1/T) {a 1[v = token] + p_v [−a − b (log p_v + H) + c (log p_v − log q_v − KL)]}
 
-    `out` may be the logits themselves. Masked rows become zero.
+    `out` may be the logits [..., V] themselves. Masked rows become zero. Source: eq. (2), differentiated.
     """
     if not mask.all():
         out[~mask] = 0
     buffers = {}
-    for rows in row_blocks(mask, logits.shape[-1] * stats.norm.element_size()):
-        a, b, c = (torch.zeros_like(stats.norm[rows]) if x is None else x[rows] / temperature for x in upstream)
-        logp = _logp(take_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.norm[rows], buffers, "p")
+    for rows in row_blocks(mask, logits.shape[-1] * stats.lse.element_size()):
+        a, b, c = (torch.zeros_like(stats.lse[rows]) if x is None else x[rows] / temperature for x in upstream)
+        logp = _logp(_read_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.lse[rows], buffers, "p")
         grad = torch.exp(logp, out=_scratch(buffers, "grad", logp))
         direct = isinstance(rows, slice) and out.dtype == grad.dtype
-        if upstream[1] is None and upstream[2] is None:
+        if upstream.entropy is None and upstream.kl is None:
             weights = -a.unsqueeze(1)
         else:
-            kl, constant = stats.kl[rows] if upstream[2] is not None else c, -a - b * stats.entropy[rows]
+            kl, constant = stats.kl[rows] if upstream.kl is not None else c, -a - b * stats.entropy[rows]
             c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
             weights = logp.clamp_min_(LOWEST).mul_((c - b).unsqueeze(1))
             weights.add_((constant - c * kl.clamp(max=-LOWEST)).unsqueeze(1))
-            if upstream[2] is not None:
-                r = take_rows(ref_logits, rows, a.dtype)
-                logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_norm[rows], buffers, "q")
+            if upstream.kl is not None:
+                r = _read_rows(ref_logits, rows, a.dtype)
+                logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_lse[rows], buffers, "q")
                 weights.sub_(logq.clamp_min_(LOWEST).mul_(c.unsqueeze(1)))
         grad = torch.mul(grad, weights, out=out[rows] if direct else grad)
-        if upstream[0] is not None:
+        if upstream.logprob is not None:
             chosen = tokens[rows].long()
             here = (chosen >= 0) & (chosen < grad.shape[1])  # in a tile of the vocabulary it may be elsewhere
             grad.scatter_add_(1, torch.where(here, chosen, 0).unsqueeze(1), torch.where(here, a, 0.0).unsqueeze(1))
@@ -140,24 +115,25 @@ def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
-    """`reference.lambda_returns` without a loop over time."""
+    """`reference.lambda_returns` without a loop over time; all [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
     weights = () if trace_weights is None else (trace_weights,)
     v, r, logp, logq, *weights = reference.cast(values, rewards, logprobs, ref_logprobs, *weights)
     q = reference.zero_unless(mask, reference.q_values(logp, logq, v, tau))
     later = reference.shift_left(reference.zero_unless(mask, v))
     td_errors = reference.zero_unless(mask, torch.add(r, later, alpha=gamma).sub_(q))
     if trace_weights is None:
-        advantages = discounted_sums(td_errors, gamma * lam)
+        advantages = _discounted_sums(td_errors, gamma * lam)
     else:
         c = reference.zero_unless(mask, weights[0])
-        advantages = decaying_sums(td_errors, gamma * lam * reference.shift_left(c))
+        advantages = _decaying_sums(td_errors, gamma * lam * reference.shift_left(c))
     return LambdaReturns(torch.add(q, advantages, alpha=alpha), advantages, td_errors)
 
 
-def discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
-    """Σ_k g^k x_{t+k} along the last axis of x [B, T], as two triangular matrix products: in blocks, then over blocks.
+def _discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
+    """Σ_k g^k x_{t+k} along the last axis of x [B, T], as two triangular matrix products: in blocks, then over blocks
+    (Dakkak et al. 2019).
 
-    >>> discounted_sums(torch.ones(1, 3), 0.5)
+    >>> _discounted_sums(torch.ones(1, 3), 0.5)
     tensor([[1.7500, 1.5000, 1.0000]])
     """
     steps = x.shape[1]
@@ -168,8 +144,9 @@ def discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
     return (local + reference.shift_left(later).unsqueeze(2) * to_next).flatten(1)[:, :steps].contiguous()
 
 
-def decaying_sums(x: Tensor, decay: Tensor) -> Tensor:
-    """S_t = x_t + decay_t S_{t+1} along the last axis by doubling: after round k, (decay, S)_t covers 2^k steps."""
+def _decaying_sums(x: Tensor, decay: Tensor) -> Tensor:
+    """S_t = x_t + decay_t S_{t+1} along the last axis of x [B, T] by doubling: after round k, (decay, S)_t covers 2^k
+    steps (Hillis and Steele 1986)."""
     total, step = x.clone(), 1
     while step < x.shape[1]:
         total[:, :-step] += decay[:, :-step] * total[:, step:].clone()
@@ -186,9 +163,9 @@ def _powers(size: int, g: float, dtype: torch.dtype, device: torch.device) -> Te
     return torch.where(gap >= 0, g ** gap.clamp(min=0), 0.0)
 
 
-def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice | Tensor]:
-    """Unmasked rows in equal blocks of at most `block_bytes` (or one row): slices where nothing is masked, else
-    index tensors."""
+def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Rows]:
+    """Unmasked rows of mask [N] in equal blocks of at most `block_bytes` (or one row): slices where nothing is masked,
+    else index tensors [n]."""
     most = max(1, block_bytes // max(1, bytes_per_row))
     count = int(mask.sum())
     size = math.ceil(max(1, count) / math.ceil(max(1, count) / most))
@@ -198,7 +175,7 @@ def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES)
         yield from mask.nonzero().squeeze(1).split(size) if count else ()
 
 
-def take_rows(x: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """These rows of x [..., V] as [n, V] in this dtype, for reading only; a strided x is never copied as a whole."""
     if x.dim() == 2 or x.is_contiguous():
         return x.reshape(-1, x.shape[-1])[rows].to(dtype)
@@ -208,24 +185,24 @@ def take_rows(x: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fill(
-    out: Statistics, rows: slice | Tensor, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float,
+    out: Residuals, rows: Rows, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float,
     kl: Callable[[Tensor, Tensor, Tensor], Tensor], scratch: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Statistics of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z and
+    """Residuals of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z and
     log q overwrites r."""
     logp, p, logq = (None, None, None) if scratch is None else (scratch[: len(z)], z, r)
-    logp, out.shift[rows], out.norm[rows] = _normalise(z, temperature, logp)
+    logp, out.shift[rows], out.lse[rows] = _log_softmax(z, temperature, logp)
     p = torch.softmax(logp, 1, out=p)
-    out.logprob[rows] = _choose(logp, tokens)
+    out.logprob[rows] = logp.gather(1, tokens.unsqueeze(1)).squeeze(1)
     out.entropy[rows] = -_cross(p, logp)
     if r is not None:
-        logq, out.ref_shift[rows], out.ref_norm[rows] = _normalise(r, temperature, logq)
-        out.ref_logprob[rows] = _choose(logq, tokens)
+        logq, out.ref_shift[rows], out.ref_lse[rows] = _log_softmax(r, temperature, logq)
+        out.ref_logprob[rows] = logq.gather(1, tokens.unsqueeze(1)).squeeze(1)
         out.kl[rows] = kl(p, logp, logq)
 
 
-def _normalise(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log softmax(z/temperature), shift, norm) of each row of z; a row of −inf has shift −inf and is uniform."""
+def _log_softmax(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log softmax(z/temperature), shift, lse) of each row of z; a row of −inf has shift −inf and is uniform."""
     shift = z.amax(1)
     if (shift == -INF).any():
         z = z.masked_fill((shift == -INF).unsqueeze(1), 0.0)
@@ -236,13 +213,13 @@ def _normalise(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tenso
 
 
 def _shares(
-    shift: Tensor, norm: Tensor, other_shift: Tensor, other_norm: Tensor, temperature: float
+    shift: Tensor, lse: Tensor, other_shift: Tensor, other_lse: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(shift, norm) of two tiles together, and the logarithms of their shares."""
+    """(shift, lse) of two tiles together, and the logarithms of their shares."""
     top = torch.maximum(shift, other_shift).clamp_(min=LOWEST)
-    norms = (shift - top) / temperature + norm, (other_shift - top) / temperature + other_norm
-    both = torch.logaddexp(*norms).clamp_(min=LOWEST)
-    return top, both, norms[0] - both, norms[1] - both
+    lses = (shift - top) / temperature + lse, (other_shift - top) / temperature + other_lse
+    both = torch.logaddexp(*lses).clamp_(min=LOWEST)
+    return top, both, lses[0] - both, lses[1] - both
 
 
 def _weighted(w: Tensor, x: Tensor) -> Tensor:
@@ -250,10 +227,10 @@ def _weighted(w: Tensor, x: Tensor) -> Tensor:
     return (w * x).masked_fill_(w == 0, 0.0)
 
 
-def _logp(z: Tensor, temperature: float, shift: Tensor, norm: Tensor, buffers: dict, name: str) -> Tensor:
-    """(z − shift)/temperature − norm in a buffer; subtracting first keeps a common offset from rounding."""
+def _logp(z: Tensor, temperature: float, shift: Tensor, lse: Tensor, buffers: dict, name: str) -> Tensor:
+    """(z − shift)/temperature − lse in a buffer; subtracting first keeps a common offset from rounding."""
     x = torch.sub(z, shift.unsqueeze(1), out=_scratch(buffers, name, z))
-    return (x if temperature == 1 else x.mul_(1 / temperature)).sub_(norm.unsqueeze(1))
+    return (x if temperature == 1 else x.mul_(1 / temperature)).sub_(lse.unsqueeze(1))
 
 
 def _scratch(buffers: dict, name: str, like: Tensor) -> Tensor:
@@ -261,11 +238,6 @@ def _scratch(buffers: dict, name: str, like: Tensor) -> Tensor:
     if name not in buffers:
         buffers[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     return buffers[name][: len(like)]
-
-
-def _choose(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[n, tokens[n]]."""
-    return x.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 def _cross(p: Tensor, d: Tensor) -> Tensor:

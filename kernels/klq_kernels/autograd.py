@@ -1,0 +1,273 @@
+"""The operations as `torch.library` custom ops: opaque to torch.compile, which needs only their shapes, and with
+gradients. Their tensors are flat ([N] tokens) and go by name; options follow the tensors, those of a loss spelled out,
+since a schema knows no named tuples. `backend` is "torch" or "triton".
+"""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from klq_kernels import checks, torch_linear
+from klq_kernels.loss import klq_terms
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype
+
+Five = tuple[(Tensor,) * 5]
+Eight = tuple[(Tensor,) * 8]  # `Residuals`, as a schema spells them
+Nine = tuple[(Tensor,) * 9]
+
+
+def kernels(backend: str, inputs: str) -> ModuleType:
+    """The module of a backend ("torch", "triton") for inputs "logits" (`logits_stats`, `logits_grad`, `lambda_returns`)
+    or "linear" (`linear_stats`, `linear_grad`, `chunk_stats`, `chunk_grad`): all take [N] tokens."""
+    return importlib.import_module(f"klq_kernels.{backend}_{inputs}")
+
+
+@custom_op("klq_kernels::token_stats", mutates_args=())
+def token_stats(
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, *, temperature: float, backend: str
+) -> Eight:
+    """`Residuals` of every row of logits [..., V]; tokens and mask [N] (arXiv 2508.17000, eq. (2))."""
+    checks.token_ids(tokens, mask, logits.shape[-1])
+    return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask))
+
+
+@custom_op("klq_kernels::token_stats_grad", mutates_args=())
+def token_stats_grad(
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
+    b: Tensor | None, c: Tensor | None, *, temperature: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL; the softmax is
+    computed again (Dao et al. 2022)."""
+    out = logits.new_empty((len(tokens), logits.shape[-1]))
+    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c), out=out)
+    return kernels(backend, "logits").logits_grad(logits, tokens, ref_logits, **given).reshape(logits.shape)
+
+
+@custom_op("klq_kernels::linear_token_stats", mutates_args=())
+def linear_token_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
+    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, *, temperature: float, workspace: int,
+    backend: str,
+) -> Eight:  # fmt: skip
+    """`Residuals` of every row of hidden [N, H] (arXiv 2508.17000, eq. (2))."""
+    checks.token_ids(tokens, mask, len(weight))
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, temperature, mask, workspace))
+
+
+@custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
+def linear_token_stats_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
+    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
+    b: Tensor | None, c: Tensor | None, *, temperature: float, workspace: int, backend: str, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden [N, H], weight [V, H] and bias [V], the logits computed again (Wijmans et al. 2024); empty
+    where not needed."""
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c))
+    given |= dict(needed=tuple(needed), workspace=workspace)
+    grads = kernels(backend, "linear").linear_grad(policy, tokens, ref, **given)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+@custom_op("klq_kernels::lambda_returns", mutates_args=())
+def lambda_returns(
+    rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
+    *, tau: float, gamma: float, lam: float, alpha: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(Ĝ, Δ, δ), each [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
+    checks.right_padded(mask)
+    given = (rewards, values, logprobs, ref_logprobs, mask, trace_weights)
+    return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
+
+
+@custom_op("klq_kernels::logits_klq_loss", mutates_args=())
+def logits_klq_loss(
+    logits: Tensor, values: Tensor, tokens: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
+    old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str, clip: float | None,
+    log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], backend: str,
+) -> Five:  # fmt: skip
+    """Loss; log-prob, entropy [N]; gradients of logits [..., V] (empty unless needed) and values (arXiv 2508.17000,
+    eq. (6))."""
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    (grad,) = _empty((logits,), needed)
+    *results, dvalues = _logits_klq(grad, logits, tokens, inputs, settings, temperature, backend)
+    return *results, grad, dvalues
+
+
+def _logits_klq(
+    grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, log-prob, entropy, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
+    mask, module, out = inputs.mask, kernels(backend, "logits"), grad.view(-1, logits.shape[-1])
+    checks.token_ids(tokens, mask, logits.shape[-1])
+    stats = module.logits_stats(logits, tokens, None, temperature, mask)
+    count = mask.sum().clamp(min=1)
+    total, a, dvalues = klq_terms(inputs._replace(logprobs=stats.logprob), settings)
+    if out.numel():
+        module.logits_grad(logits, tokens, None, temperature, mask, stats, Upstream(a / count), out)
+    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(inputs.values.dtype)
+
+
+@custom_op("klq_kernels::linear_klq_loss", mutates_args=())
+def linear_klq_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, tokens: Tensor, ref_hidden: Tensor | None,
+    ref_weight: Tensor | None, ref_bias: Tensor | None, ref_logprobs: Tensor | None, targets: Tensor,
+    old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str,
+    clip: float | None, log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int,
+    backend: str,
+) -> Nine:  # fmt: skip
+    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless
+    needed) and values (arXiv 2508.17000, eqs. (2), (6))."""
+    checks.token_ids(tokens, mask, len(weight))
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
+    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    total, stats, grads, dvalues = torch_linear.linear_klq(
+        kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
+    )
+    dense = (hidden.new_empty(0) if g is None else g for g in grads)
+    return total, *stats[:4], *dense, dvalues.to(values.dtype)
+
+
+def _empty(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Room for the gradients of these tensors, none where not needed."""
+    return tuple(x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needed))
+
+
+def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Head | None:
+    """A Head, or None without a reference."""
+    return None if hidden is None else Head(hidden, weight, bias)
+
+
+def _flat_view(x: Tensor) -> Tensor:
+    """x as [N, V] in the same memory; an in-place gradient can't be written into a strided tensor's copy."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError as error:
+        got = f"shape {tuple(x.shape)} with strides {x.stride()}"
+        raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
+
+
+# Shapes and dtypes, for torch.compile
+
+
+def _fake_stats(tokens: Tensor, policy: Tensor, ref: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(Residuals.zeros(tokens, result_dtype(policy, ref), ref is not None))
+
+
+@lambda_returns.register_fake
+def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
+    dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
+    return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
+
+
+@logits_klq_loss.register_fake
+def _(logits, values, tokens, *per_token, needed, **options):
+    total = values.new_empty((), dtype=result_dtype(logits, values, *per_token))
+    return total, *_fake_stats(tokens, logits, None)[:2], *_empty((logits, values), [*needed, True])
+
+
+@linear_klq_loss.register_fake
+def _(hidden, weight, bias, values, tokens, ref_hidden, ref_weight, ref_bias, *per_token, needed, **options):
+    total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token))
+    grads = _empty((hidden, weight, bias, values), [*needed, True])
+    return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads
+
+
+token_stats.register_fake(lambda logits, tokens, ref_logits, mask, **_: _fake_stats(tokens, logits, ref_logits))
+token_stats_grad.register_fake(lambda logits, *_, **__: logits.new_empty(logits.shape))
+linear_token_stats.register_fake(
+    lambda hidden, weight, bias, tokens, ref_hidden, ref_weight, *_, **__: _fake_stats(tokens, weight, ref_weight)
+)
+linear_token_stats_grad.register_fake(
+    lambda hidden, weight, bias, *_, needed, **__: _empty((hidden, weight, bias), needed)
+)
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options, ctx.count = keyword_only_inputs, len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx, *upstream: Tensor | None) -> list:
+    """A gradient op's tensors: those of the forward op, its residuals, the upstream gradients."""
+    inputs, stats = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
+    return [*inputs, stats, *(None if g is None else g.contiguous() for g in upstream)]
+
+
+def _token_stats_backward(ctx, a, b, _, c, *unused):
+    return token_stats_grad(*_saved(ctx, a, b, c), **ctx.options), *[None] * (ctx.count - 1)
+
+
+def _linear_token_stats_backward(ctx, a, b, _, c, *unused):
+    needed = [bool(x) for x in ctx.needs_input_grad[:3]]
+    grads = linear_token_stats_grad(*_saved(ctx, a, b, c), **ctx.options, needed=needed)
+    return *(g if need else None for g, need in zip(grads, needed)), *[None] * (ctx.count - 3)
+
+
+token_stats.register_autograd(_token_stats_backward, setup_context=_save)
+linear_token_stats.register_autograd(_linear_token_stats_backward, setup_context=_save)
+
+
+def _save_loss(ctx, inputs, keyword_only_inputs, output):
+    """A loss's last results are the gradients of its first arguments: of the logits or the head, and of the values."""
+    ctx.grads = [g.detach() for g in output[3 if len(output) == 5 else 5 :]]
+    ctx.others = len(inputs) - len(ctx.grads)
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, upstream, *unused):
+    grads = zip(_hand_over(ctx, upstream), ctx.needs_input_grad)
+    return *(g if need else None for g, need in grads), *[None] * ctx.others
+
+
+for op in (logits_klq_loss, linear_klq_loss):
+    op.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+class InplaceLoss(torch.autograd.Function):
+    """`logits_klq_loss` whose forward pass overwrites the logits with their gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, values, tokens, given, settings, temperature, backend):
+        """As the custom op, in place; `given` are the other per-token tensors."""
+        grad, inputs = _flat_view(logits.detach()), LossInputs(logprobs=None, values=values.detach(), **given)
+        *results, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
+        torch.autograd.graph.increment_version(grad)
+        ctx.grads = grad.view(logits.shape), dvalues
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, upstream, *unused):
+        """What the forward pass has already computed, scaled by the upstream gradient."""
+        return *_hand_over(ctx, upstream, inplace=True), *[None] * 5
+
+
+def _hand_over(ctx, factor: Tensor | None, inplace: bool = False) -> list[Tensor | None]:
+    """The gradients that the forward pass left in ctx, times the upstream gradient (None: nothing depends on the loss).
+
+    Unless the graph is kept they are given away, not copied: autograd then makes them `.grad` as they are. On a CPU the
+    usual factor 1 costs nothing; on a GPU asking for it would make the host wait.
+    """
+    grads = ctx.grads
+    if grads is None:
+        raise RuntimeError("backward through this loss a second time: give retain_graph=True to the first pass")
+    if factor is None:
+        return [None] * len(grads)
+    tracing = torch.compiler.is_compiling() or type(factor) is not Tensor
+    give_away = not tracing and not torch._C._autograd._get_current_graph_task_keep_graph()
+    ctx.grads = None if give_away else grads
+    if give_away and inplace:
+        return [g.mul_(factor) for g in grads]
+    if tracing or factor.device.type != "cpu" or factor.item() != 1:
+        return [(g * factor).to(g.dtype) for g in grads]
+    return grads
