@@ -27,10 +27,8 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     try:
         scores = reward(prompts=rollout.prompts, completions=rollout.completions, **columns)
     except Exception as error:
-        raise RuntimeError(
-            f"the reward {name} raised {type(error).__name__}: {error}. It is called as "
-            f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
-        ) from error
+        call = f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
+        raise RuntimeError(f"the reward {name} raised {type(error).__name__}: {error}. Its call: {call}") from error
     if not hasattr(scores, "__iter__") or isinstance(scores, (str, bytes, Mapping, Set)):
         raise TypeError(f"the reward {name} must return a list of numbers, got {type(scores).__name__}")
     scores = list(scores)

@@ -21,13 +21,12 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Feed new tokens [b, n] of the present rows (the mask covers all so far): their next-token logits [b, A]."""
-        policy = self.policy
+        policy, place = self.policy, positions(attention_mask)[:, -input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": place}
         self.rows = torch.arange(len(input_ids), device=input_ids.device) if self.rows is None else self.rows
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
-        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
         watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append((self.rows, args[0])))
         with watch, policy.precision():
-            out = policy.lm.base_model(**inputs, use_cache=True)
+            out = policy.lm.base_model(**inputs, past_key_values=self.cache, use_cache=True)
             self.cache = out.past_key_values
             return policy.head(out.last_hidden_state[:, -1])
 
@@ -52,15 +51,16 @@ def sample(
     """Tokens [B, T], their mask, allowed tokens [B, T, A] or None, trunk activations [B, L, d] or None.
 
     Row b's token at step t is decided by one uniform number, drawn for every row and step in advance: when other rows
-    end changes nothing. Finished rows repeat their last token, masked, and are soon left out of the forward passes.
+    end changes nothing. Finished rows go on, masked; once left out of the forward passes they repeat their last token.
     """
     decode, ids, last = Decoder(policy), prompt_ids, prompt_ids[:, -1]
     uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    rows, tokens, mask, allowed = torch.arange(len(ids), device=ids.device), [], [], []
+    tokens, mask, allowed = [], [], []
     with packed_linears(policy):
         for u in uniform.unbind():
             logits = decode(ids, attention).float() / temperature
+            rows = decode.rows
             if constraint is not None:
                 allowed.append(constraint.allowed(state).to(logits.device))
                 logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
@@ -80,15 +80,10 @@ def sample(
             if policy.can_drop_rows and len(rows) - left >= WORTH_DROPPING * len(rows):
                 index = alive[rows].nonzero().squeeze(1)
                 decode.keep(index)
-                rows, attention = rows[index], attention[index]
-            ids = last[rows].unsqueeze(1)
+                attention = attention[index]
+            ids = last[decode.rows].unsqueeze(1)
             attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
-    return (
-        torch.stack(tokens, 1),
-        torch.stack(mask, 1),
-        torch.stack(allowed, 1) if allowed else None,
-        decode.activations(),
-    )
+    return *(torch.stack(x, 1) if x else None for x in (tokens, mask, allowed)), decode.activations()
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -117,16 +112,16 @@ def packed_linears(policy):
     """
     here = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     here = here and (policy.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    linears = [m for m in policy.lm.base_model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
-    for module in linears if here else ():
-        bias = None if module.bias is None else module.bias.detach().to(policy.dtype)
-        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(policy.dtype))
-        module.forward = partial(_linear, packed, bias)
+    modules = policy.lm.base_model.modules() if here else ()
+    linears = [m for m in modules if type(m) is nn.Linear and m.weight.dtype == torch.float32]
     try:
+        for module in linears:
+            weight, bias = (None if p is None else p.detach().to(policy.dtype) for p in (module.weight, module.bias))
+            module.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
         yield
     finally:
-        for module in linears if here else ():
-            del module.forward
+        for module in linears:
+            vars(module).pop("forward", None)
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
