@@ -24,10 +24,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """'auto' picks bfloat16 where this device multiplies it fast, else float32; other names are torch's."""
     if name != "auto":
         return getattr(torch, name)
+    fast = device.type == "cpu" and native(torch.bfloat16)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and native(torch.bfloat16)
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -1,7 +1,6 @@
 """Every setting, named once: AlgorithmConfig is what a loss reads, TrainConfig adds what a run of `loop.train` reads.
 
-These dataclasses are the command line (`klq train --help`) and the documentation. Standard library only, so that
-`--help` is instant.
+They are the command line and the documentation; standard library only, so that `klq train --help` is instant.
 """
 
 import math

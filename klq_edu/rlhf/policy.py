@@ -27,18 +27,13 @@ class ActorCritic(nn.Module):
         trainable_blocks: train only this many top blocks (and the final norm); None trains everything.
         critic: "shared" puts the value head on the policy's last hidden state; "separate" gives the critic its own
             copy of the trained part, which is best where it is affordable.
-        value_grad_scale: factor on the value gradient that enters a shared trunk. KLQ's loss weighs V against log π
-            by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's gradient. `train`
-            sets it from its configuration.
-        vocab: token ids the policy may use, [A]; None allows all. Policy and reference are restricted alike, and the
-            head, which must be frozen (give `trainable_blocks`), computes A logits per token instead of V. Saving is
-            not affected.
+        value_grad_scale: factor on the value gradient that enters a shared trunk, which `train` sets. KLQ's loss weighs
+            V against log π by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's.
+        vocab: token ids the policy may use, [A]; None allows all. Policy and reference are restricted alike: their
+            frozen head (give `trainable_blocks`) computes A logits per token instead of V. What is saved has all V.
 
-    Sampling and statistics always run without dropout, whatever mode a caller has left the modules in.
-
-    Raises ValueError for a model without a linear language-model head, for one that computes other logits here than by
-    itself (they are not head(hidden), or it can't decode left-padded prompts with a cache), for an impossible
-    `trainable_blocks`, or for ids outside the vocabulary.
+    Raises ValueError for a model whose logits are not a linear head(hidden), decoded from left-padded prompts with a
+    cache as well, for an impossible `trainable_blocks`, or for ids outside the vocabulary.
     """
 
     def __init__(
@@ -56,9 +51,8 @@ class ActorCritic(nn.Module):
             lm.requires_grad_(False)
             self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
             self.frozen_blocks = len(blocks_of(lm)) - trainable_blocks
-        vocab = _check_vocab(vocab, lm.get_output_embeddings().out_features, trainable_blocks)
+        self.head, vocab = _restricted(lm.get_output_embeddings(), vocab, trainable_blocks)
         self.register_buffer("vocab", vocab, persistent=False)
-        self.head = lm.get_output_embeddings() if vocab is None else _pruned(lm.get_output_embeddings(), vocab)
         self.ref_body = copy.deepcopy(self.body).requires_grad_(False)
         self.ref_head = copy.deepcopy(self.head).requires_grad_(False) if trainable_blocks is None else self.head
         self.critic_body = copy.deepcopy(self.body) if critic == "separate" else None
@@ -118,13 +112,11 @@ class ActorCritic(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> dict:
-        """What `body` is called with for these sequences [B, L]: computed once per rollout, then replayed.
-
-        A whole model is called with the ids. Top blocks are called with the frozen trunk's activations [B, L, d]: given
-        as `trunk` where generation has already computed them, else computed here.
+        """What `body` is called with for these sequences [B, L]: the ids for a whole model, else (for top blocks) the
+        frozen trunk's activations [B, L, d], which are computed here unless sampling has: then give them as `trunk`.
         """
-        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        whole["position_ids"] = positions(attention_mask)
+        place = positions(attention_mask)
+        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": place, "use_cache": False}
         if self.frozen_blocks is None:
             return whole
         with torch.no_grad(), self.precision():
@@ -135,10 +127,8 @@ class ActorCritic(nn.Module):
         """Hidden states [B, T, d], of which `head` makes logits, and values V(s_t) [B, T] at the positions `keep`."""
         with self.precision():
             hidden = _hidden(self.body, inputs)[:, keep]
-            if self.critic_body is None:
-                seen = scale_gradient(hidden, self.value_grad_scale)
-            else:
-                seen = _hidden(self.critic_body, inputs)[:, keep]
+            own = self.critic_body is not None
+            seen = _hidden(self.critic_body, inputs)[:, keep] if own else scale_gradient(hidden, self.value_grad_scale)
         return self.cast(hidden), self.value_head(seen.to(self.value_head.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
@@ -234,8 +224,7 @@ def _forward_errors(policy: ActorCritic) -> dict[str, float]:
     plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -3:] for row, n in zip(ids, pads)]
     expected = torch.stack(plain) if policy.vocab is None else torch.stack(plain)[..., policy.vocab]
     decode = Decoder(policy)
-    steps = [decode(ids[:, :start], mask[:, :start])]
-    steps += [decode(ids[:, t : t + 1], mask[:, : t + 1]) for t in range(start, end)]
+    steps = [decode(ids[:, a:b], mask[:, :b]) for a, b in ((0, start), (start, start + 1), (start + 1, end))]
     replayed, _ = policy(policy.encode(ids, mask, decode.activations()), slice(-3, None))
     scale = torch.stack(plain).float().std().clamp(min=1e-6)
 
@@ -257,20 +246,16 @@ def _after_dropping(policy: ActorCritic, ids: Tensor, mask: Tensor, start: int) 
         return torch.full_like(logits[1:], torch.nan)
 
 
-def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:
-    """A frozen copy of the head with the rows of these tokens only."""
-    small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
-    small.load_state_dict({name: x[vocab.to(x.device)] for name, x in head.state_dict().items()})
-    return small.requires_grad_(False)
-
-
-def _check_vocab(vocab: Tensor | None, size: int, trainable_blocks: int | None) -> Tensor | None:
+def _restricted(head: nn.Linear, vocab: Tensor | None, trainable_blocks: int | None) -> tuple[nn.Linear, Tensor | None]:
+    """A frozen copy of the head with the rows of these tokens only, and their ids in order; all as it is for None."""
     if vocab is None:
-        return None
+        return head, None
     if trainable_blocks is None:
         raise ValueError("vocab needs a frozen head: give trainable_blocks as well, got None")
     vocab = torch.unique(vocab)
-    if not len(vocab) or vocab[0] < 0 or vocab[-1] >= size:
+    if not len(vocab) or vocab[0] < 0 or vocab[-1] >= head.out_features:
         ends = f"{vocab[0].item()}…{vocab[-1].item()}" if len(vocab) else "none"
-        raise ValueError(f"vocab must hold at least one id, all in [0, {size}), got {ends}")
-    return vocab
+        raise ValueError(f"vocab must hold at least one id, all in [0, {head.out_features}), got {ends}")
+    small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
+    small.load_state_dict({name: x[vocab.to(x.device)] for name, x in head.state_dict().items()})
+    return small.requires_grad_(False), vocab
