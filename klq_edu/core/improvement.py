@@ -95,6 +95,8 @@ def soft_policy_iteration(tree, tau: float, sweeps: int, gamma: float = 1.0) -> 
 
     On a TokenTree of depth T the optimum is reached after T sweeps: each sweep makes one more level optimal.
     """
+    checks.positive(tau=tau)
+    checks.unit_interval(gamma=gamma)
     policies = [tree.ref]
     for _ in range(sweeps):
         q, _ = tree.evaluate(policies[-1], tau, gamma)

@@ -177,7 +177,6 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     """Rows of the prompts for this update: an endless reshuffled stream, so every prompt is used equally often.
-
     A function of (seed, update) alone: a resumed run sees the same prompts.
 
     >>> sorted(prompt_rows(4, 2, 0, seed=0) + prompt_rows(4, 2, 1, seed=0))

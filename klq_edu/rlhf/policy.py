@@ -218,32 +218,23 @@ def _check_forward(policy: ActorCritic) -> bool:
 def _forward_errors(policy: ActorCritic) -> dict[str, float]:
     """Relative error of a few tokens' logits, by each way used here, from the model's own forward, rows unpadded."""
     lm, end = policy.lm.eval(), min(14, context(policy.lm))
-    pads, start = (0, (end - 2) // 2), end - 2
+    pads, cuts = (0, (end - 2) // 2), ((0, end - 3), (end - 3, end - 2), (end - 2, end - 1))
     ids = (torch.arange(2 * end, device=lm.device).view(2, end) + 3) % lm.get_output_embeddings().out_features
     mask = torch.stack([torch.arange(end, device=lm.device) >= n for n in pads]).long()
-    plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -3:] for row, n in zip(ids, pads)]
+    plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -4:] for row, n in zip(ids, pads)]
     expected = torch.stack(plain) if policy.vocab is None else torch.stack(plain)[..., policy.vocab]
     decode = Decoder(policy)
-    steps = [decode(ids[:, a:b], mask[:, :b]) for a, b in ((0, start), (start, start + 1), (start + 1, end))]
-    replayed, _ = policy(policy.encode(ids, mask, decode.activations()), slice(-3, None))
-    scale = torch.stack(plain).float().std().clamp(min=1e-6)
-
-    def error(x: Tensor, of: Tensor = expected) -> float:
-        return ((x.float() - of).square().mean().sqrt() / scale).item()
-
-    found = {"with a cache": error(torch.stack(steps, 1)), "in one pass": error(replayed)}
-    return found | {"after dropping a row": error(_after_dropping(policy, ids, mask, start), expected[1:, 1])}
-
-
-def _after_dropping(policy: ActorCritic, ids: Tensor, mask: Tensor, start: int) -> Tensor:
-    """The second row's logits after the first was dropped from the cache; NaN where the cache can't do that."""
-    decode = Decoder(policy)
-    logits = decode(ids[:, :start], mask[:, :start])
+    steps = [decode(ids[:, a:b], mask[:, :b]) for a, b in cuts]
+    replayed, _ = policy(policy.encode(ids[:, :-1], mask[:, :-1], decode.activations()), slice(-3, None))
     try:
         decode.keep(torch.tensor([1], device=ids.device))
-        return decode(ids[1:, start : start + 1], mask[1:, : start + 1])
+        dropped = decode(ids[1:, -1:], mask[1:])
     except Exception:  # each kind of cache fails in its own way
-        return torch.full_like(logits[1:], torch.nan)
+        dropped = torch.full_like(steps[0][1:], torch.nan)
+    pairs = (torch.stack(steps, 1), expected[:, :3]), (replayed, expected[:, :3]), (dropped, expected[1:, 3])
+    scale = torch.stack(plain).float().std().clamp(min=1e-6)
+    errors = (((x.float() - y).square().mean().sqrt() / scale).item() for x, y in pairs)
+    return dict(zip(("with a cache", "in one pass", "after dropping a row"), errors))
 
 
 def _restricted(head: nn.Linear, vocab: Tensor | None, trainable_blocks: int | None) -> tuple[nn.Linear, Tensor | None]:

@@ -37,8 +37,7 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
         number = isinstance(s, (int, float)) or (getattr(s, "ndim", None) == 0 and not isinstance(s, str))
         if not (number and abs(float(s)) < torch.finfo(torch.float32).max):
             raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
-    like = rollout.logprobs
-    return torch.tensor([float(s) for s in scores], device=like.device, dtype=like.dtype)
+    return rollout.logprobs.new_tensor([float(s) for s in scores])
 
 
 def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:

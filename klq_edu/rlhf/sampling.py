@@ -70,8 +70,9 @@ def sample(
             tokens.append(last)
             mask.append(alive)
             alive = alive & ~torch.isin(last, eos)
-            left, broken = torch.stack([alive.sum(), probs[:, 0].isnan().any()]).tolist()  # the one time the host waits
-            if broken:
+            broken = probs[:, 0].isnan() & mask[-1][rows]
+            left, any_broken = torch.stack([alive.sum(), broken.any()]).tolist()  # the one time the host waits
+            if any_broken:
                 raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
             if not left:
                 break
@@ -107,8 +108,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 def packed_linears(policy):
     """Within this context linear layers on a CPU multiply by weights that oneDNN has repacked, in the policy's dtype.
 
-    A few rows times a large matrix, all that decoding does, is bound by reading the matrix: packing it anew for every
-    token takes longer than multiplying.
+    Decoding is a few rows times a large matrix: packing that anew for every token takes longer than multiplying.
     """
     here = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     here = here and (policy.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
