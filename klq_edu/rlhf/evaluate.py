@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def score(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[TokenStats, Tensor]:
-    """Statistics and values, each [B, T], of a rollout's tokens under the policy as it is now, differentiable.
-
-    With `reference` the statistics include log π_b and the exact KL, which cost a pass of the frozen reference.
-    """
+    """Differentiable statistics and values [B, T] of a rollout's tokens now; `reference` adds log π_b and exact KL."""
     given, values = _arguments(policy, rollout, reference)
     stats = token_stats if "logits" in given else linear_token_stats
     return stats(**given), values

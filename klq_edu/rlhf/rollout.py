@@ -102,10 +102,8 @@ def collect(
     policy: ActorCritic, tokenizer, prompts: list[str], *, max_new_tokens: int, temperature: float = 1.0,
     constraint: Constraint | None = None, generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample one completion per prompt and compute its statistics; rewards are left at zero.
-
-    Raises ValueError for prompts that can't be used (see `check_prompts`), FloatingPointError for NaN probabilities.
-    """
+    """Sample one completion per prompt and compute its statistics; rewards are left at zero. Raises ValueError for
+    prompts that can't be used (see `check_prompts`), FloatingPointError for probabilities that are NaN."""
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
     state = None if constraint is None else constraint.start(prompts)

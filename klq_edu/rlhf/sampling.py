@@ -129,9 +129,5 @@ def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids of left-padded sequences: the first real token is 0.
-
-    >>> positions(torch.tensor([[0, 0, 1, 1]]))
-    tensor([[0, 0, 0, 1]])
-    """
+    """Position ids of left-padded sequences: 0 at the first real token (and before it), then 1, 2 …"""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
