@@ -42,9 +42,8 @@ class TrainState:
 
     def to_dict(self) -> dict:
         """The state after the last finished update; valid unless an optimiser step has been taken since."""
-        parameters = {name: p.detach() for name, p in self.parameters.items()}
-        optimizer = self.optimizer.state_dict()
-        return {"updates": self.updates, "parameters": parameters, "optimizer": optimizer, "random": self.random}
+        state = {"updates": self.updates, "optimizer": self.optimizer.state_dict(), "random": self.random}
+        return state | {"parameters": {name: p.detach() for name, p in self.parameters.items()}}
 
     def restore(self, saved: dict) -> None:
         """Put a saved state back into the objects this one watches."""

@@ -54,7 +54,8 @@ def sample(
     end changes nothing. Finished rows go on, masked; once left out of the forward passes they repeat their last token.
     """
     decode, ids, last = Decoder(policy), prompt_ids, prompt_ids[:, -1]
-    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64)
+    place = "cpu" if ids.device.type == "mps" else ids.device  # MPS has no float64
+    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64).to(place)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     tokens, mask, allowed = [], [], []
     with packed_linears(policy):
@@ -65,8 +66,8 @@ def sample(
                 allowed.append(constraint.allowed(state).to(logits.device))
                 logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
             probs = logits.softmax(-1)
-            chosen = policy.token_ids(draw(probs, u.to(probs.device)[rows]))
-            last = last.index_copy(0, rows, chosen)
+            chosen = draw(probs.to(place), u[rows.to(place)]).to(ids.device)
+            last = last.index_copy(0, rows, policy.token_ids(chosen))
             tokens.append(last)
             mask.append(alive)
             alive = alive & ~torch.isin(last, eos)
@@ -95,13 +96,12 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     >>> draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 3), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
     tensor([1, 3, 3])
     """
-    probs = probs.cpu() if probs.device.type == "mps" else probs  # which has no float64
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     if probs.device.type != "cpu":  # a sum in parallel may waver in its last bits, and so rise where p = 0
         cumulative = cumulative.where(probs > 0, 0.0).cummax(-1).values
     total = cumulative[:, -1:]
-    bound = torch.minimum(uniform.to(probs.device).unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1).to(uniform.device)
+    bound = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
 
 
 @contextmanager
