@@ -45,11 +45,9 @@ class ActorCritic(nn.Module):
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
         self.lm, self.value_grad_scale, self.dtype = lm, value_grad_scale, torch.float32
-        if trainable_blocks is None:
-            self.body, self.frozen_blocks = lm.base_model, None
-        else:
-            lm.requires_grad_(False)
-            self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
+        self.body, self.frozen_blocks = lm.base_model, None
+        if trainable_blocks is not None:
+            self.body = TopBlocks(lm.requires_grad_(False), trainable_blocks).requires_grad_(True)
             self.frozen_blocks = len(blocks_of(lm)) - trainable_blocks
         self.head, vocab = _restricted(lm.get_output_embeddings(), vocab, trainable_blocks)
         self.register_buffer("vocab", vocab, persistent=False)

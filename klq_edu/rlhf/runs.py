@@ -98,10 +98,9 @@ class Run:
         start_differs = differ.pop(START, None) and not begun
         if differ:
             shown = "; ".join(f"{k} (there {' or '.join(v)}, here {identity[k]})" for k, v in differ.items())
-            hint = "; a reward that changes by itself may have an attribute `identity`" if "reward" in differ else ""
-            raise ValueError(
-                f"{self.folder} holds another run, it differs in {shown}; use another folder (--out){hint}"
-            )
+            way = "use another folder (--out)"
+            way += "; a reward that changes by itself may have an attribute `identity`" if "reward" in differ else ""
+            raise ValueError(f"{self.folder} holds another run, it differs in {shown}; {way}")
         if start_differs:
             why = "the policy no longer has the weights it began with there (was a call interrupted?)"
             way = "build it anew, or use another folder (--out)"
