@@ -165,10 +165,8 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
         limit = f" <= {room - len(tokenise(tokenizer, [''])[0])}" if room < torch.inf else ""
         ids = "tokenizer(row['prompt'], add_special_tokens=False)['input_ids']"
         limit += f" and max({ids}) < {known}" if foreign in found else ""
-        raise ValueError(
-            f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: isinstance(row['prompt'], str) "
-            f"and 0 < len({ids}){limit})"
-        )
+        rule = f"isinstance(row['prompt'], str) and 0 < len({ids}){limit}"
+        raise ValueError(f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: {rule})")
 
 
 def tokenise(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
