@@ -13,8 +13,7 @@ from klq_kernels.torch_linear import native
 def resolve_device(name: str) -> torch.device:
     """'auto' picks cuda, then mps, then cpu; anything else must name a device that is there."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -25,10 +24,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """'auto' picks bfloat16 where this device multiplies it fast, else float32; other names are torch's."""
     if name != "auto":
         return getattr(torch, name)
+    fast = device.type == "cpu" and native(torch.bfloat16)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and native(torch.bfloat16)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -49,5 +47,5 @@ def facts(device: str) -> dict[str, str]:
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    place = {"machine": f"{platform.machine()}, {cores} cores", "device": device}
-    return {"python": platform.python_version(), **packages, **place}
+    machine = f"{platform.machine()}, {cores} cores"
+    return {"python": platform.python_version(), **packages, "machine": machine, "device": device}

@@ -1,7 +1,8 @@
 """Losses per token, then ONE masked mean: KLQ, PPO-clip, PPO-penalty and the value loss PPO adds.
 
 `klq_loss` is defined beside the kernels that compute it and re-exported here. Tensors are [B, T] or [N]; gradients
-flow through `logprobs`, `values` and `kl` only. Masked entries may be NaN.
+flow through `logprobs`, `values` and `kl` only. Masked entries may be NaN. ValueError for shapes that disagree, a
+threshold or coefficient ≤ 0.
 """
 
 import torch
@@ -18,8 +19,6 @@ def ppo_clip_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
 ) -> Tensor:
     """PPO-clip: −E[min(ρÂ, clamp(ρ, 1 ± clip) Â)], ρ = π/π_old (Schulman et al. 2017, eq. 7).
-
-    Raises ValueError for shapes that disagree or clip ≤ 0.
 
     >>> one = torch.ones(1, 1)
     >>> ppo_clip_loss(0 * one, -one, one, one.bool(), clip=0.2)
@@ -38,7 +37,7 @@ def ppo_penalty_loss(
 
     `kl` is the exact per-token D(π ‖ π_old)(s_t) where it is at hand (from `token_stats` against the old policy);
     without it, samples a ~ π_old estimate it by ρ log ρ − ρ + 1: never negative, and unbiased in value and gradient.
-    Raises ValueError for shapes that disagree or coef ≤ 0. Source: Schulman et al. 2017, eq. 8; arXiv 2508.17000 (18).
+    Source: Schulman et al. 2017, eq. 8; arXiv 2508.17000 (18).
 
     >>> one = torch.ones(1, 1)
     >>> ppo_penalty_loss(0 * one, 0 * one, one, one.bool(), coef=0.25)
@@ -54,8 +53,6 @@ def value_loss(
     values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = None, old_values: Tensor | None = None
 ) -> Tensor:
     """½E(V − G)², G = V_old + Â; with `clip`, PPO's pessimistic ½E max[(V − G)², (clamp(V, V_old ± clip) − G)²].
-
-    Raises ValueError for shapes that disagree, clip ≤ 0, or clip without old_values.
 
     >>> value_loss(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([True]))
     tensor(2.)

@@ -1,7 +1,7 @@
 """TD errors, λ-returns and GAE in the forms a reader meets them in; the recursion itself is `lambda_returns`.
 
-Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_returns`; nothing broadcasts, and results
-are float64 if every tensor is.
+Tensors are [B, T] with right-padded boolean masks, as in `klq_kernels.lambda_returns`; nothing broadcasts, results are
+float64 if every tensor is. ValueError for shapes that disagree, a mask with holes, γ or λ outside [0, 1].
 """
 
 import torch
@@ -24,8 +24,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     """Generalised advantage estimation as in Schulman et al. 2016, written from PPO's side.
 
     δ_t = r_{t+1} + γ V_{t+1} − V_t and Â_t = Σ_k (γλ)^k δ_{t+k}, V = 0 after the last real token. On KL-shaped rewards
-    it *is* KLQ's Δ (claim 1 of the equivalence). [B, T] -> [B, T], zero where masked; γ, λ in [0, 1]. Raises
-    ValueError for shapes that disagree or a mask with holes.
+    it *is* KLQ's Δ (claim 1 of the equivalence). [B, T] -> [B, T], zero where masked.
 
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2).bool(), lam=1.0)
     tensor([[0.5000, 0.5000]])
@@ -43,10 +42,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
 
 
 def forward_view(td_errors: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """Δ_t = Σ_{k≥0} (γλ)^k δ_{t+k}, the sum written out: O(T²) and independent of the recursion it must equal.
-
-    [B, T] -> [B, T]; γ, λ in [0, 1]. Raises ValueError for shapes that disagree or a mask with holes.
-    """
+    """Δ_t = Σ_{k≥0} (γλ)^k δ_{t+k}, written out: O(T²), independent of the recursion it must equal. [B, T] -> same."""
     checks.unit_interval(gamma=gamma, lam=lam)
     checks.alike(td_errors=td_errors, mask=mask)
     checks.right_padded(mask)

@@ -98,10 +98,7 @@ class TokenTree:
         return cls.grow(vocab, depth, ref, lambda _: torch.randn((), generator=rng, dtype=torch.float64), eos)
 
     def with_ref(self, ref: Tensor) -> "TokenTree":
-        """The same tree under another reference policy [S, V] (a trained language model's, say).
-
-        Raises ValueError unless each row is a distribution over tokens that the tree follows.
-        """
+        """The same tree under another reference [S, V]; ValueError unless rows are distributions over its tokens."""
         ref = self._distribution(ref=ref)
         return replace(self, ref=ref / ref.sum(1, keepdim=True))
 

@@ -55,7 +55,8 @@ def ppo_clip(policy: ActorCritic, old: Rollout, targets: Targets, config: Algori
     """PPO's clipped surrogate plus vf_coef times the value loss."""
     new, values = score(policy, old)
     surrogate = ppo_clip_loss(new.logprob, old.logprobs, targets.advantages, old.mask, clip=config.ratio_clip)
-    return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
+    critic = value_loss(values, targets.values, old.mask, clip=config.clip, old_values=old.values)
+    return Step(surrogate + config.vf_coef * critic, new.logprob)
 
 
 def ppo_penalty(policy: ActorCritic, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Step:
@@ -63,11 +64,8 @@ def ppo_penalty(policy: ActorCritic, old: Rollout, targets: Targets, config: Alg
     new, values = score(policy, old)
     coef = config.tau / config.alpha
     surrogate = ppo_penalty_loss(new.logprob, old.logprobs, targets.advantages, old.mask, coef=coef)
-    return Step(surrogate + config.vf_coef * _critic(values, old, targets, config), new.logprob)
-
-
-def _critic(values: Tensor, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Tensor:
-    return value_loss(values, targets.values, old.mask, clip=config.clip, old_values=old.values)
+    critic = value_loss(values, targets.values, old.mask, clip=config.clip, old_values=old.values)
+    return Step(surrogate + config.vf_coef * critic, new.logprob)
 
 
 ALGORITHMS = {"klq": klq, "ppo_clip": ppo_clip, "ppo_penalty": ppo_penalty}

@@ -59,20 +59,18 @@ def watch_block(lm: PreTrainedModel, block: int | None, see: Callable[[tuple, di
 
 
 class _Reached(Exception):
-    """Raised to stop a forward pass at the block whose inputs were wanted."""
+    """Stops a forward pass at the block whose inputs were wanted, and brings them."""
 
 
 def record_call(lm: PreTrainedModel, block: int, inputs: dict) -> dict:
     """How the model calls its block number `block`: hidden states, other arguments and keywords. Runs only up to it."""
-    call = {}
 
     def stop(args, kwargs):
-        call.update(hidden=args[0], args=args[1:], kwargs=kwargs)
-        raise _Reached
+        raise _Reached({"hidden": args[0], "args": args[1:], "kwargs": kwargs})
 
     try:
         with watch_block(lm, block, stop):
             lm.base_model(**inputs)
-    except _Reached:
-        return call
+    except _Reached as reached:
+        return reached.args[0]
     raise RuntimeError(f"{type(lm).__name__} never called its block {block}")  # pragma: no cover

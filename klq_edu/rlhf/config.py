@@ -1,7 +1,6 @@
 """Every setting, named once: AlgorithmConfig is what a loss reads, TrainConfig adds what a run of `loop.train` reads.
 
-These dataclasses are the command line (`klq train --help`) and the documentation. Standard library only, so that
-`--help` is instant.
+They are the command line and the documentation; standard library only, so that `klq train --help` is instant.
 """
 
 import math
@@ -59,10 +58,10 @@ class AlgorithmConfig:
         """Thresholds are positive, given where the loss needs them, and absent where they would have no effect."""
         if self.algorithm != "klq":
             self._require(f"is a KLQ variant and has no effect on {self.algorithm}", lambda x: x == "l2", "loss")
-        needed = THRESHOLDS[self.loss]
-        allowed = needed if self.algorithm == "klq" else ("clip",)
-        idle = [name for name in ("clip", "log_ratio_clip", "delta") if name not in allowed]
-        self._require("must be > 0 or None", lambda x: x is None or x > 0, "clip", "log_ratio_clip", "delta")
+        needed = [name for name, losses in THRESHOLDS.items() if self.loss in losses]
+        allowed = needed if self.algorithm == "klq" else ["clip"]
+        idle = [name for name in THRESHOLDS if name not in allowed]
+        self._require("must be > 0 or None", lambda x: x is None or x > 0, *THRESHOLDS)
         self._require(f"must be given for loss={self.loss!r}", lambda x: x is not None, *needed)
         self._require(f"has no effect on {self.algorithm} {self.loss}", lambda x: x is None, *idle)
 
@@ -74,9 +73,8 @@ class AlgorithmConfig:
     @property
     def trunk_scale(self) -> float:
         """The factor on the value gradient into a shared trunk that `value_grad_scale` resolves to."""
-        if self.value_grad_scale is not None:
-            return self.value_grad_scale
-        return self.tau if self.algorithm == "klq" else 1.0
+        default = self.tau if self.algorithm == "klq" else 1.0
+        return default if self.value_grad_scale is None else self.value_grad_scale
 
     def to_dict(self) -> dict:
         """The settings as plain values, for JSON."""
@@ -125,19 +123,16 @@ class TrainConfig(AlgorithmConfig):
         super().__post_init__()
         counts = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
         self._require("must be an integer >= 1", lambda x: x >= 1, *counts)
-        positive = ("learning_rate", "max_grad_norm", "temperature")
-        self._require("must be a finite number > 0", lambda x: x > 0, *positive)
+        self._require("must be a finite number > 0", lambda x: x > 0, "learning_rate", "max_grad_norm", "temperature")
         self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "final_lr_fraction")
         self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed")
         self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
 
 
-THRESHOLDS = {
-    "l2": (),
-    "huber": ("delta",),
-    "value_clipped": ("clip",),
-    "ratio_clipped": ("log_ratio_clip",),
-    "double_clipped": ("clip", "log_ratio_clip"),
+THRESHOLDS = {  # and the variants of the KLQ loss that need them
+    "clip": ("value_clipped", "double_clipped"),
+    "log_ratio_clip": ("ratio_clipped", "double_clipped"),
+    "delta": ("huber",),
 }
 
 

@@ -19,45 +19,37 @@ if TYPE_CHECKING:
 
 
 def score(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[TokenStats, Tensor]:
-    """Statistics and values, each [B, T], of a rollout's tokens under the policy as it is now, differentiable.
-
-    With `reference` the statistics include log π_b and the exact KL, which cost a pass of the frozen reference.
-    """
-    model, values = _outputs(policy, rollout, reference)
-    stats = token_stats if "logits" in model else linear_token_stats
-    return stats(**model, **_tokens(policy, rollout)), values
+    """Differentiable statistics and values [B, T] of a rollout's tokens now; `reference` adds log π_b and exact KL."""
+    given, values = _arguments(policy, rollout, reference)
+    stats = token_stats if "logits" in given else linear_token_stats
+    return stats(**given), values
 
 
 def regress(
     policy: ActorCritic, rollout: "Rollout", targets: Tensor, config: AlgorithmConfig
 ) -> tuple[Tensor, TokenStats]:
     """KLQ's loss of fitting Q to targets [B, T] (6), and the statistics of the policy as it is now, detached."""
-    model, values = _outputs(policy, rollout)
-    loss = logits_klq_loss if "logits" in model else linear_klq_loss
+    given, values = _arguments(policy, rollout)
+    loss = logits_klq_loss if "logits" in given else linear_klq_loss
     return loss(
-        **model, **_tokens(policy, rollout), ref_logprobs=rollout.ref_logprobs, values=values, targets=targets,
+        **given, ref_logprobs=rollout.ref_logprobs, values=values, targets=targets,
         tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip, delta=config.delta,
         old_logprobs=rollout.logprobs, old_values=rollout.values, return_stats=True,
     )  # fmt: skip
 
 
-def _tokens(policy: ActorCritic, rollout: "Rollout") -> dict:
-    """What every operation is told of the tokens."""
-    actions = policy.action_ids(rollout.tokens)
-    return {"tokens": actions, "mask": rollout.mask, "temperature": rollout.temperature}
-
-
-def _outputs(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[dict, Tensor]:
-    """The models' part of an operation's arguments (constrained logits, or heads with their inputs), and V [B, T]."""
+def _arguments(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[dict, Tensor]:
+    """What an operation is told of tokens and models (constrained logits, or heads and their inputs), and V [B, T]."""
     inputs = policy.encode(rollout.input_ids, rollout.attention_mask, rollout.trunk)
-    given = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted
-    hidden, values = policy.features(*given)
-    model = {"hidden": hidden} | policy.head_tensors(policy.head)
+    place = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted
+    hidden, values = policy.features(*place)
+    models = {"": {"hidden": hidden} | policy.head_tensors(policy.head)}
     if reference:
-        ref = {"hidden": policy.reference_features(*given)} | policy.head_tensors(policy.ref_head)
-        model |= {f"ref_{name}": x for name, x in ref.items()}
-    if rollout.allowed is None:
-        return model, values
-    heads = {"logits": ("hidden", "weight", "bias"), "ref_logits": ("ref_hidden", "ref_weight", "ref_bias")}
-    both = {name: linear(*map(model.get, head)) for name, head in heads.items() if head[0] in model}
-    return {name: z.masked_fill(~rollout.allowed, -torch.inf) for name, z in both.items()}, values
+        models["ref_"] = {"hidden": policy.reference_features(*place)} | policy.head_tensors(policy.ref_head)
+    if rollout.allowed is not None:
+        for name, model in models.items():
+            logits = linear(model["hidden"], model["weight"], model["bias"])
+            models[name] = {"logits": logits.masked_fill(~rollout.allowed, -torch.inf)}
+    given = {name + part: x for name, model in models.items() for part, x in model.items()}
+    about = {"tokens": policy.action_ids(rollout.tokens), "mask": rollout.mask, "temperature": rollout.temperature}
+    return given | about, values

@@ -52,9 +52,8 @@ def train(
     `evaluate(policy)` adds columns every `config.eval_every` updates. A fresh value head starts at the mean reward of
     the first batch, which the reference sampled. If `run` holds a checkpoint of the same run, training continues from
     it with the same random numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and
-    finish one that has; then the state is saved, as it is after an error, unless that came between the first optimiser
-    step and the end of an update (its evaluation included) or tells of divergence: then the last checkpoint counts. A
-    second signal stops at once.
+    finish one that has (a second signal stops at once); then the state is saved. So it is after an error, unless that
+    came amid an update that has changed the policy or tells of divergence: then the last checkpoint counts.
 
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
@@ -178,14 +177,11 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     """Rows of the prompts for this update: an endless reshuffled stream, so every prompt is used equally often.
-
     A function of (seed, update) alone: a resumed run sees the same prompts.
 
     >>> sorted(prompt_rows(4, 2, 0, seed=0) + prompt_rows(4, 2, 1, seed=0))
     [0, 1, 2, 3]
     """
-    if count < 1:
-        raise ValueError("prompts must not be empty: got 0 rows")
     first, start = divmod(update * batch, count)
     epochs = range(first, 1 + (update * batch + batch - 1) // count)
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]

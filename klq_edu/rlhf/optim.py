@@ -9,8 +9,6 @@ from klq_edu.rlhf.policy import ActorCritic
 def learning_rate_factor(update: int, *, updates: int, warmup_updates: int, final_lr_fraction: float) -> float:
     """Share of the learning rate in this update: a linear rise, then a linear fall to `final_lr_fraction`.
 
-    A function of the update, so a resumed run has nothing to restore.
-
     >>> schedule = {"updates": 11, "warmup_updates": 1, "final_lr_fraction": 0.0}
     >>> [round(learning_rate_factor(u, **schedule), 2) for u in (0, 1, 5, 10)]
     [0.5, 0.9, 0.5, 0.0]

@@ -27,18 +27,13 @@ class ActorCritic(nn.Module):
         trainable_blocks: train only this many top blocks (and the final norm); None trains everything.
         critic: "shared" puts the value head on the policy's last hidden state; "separate" gives the critic its own
             copy of the trained part, which is best where it is affordable.
-        value_grad_scale: factor on the value gradient that enters a shared trunk. KLQ's loss weighs V against log π
-            by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's gradient. `train`
-            sets it from its configuration.
-        vocab: token ids the policy may use, [A]; None allows all. Policy and reference are restricted alike, and the
-            head, which must be frozen (give `trainable_blocks`), computes A logits per token instead of V. Saving is
-            not affected.
+        value_grad_scale: factor on the value gradient that enters a shared trunk, which `train` sets. KLQ's loss weighs
+            V against log π by 1/τ (claim 2 of the equivalence); the factor τ keeps that from drowning the policy's.
+        vocab: token ids the policy may use, [A]; None allows all. Policy and reference are restricted alike: their
+            frozen head (give `trainable_blocks`) computes A logits per token instead of V. What is saved has all V.
 
-    Sampling and statistics always run without dropout, whatever mode a caller has left the modules in.
-
-    Raises ValueError for a model without a linear language-model head, for one that computes other logits here than by
-    itself (they are not head(hidden), or it can't decode left-padded prompts with a cache), for an impossible
-    `trainable_blocks`, or for ids outside the vocabulary.
+    Raises ValueError for a model whose logits are not a linear head(hidden), decoded from left-padded prompts with a
+    cache as well, for an impossible `trainable_blocks`, or for ids outside the vocabulary.
     """
 
     def __init__(
@@ -50,15 +45,12 @@ class ActorCritic(nn.Module):
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
         self.lm, self.value_grad_scale, self.dtype = lm, value_grad_scale, torch.float32
-        if trainable_blocks is None:
-            self.body, self.frozen_blocks = lm.base_model, None
-        else:
-            lm.requires_grad_(False)
-            self.body = TopBlocks(lm, trainable_blocks).requires_grad_(True)
+        self.body, self.frozen_blocks = lm.base_model, None
+        if trainable_blocks is not None:
+            self.body = TopBlocks(lm.requires_grad_(False), trainable_blocks).requires_grad_(True)
             self.frozen_blocks = len(blocks_of(lm)) - trainable_blocks
-        vocab = _check_vocab(vocab, lm.get_output_embeddings().out_features, trainable_blocks)
+        self.head, vocab = _restricted(lm.get_output_embeddings(), vocab, trainable_blocks)
         self.register_buffer("vocab", vocab, persistent=False)
-        self.head = lm.get_output_embeddings() if vocab is None else _pruned(lm.get_output_embeddings(), vocab)
         self.ref_body = copy.deepcopy(self.body).requires_grad_(False)
         self.ref_head = copy.deepcopy(self.head).requires_grad_(False) if trainable_blocks is None else self.head
         self.critic_body = copy.deepcopy(self.body) if critic == "separate" else None
@@ -118,13 +110,11 @@ class ActorCritic(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> dict:
-        """What `body` is called with for these sequences [B, L]: computed once per rollout, then replayed.
-
-        A whole model is called with the ids. Top blocks are called with the frozen trunk's activations [B, L, d]: given
-        as `trunk` where generation has already computed them, else computed here.
+        """What `body` is called with for these sequences [B, L]: the ids for a whole model, else (for top blocks) the
+        frozen trunk's activations [B, L, d], which are computed here unless sampling has: then give them as `trunk`.
         """
-        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        whole["position_ids"] = positions(attention_mask)
+        place = positions(attention_mask)
+        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": place, "use_cache": False}
         if self.frozen_blocks is None:
             return whole
         with torch.no_grad(), self.precision():
@@ -135,10 +125,8 @@ class ActorCritic(nn.Module):
         """Hidden states [B, T, d], of which `head` makes logits, and values V(s_t) [B, T] at the positions `keep`."""
         with self.precision():
             hidden = _hidden(self.body, inputs)[:, keep]
-            if self.critic_body is None:
-                seen = scale_gradient(hidden, self.value_grad_scale)
-            else:
-                seen = _hidden(self.critic_body, inputs)[:, keep]
+            own = self.critic_body is not None
+            seen = _hidden(self.critic_body, inputs)[:, keep] if own else scale_gradient(hidden, self.value_grad_scale)
         return self.cast(hidden), self.value_head(seen.to(self.value_head.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
@@ -228,49 +216,35 @@ def _check_forward(policy: ActorCritic) -> bool:
 def _forward_errors(policy: ActorCritic) -> dict[str, float]:
     """Relative error of a few tokens' logits, by each way used here, from the model's own forward, rows unpadded."""
     lm, end = policy.lm.eval(), min(14, context(policy.lm))
-    pads, start = (0, (end - 2) // 2), end - 2
+    pads, cuts = (0, (end - 2) // 2), ((0, end - 3), (end - 3, end - 2), (end - 2, end - 1))
     ids = (torch.arange(2 * end, device=lm.device).view(2, end) + 3) % lm.get_output_embeddings().out_features
     mask = torch.stack([torch.arange(end, device=lm.device) >= n for n in pads]).long()
-    plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -3:] for row, n in zip(ids, pads)]
+    plain = [lm(input_ids=row[None, n:], attention_mask=mask[:1, n:]).logits[0, -4:] for row, n in zip(ids, pads)]
     expected = torch.stack(plain) if policy.vocab is None else torch.stack(plain)[..., policy.vocab]
     decode = Decoder(policy)
-    steps = [decode(ids[:, :start], mask[:, :start])]
-    steps += [decode(ids[:, t : t + 1], mask[:, : t + 1]) for t in range(start, end)]
-    replayed, _ = policy(policy.encode(ids, mask, decode.activations()), slice(-3, None))
-    scale = torch.stack(plain).float().std().clamp(min=1e-6)
-
-    def error(x: Tensor, of: Tensor = expected) -> float:
-        return ((x.float() - of).square().mean().sqrt() / scale).item()
-
-    found = {"with a cache": error(torch.stack(steps, 1)), "in one pass": error(replayed)}
-    return found | {"after dropping a row": error(_after_dropping(policy, ids, mask, start), expected[1:, 1])}
-
-
-def _after_dropping(policy: ActorCritic, ids: Tensor, mask: Tensor, start: int) -> Tensor:
-    """The second row's logits after the first was dropped from the cache; NaN where the cache can't do that."""
-    decode = Decoder(policy)
-    logits = decode(ids[:, :start], mask[:, :start])
+    steps = [decode(ids[:, a:b], mask[:, :b]) for a, b in cuts]
+    replayed, _ = policy(policy.encode(ids[:, :-1], mask[:, :-1], decode.activations()), slice(-3, None))
     try:
         decode.keep(torch.tensor([1], device=ids.device))
-        return decode(ids[1:, start : start + 1], mask[1:, : start + 1])
+        dropped = decode(ids[1:, -1:], mask[1:])
     except Exception:  # each kind of cache fails in its own way
-        return torch.full_like(logits[1:], torch.nan)
+        dropped = torch.full_like(steps[0][1:], torch.nan)
+    pairs = (torch.stack(steps, 1), expected[:, :3]), (replayed, expected[:, :3]), (dropped, expected[1:, 3])
+    scale = torch.stack(plain).float().std().clamp(min=1e-6)
+    errors = (((x.float() - y).square().mean().sqrt() / scale).item() for x, y in pairs)
+    return dict(zip(("with a cache", "in one pass", "after dropping a row"), errors))
 
 
-def _pruned(head: nn.Linear, vocab: Tensor) -> nn.Linear:
-    """A frozen copy of the head with the rows of these tokens only."""
-    small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
-    small.load_state_dict({name: x[vocab.to(x.device)] for name, x in head.state_dict().items()})
-    return small.requires_grad_(False)
-
-
-def _check_vocab(vocab: Tensor | None, size: int, trainable_blocks: int | None) -> Tensor | None:
+def _restricted(head: nn.Linear, vocab: Tensor | None, trainable_blocks: int | None) -> tuple[nn.Linear, Tensor | None]:
+    """A frozen copy of the head with the rows of these tokens only, and their ids in order; all as it is for None."""
     if vocab is None:
-        return None
+        return head, None
     if trainable_blocks is None:
         raise ValueError("vocab needs a frozen head: give trainable_blocks as well, got None")
     vocab = torch.unique(vocab)
-    if not len(vocab) or vocab[0] < 0 or vocab[-1] >= size:
+    if not len(vocab) or vocab[0] < 0 or vocab[-1] >= head.out_features:
         ends = f"{vocab[0].item()}…{vocab[-1].item()}" if len(vocab) else "none"
-        raise ValueError(f"vocab must hold at least one id, all in [0, {size}), got {ends}")
-    return vocab
+        raise ValueError(f"vocab must hold at least one id, all in [0, {head.out_features}), got {ends}")
+    small = nn.Linear(head.in_features, len(vocab), bias=head.bias is not None, dtype=head.weight.dtype)
+    small.load_state_dict({name: x[vocab.to(x.device)] for name, x in head.state_dict().items()})
+    return small.requires_grad_(False), vocab

@@ -5,7 +5,6 @@ padding, EOS included (as in TRL); one that names `ended`, whether each completi
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Set
 
 import torch
@@ -19,28 +18,26 @@ def score(reward: Reward, rollout: Rollout, /, **columns: list) -> torch.Tensor:
     """The scores [B] that `reward` gives to the rollout's texts; `rollout.rewarded(scores)` takes them up.
 
     `columns` are the dataset's further columns for these prompts. Raises TypeError or ValueError where the reward
-    returns no list, the wrong number of scores or one that is not a finite number, and RuntimeError, from the original
-    error, where the callable itself raises.
+    returns no list, the wrong number of scores or one that is no number finite in float32 (Python's, NumPy's, or a
+    0-dimensional tensor), and RuntimeError, from the original error, where the callable itself raises.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     columns = _asked_for(reward, rollout) | columns
     try:
         scores = reward(prompts=rollout.prompts, completions=rollout.completions, **columns)
     except Exception as error:
-        raise RuntimeError(
-            f"the reward {name} raised {type(error).__name__}: {error}. It is called as "
-            f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
-        ) from error
+        call = f"f(prompts=[…], completions=[…], **columns) with columns {sorted(columns)}"
+        raise RuntimeError(f"the reward {name} raised {type(error).__name__}: {error}. Its call: {call}") from error
     if not hasattr(scores, "__iter__") or isinstance(scores, (str, bytes, Mapping, Set)):
         raise TypeError(f"the reward {name} must return a list of numbers, got {type(scores).__name__}")
     scores = list(scores)
     if len(scores) != len(rollout):
         raise ValueError(f"the reward {name} must return one score per completion, {len(rollout)}, got {len(scores)}")
     for completion, s in zip(rollout.completions, scores, strict=True):
-        if not _finite_number(s):
+        number = isinstance(s, (int, float)) or (getattr(s, "ndim", None) == 0 and not isinstance(s, str))
+        if not (number and abs(float(s)) < torch.finfo(torch.float32).max):
             raise ValueError(f"the reward {name} must return finite numbers, got {s!r} for completion {completion!r}")
-    like = rollout.logprobs
-    return torch.tensor([float(s) for s in scores], device=like.device, dtype=like.dtype)  # finite in float32 as well
+    return rollout.logprobs.new_tensor([float(s) for s in scores])
 
 
 def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:
@@ -52,9 +49,3 @@ def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:
     facts = {"completion_ids": [row[keep].tolist() for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]}
     facts |= {"ended": rollout.ended.tolist()} if rollout.ended is not None else {}
     return {name: facts[name] for name in facts if name in names}
-
-
-def _finite_number(x) -> bool:
-    """True for Python, NumPy and zero-dimensional tensor numbers that are finite in float32."""
-    number = isinstance(x, (int, float)) or (getattr(x, "ndim", None) == 0 and not isinstance(x, str))
-    return number and math.isfinite(x) and abs(float(x)) < torch.finfo(torch.float32).max

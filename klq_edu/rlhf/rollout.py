@@ -41,9 +41,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A batch of B completions of up to T tokens: complete, and never changed (`dataclasses.replace` makes another).
-
-    Index t holds action a_t, V(s_t) and r_{t+1}.
+    """A batch of B completions of up to T tokens, never changed. Index t holds action a_t, V(s_t) and r_{t+1}.
 
     Attributes:
         prompts, completions: the texts.
@@ -52,8 +50,7 @@ class Rollout:
         logprobs, ref_logprobs, values, entropy, kl: [B, T] float32 under the policy that sampled; log π, log π_b, V,
             H(π) and exact D(π ‖ π_b), recomputed by the training forward.
         rewards: [B, T] the score on the last real token, 0 elsewhere; zeros until `rewarded`.
-        input_ids, attention_mask: [B, L] what a model reads: left-padded prompts, and completions but for their last
-            token.
+        input_ids, attention_mask: [B, L] what a model reads: left-padded prompts, completions without the last token.
         trunk: [B, L, d] the frozen blocks' activations there, kept from sampling; None where all blocks are trained.
         allowed: [B, T, A] tokens that could have been chosen, or None.
         temperature: what divided the logits.
@@ -97,8 +94,7 @@ class Rollout:
     def rewarded(self, scores: Tensor) -> "Rollout":
         """The same with each completion's score [B] on its last real token."""
         last = self.mask.sum(1, keepdim=True) - 1
-        zeros = torch.zeros(self.mask.shape, dtype=scores.dtype, device=scores.device)
-        return replace(self, rewards=zeros.scatter(1, last, scores.unsqueeze(1)))
+        return replace(self, rewards=scores.new_zeros(self.mask.shape).scatter(1, last, scores.unsqueeze(1)))
 
 
 @torch.no_grad()
@@ -106,11 +102,8 @@ def collect(
     policy: ActorCritic, tokenizer, prompts: list[str], *, max_new_tokens: int, temperature: float = 1.0,
     constraint: Constraint | None = None, generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample one completion per prompt and compute its statistics; rewards are left at zero.
-
-    Raises ValueError for prompts that can't be used (see `check_prompts`), and FloatingPointError where the model's
-    probabilities are NaN.
-    """
+    """Sample one completion per prompt and compute its statistics; rewards are left at zero. Raises ValueError for
+    prompts that can't be used (see `check_prompts`), FloatingPointError for probabilities that are NaN."""
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, max_new_tokens)
     eos = torch.tensor(stop_ids(policy, tokenizer), dtype=torch.long, device=policy.device)
     state = None if constraint is None else constraint.start(prompts)
@@ -129,9 +122,8 @@ def collect(
         unknown=mask & ~known,
     )  # fmt: skip
     stats, values = score(policy, sampled, reference=True)
-    names = {"logprob": "logprobs", "ref_logprob": "ref_logprobs"}
-    columns = {names.get(name, name): x for name, x in stats._asdict().items()}
-    return replace(sampled, **columns, values=torch.where(mask, values, 0.0))
+    logs = {"logprobs": stats.logprob, "ref_logprobs": stats.ref_logprob, "kl": stats.kl, "entropy": stats.entropy}
+    return replace(sampled, **logs, values=torch.where(mask, values, 0.0))
 
 
 @lru_cache(maxsize=2)
@@ -153,10 +145,8 @@ def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_t
 
 
 def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_new_tokens: int) -> None:
-    """Refuse prompts that are no text, have no tokens, or do not fit the model's context with their completion.
-
-    Raises one ValueError that counts each kind, shows the first of it and says how to filter.
-    """
+    """Raise one ValueError that counts prompts which are no text, have no tokens or do not fit the model's context with
+    their completion, shows the first of each kind and says how to filter."""
     if not len(prompts):
         raise ValueError("prompts must not be empty: got a list of 0 prompts")
     room, found = context(policy.lm) - max_new_tokens, {}
@@ -175,10 +165,8 @@ def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_ne
         limit = f" <= {room - len(tokenise(tokenizer, [''])[0])}" if room < torch.inf else ""
         ids = "tokenizer(row['prompt'], add_special_tokens=False)['input_ids']"
         limit += f" and max({ids}) < {known}" if foreign in found else ""
-        raise ValueError(
-            f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: isinstance(row['prompt'], str) "
-            f"and 0 < len({ids}){limit})"
-        )
+        rule = f"isinstance(row['prompt'], str) and 0 < len({ids}){limit}"
+        raise ValueError(f"prompts: {', '.join(kinds)}. Keep the others: prompts.filter(lambda row: {rule})")
 
 
 def tokenise(tokenizer, prompts: Sequence[str]) -> list[list[int]]:

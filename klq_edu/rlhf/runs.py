@@ -42,9 +42,8 @@ class TrainState:
 
     def to_dict(self) -> dict:
         """The state after the last finished update; valid unless an optimiser step has been taken since."""
-        parameters = {name: p.detach() for name, p in self.parameters.items()}
-        optimizer = self.optimizer.state_dict()
-        return {"updates": self.updates, "parameters": parameters, "optimizer": optimizer, "random": self.random}
+        state = {"updates": self.updates, "optimizer": self.optimizer.state_dict(), "random": self.random}
+        return state | {"parameters": {name: p.detach() for name, p in self.parameters.items()}}
 
     def restore(self, saved: dict) -> None:
         """Put a saved state back into the objects this one watches."""
@@ -76,10 +75,7 @@ class Run:
 
     @contextmanager
     def writing(self):
-        """Within this context no other process writes here (it may be nested). Raises ValueError where one does.
-
-        The settings are looked at again, since another run may have begun here in the meantime.
-        """
+        """Within this context no other process writes here (it may be nested). Raises ValueError where one does."""
         if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             raise ValueError(f"this loop is one process, but WORLD_SIZE is {processes}: start it without torchrun")
         try:
@@ -87,7 +83,7 @@ class Run:
         except Timeout:
             raise ValueError(f"{self.folder} is in use by another process: wait, or choose another (--out)") from None
         with lock:
-            self._accept_raised_updates()
+            self._accept_raised_updates()  # looks again: another run may have begun here in the meantime
             yield
 
     def claim(self, identity: dict[str, str], again: bool = False) -> None:
@@ -106,19 +102,17 @@ class Run:
             way += "; a reward that changes by itself may have an attribute `identity`" if "reward" in differ else ""
             raise ValueError(f"{self.folder} holds another run, it differs in {shown}; {way}")
         if start_differs:
-            raise ValueError(
-                f"{self.folder} has no checkpoint yet, and the policy no longer has the weights it began with there "
-                "(was a call interrupted?): build it anew, or use another folder (--out)"
-            )
+            why = "the policy no longer has the weights it began with there (was a call interrupted?)"
+            way = "build it anew, or use another folder (--out)"
+            raise ValueError(f"{self.folder} has no checkpoint yet, and {why}: {way}")
         more = {k: [*recorded.get(k, []), v] for k, v in identity.items() if v not in recorded.get(k, [])}
         write_json(self.identity, recorded | {k: v for k, v in more.items() if k != START or k not in recorded})
 
     def keep(self, name: str, value: str) -> str:
         """What this run has recorded under this name; the value given now where there is nothing yet."""
-        recorded = read_json(self.identity)
-        if name not in recorded:
-            write_json(self.identity, recorded | {name: value})
-        return recorded.get(name, value)
+        recorded = {name: value} | read_json(self.identity)
+        write_json(self.identity, recorded)
+        return recorded[name]
 
     def resume(self, state: TrainState) -> list[dict]:
         """Restore the checkpoint, if there is one, and return the rows logged up to it; later lines are dropped.
@@ -131,10 +125,9 @@ class Run:
             write_text(log, "".join(f"{line}\n" for line in complete_lines(log)[: state.updates]))
         rows = self.rows()
         if [row.get("update") for row in rows] != list(range(state.updates)):
-            raise ValueError(
-                f"{self.metrics} does not hold the {state.updates} updates of the checkpoint, one row each and in "
-                "order: use another folder (--out), or empty this one to train from the start"
-            )
+            what = f"the {state.updates} updates of the checkpoint, one row each and in order"
+            way = "use another folder (--out), or empty this one to train from the start"
+            raise ValueError(f"{self.metrics} does not hold {what}: {way}")
         return rows
 
     def rows(self) -> list[dict]:

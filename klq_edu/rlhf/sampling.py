@@ -21,13 +21,12 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Feed new tokens [b, n] of the present rows (the mask covers all so far): their next-token logits [b, A]."""
-        policy = self.policy
+        policy, place = self.policy, positions(attention_mask)[:, -input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": place}
         self.rows = torch.arange(len(input_ids), device=input_ids.device) if self.rows is None else self.rows
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": self.cache}
-        inputs["position_ids"] = positions(attention_mask)[:, -input_ids.shape[1] :]
         watch = watch_block(policy.lm, policy.frozen_blocks, lambda args, _: self.trunk.append((self.rows, args[0])))
         with watch, policy.precision():
-            out = policy.lm.base_model(**inputs, use_cache=True)
+            out = policy.lm.base_model(**inputs, past_key_values=self.cache, use_cache=True)
             self.cache = out.past_key_values
             return policy.head(out.last_hidden_state[:, -1])
 
@@ -52,26 +51,29 @@ def sample(
     """Tokens [B, T], their mask, allowed tokens [B, T, A] or None, trunk activations [B, L, d] or None.
 
     Row b's token at step t is decided by one uniform number, drawn for every row and step in advance: when other rows
-    end changes nothing. Finished rows repeat their last token, masked, and are soon left out of the forward passes.
+    end changes nothing. Finished rows go on, masked; once left out of the forward passes they repeat their last token.
     """
     decode, ids, last = Decoder(policy), prompt_ids, prompt_ids[:, -1]
-    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64)
+    place = "cpu" if ids.device.type == "mps" else ids.device  # MPS has no float64
+    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64).to(place)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    rows, tokens, mask, allowed = torch.arange(len(ids), device=ids.device), [], [], []
+    tokens, mask, allowed = [], [], []
     with packed_linears(policy):
         for u in uniform.unbind():
             logits = decode(ids, attention).float() / temperature
+            rows = decode.rows
             if constraint is not None:
                 allowed.append(constraint.allowed(state).to(logits.device))
                 logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
             probs = logits.softmax(-1)
-            chosen = policy.token_ids(draw(probs, u.to(probs.device)[rows]))
-            last = last.index_copy(0, rows, chosen)
+            chosen = draw(probs.to(place), u[rows.to(place)]).to(ids.device)
+            last = last.index_copy(0, rows, policy.token_ids(chosen))
             tokens.append(last)
             mask.append(alive)
             alive = alive & ~torch.isin(last, eos)
-            left, broken = torch.stack([alive.sum(), probs[:, 0].isnan().any()]).tolist()  # the one time the host waits
-            if broken:
+            broken = probs[:, 0].isnan() & mask[-1][rows]
+            left, any_broken = torch.stack([alive.sum(), broken.any()]).tolist()  # the one time the host waits
+            if any_broken:
                 raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
             if not left:
                 break
@@ -80,15 +82,10 @@ def sample(
             if policy.can_drop_rows and len(rows) - left >= WORTH_DROPPING * len(rows):
                 index = alive[rows].nonzero().squeeze(1)
                 decode.keep(index)
-                rows, attention = rows[index], attention[index]
-            ids = last[rows].unsqueeze(1)
+                attention = attention[index]
+            ids = last[decode.rows].unsqueeze(1)
             attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
-    return (
-        torch.stack(tokens, 1),
-        torch.stack(mask, 1),
-        torch.stack(allowed, 1) if allowed else None,
-        decode.activations(),
-    )
+    return *(torch.stack(x, 1) if x else None for x in (tokens, mask, allowed)), decode.activations()
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -99,34 +96,32 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     >>> draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 3), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
     tensor([1, 3, 3])
     """
-    probs = probs.cpu() if probs.device.type == "mps" else probs  # which has no float64
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     if probs.device.type != "cpu":  # a sum in parallel may waver in its last bits, and so rise where p = 0
         cumulative = cumulative.where(probs > 0, 0.0).cummax(-1).values
     total = cumulative[:, -1:]
-    bound = torch.minimum(uniform.to(probs.device).unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1).to(uniform.device)
+    bound = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
 
 
 @contextmanager
 def packed_linears(policy):
     """Within this context linear layers on a CPU multiply by weights that oneDNN has repacked, in the policy's dtype.
 
-    A few rows times a large matrix, all that decoding does, is bound by reading the matrix: packing it anew for every
-    token takes longer than multiplying.
+    Decoding is a few rows times a large matrix: packing that anew for every token takes longer than multiplying.
     """
     here = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
     here = here and (policy.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    linears = [m for m in policy.lm.base_model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
-    for module in linears if here else ():
-        bias = None if module.bias is None else module.bias.detach().to(policy.dtype)
-        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(policy.dtype))
-        module.forward = partial(_linear, packed, bias)
+    modules = policy.lm.base_model.modules() if here else ()
+    linears = [m for m in modules if type(m) is nn.Linear and m.weight.dtype == torch.float32]
     try:
+        for module in linears:
+            weight, bias = (None if p is None else p.detach().to(policy.dtype) for p in (module.weight, module.bias))
+            module.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
         yield
     finally:
-        for module in linears if here else ():
-            del module.forward
+        for module in linears:
+            vars(module).pop("forward", None)
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -134,9 +129,5 @@ def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids of left-padded sequences: the first real token is 0.
-
-    >>> positions(torch.tensor([[0, 0, 1, 1]]))
-    tensor([[0, 0, 0, 1]])
-    """
+    """Position ids of left-padded sequences: 0 at the first real token (and before it), then 1, 2 …"""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

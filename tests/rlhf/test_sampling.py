@@ -59,6 +59,38 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token():
     assert draw(tail, uniform(ALMOST_ONE)).item() == 49_990
 
 
+def test_a_draw_is_as_fine_as_float64():
+    """In float32 the sum ends before a rare last token, and a number just below a step lies on it."""
+    assert draw(torch.tensor([[0.5, 0.5, 2**-30]]), uniform(1 - 2**-32)).item() == 2
+    assert draw(torch.tensor([[0.5, 0.5]]), uniform(0.5 - 2**-40)).item() == 0
+
+
+class Stairs:
+    """Row b starts with token 5 + b, goes up by one each step, and may end at any; after that nothing is allowed."""
+
+    def start(self, prompts):
+        return torch.arange(5, 5 + len(prompts))
+
+    def allowed(self, state):
+        possible = nn.functional.one_hot(state.clamp(min=0), 61).bool()
+        possible[:, 1] = True
+        return possible & (state >= 0).unsqueeze(1)
+
+    def advance(self, state, tokens):
+        return torch.where((state >= 0) & (tokens == state), state + 1, -1)
+
+
+def test_each_row_obeys_its_own_state_of_a_constraint_whoever_has_ended(quick_to_end, tokenizer):
+    rollout = sample(quick_to_end(), tokenizer, steps=12, constraint=Stairs())
+    lengths = rollout.mask.sum(1)
+    assert len(lengths.unique()) > 3
+    for b, (row, n) in enumerate(zip(rollout.tokens.tolist(), lengths.tolist(), strict=True)):
+        assert row[: n - 1] == list(range(5 + b, 4 + b + n)) and row[n - 1] in (1, 4 + b + n)
+    assert (
+        rollout.logprobs.isfinite().all() and rollout.allowed.gather(2, rollout.tokens[..., None])[rollout.mask].all()
+    )
+
+
 def test_when_rows_are_dropped_changes_no_token_and_no_statistic(quick_to_end, tokenizer):
     policy = quick_to_end(trainable_blocks=2)
     dropped = sample(policy, tokenizer)
