@@ -11,7 +11,7 @@ from torch import Tensor
 from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
 from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.rlhf.config import AlgorithmConfig
-from klq_edu.rlhf.evaluate import regress, score
+from klq_edu.rlhf.evaluate import regression, score
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import Rollout
 
@@ -47,7 +47,10 @@ def make_targets(rollout: Rollout, config: AlgorithmConfig) -> Targets:
 
 def klq(policy: ActorCritic, old: Rollout, targets: Targets, config: AlgorithmConfig) -> Step:
     """½(τ log π/π_b + V − Ĝ)² / (ατ): one regression trains policy and critic together (6)."""
-    loss, new = regress(policy, old, targets.q, config)
+    loss, new = regression(policy, old)(
+        targets=targets.q, tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip,
+        delta=config.delta,
+    )  # fmt: skip
     return Step(loss / (config.alpha * config.tau), new.logprob)
 
 

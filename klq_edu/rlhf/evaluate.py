@@ -4,41 +4,37 @@ Without a constraint log-probabilities and losses come from hidden states and no
 becomes −inf in the logits of policy and reference alike.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from klq_edu.rlhf.config import AlgorithmConfig
 from klq_edu.rlhf.policy import ActorCritic
 from klq_kernels import TokenStats, linear_klq_loss, linear_token_stats, logits_klq_loss, token_stats
 
-if TYPE_CHECKING:
-    from klq_edu.rlhf.rollout import Rollout
 
+def score(policy: ActorCritic, rollout, reference: bool = False) -> tuple[TokenStats, Tensor]:
+    """Differentiable statistics and values [B, T] of a `Rollout` under the policy as it is now.
 
-def score(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[TokenStats, Tensor]:
-    """Differentiable statistics and values [B, T] of a rollout's tokens now; `reference` adds log π_b and exact KL."""
+    With `reference` the statistics include log π_b and the exact KL, which cost a pass of the frozen reference.
+    """
     given, values = _arguments(policy, rollout, reference)
     stats = token_stats if "logits" in given else linear_token_stats
     return stats(**given), values
 
 
-def regress(
-    policy: ActorCritic, rollout: "Rollout", targets: Tensor, config: AlgorithmConfig
-) -> tuple[Tensor, TokenStats]:
-    """KLQ's loss of fitting Q to targets [B, T] (6), and the statistics of the policy as it is now, detached."""
+def regression(policy: ActorCritic, rollout) -> Callable[..., tuple[Tensor, TokenStats]]:
+    """KLQ's fused loss for this policy on a `Rollout`: given targets [B, T] and settings it returns the loss (6) and
+    the present statistics, detached."""
     given, values = _arguments(policy, rollout)
+    given |= {"values": values, "old_logprobs": rollout.logprobs, "old_values": rollout.values}
     loss = logits_klq_loss if "logits" in given else linear_klq_loss
-    return loss(
-        **given, ref_logprobs=rollout.ref_logprobs, values=values, targets=targets,
-        tau=config.tau, loss=config.loss, clip=config.clip, log_ratio_clip=config.log_ratio_clip, delta=config.delta,
-        old_logprobs=rollout.logprobs, old_values=rollout.values, return_stats=True,
-    )  # fmt: skip
+    return partial(loss, **given, ref_logprobs=rollout.ref_logprobs, return_stats=True)
 
 
-def _arguments(policy: ActorCritic, rollout: "Rollout", reference: bool = False) -> tuple[dict, Tensor]:
+def _arguments(policy: ActorCritic, rollout, reference: bool = False) -> tuple[dict, Tensor]:
     """What an operation is told of tokens and models (constrained logits, or heads and their inputs), and V [B, T]."""
     inputs = policy.encode(rollout.input_ids, rollout.attention_mask, rollout.trunk)
     place = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted

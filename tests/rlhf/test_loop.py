@@ -1,5 +1,8 @@
 """The loop: reproducible, resumable, documented, and equal to the theory where the theory says so."""
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +19,7 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.runs import Run
+from klq_kernels import torch_linear
 
 PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)], "target": list(range(7))})
 
@@ -107,6 +111,24 @@ def test_lines_logged_after_the_last_checkpoint_are_dropped(tmp_path, tiny_lm, t
 
 def test_every_logged_metric_is_documented_and_every_documented_one_logged(tmp_path, tiny_lm, tokenizer):
     assert set(run(tmp_path, tiny_lm, tokenizer)[0]) == set(METRICS)
+
+
+def test_the_walk_from_fit_to_the_formula_is_the_one_that_contributing_describes(
+    tmp_path, tiny_lm, tokenizer, monkeypatch
+):
+    walks, formula = [], torch_linear.klq_terms
+
+    def spy(*args):
+        walks.append([call.name for call in traceback.extract_stack() if "klq_" in call.filename])
+        return formula(*args)
+
+    monkeypatch.setattr(torch_linear, "klq_terms", spy)
+    run(tmp_path, tiny_lm, tokenizer, settings(updates=1))
+    walk = walks[0][walks[0].index("train") :]
+    assert walk == ["train", "fit", "klq", "linear_klq_loss", "linear_klq_loss", "linear_klq"]
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = [text.index(name) for name in ("loop.train", "`fit`", "algorithms.klq", "linear_klq`", "klq_terms")]
+    assert places == sorted(places)
 
 
 def first_gradient(policy, batch, config):
