@@ -182,6 +182,8 @@ def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
     >>> sorted(prompt_rows(4, 2, 0, seed=0) + prompt_rows(4, 2, 1, seed=0))
     [0, 1, 2, 3]
     """
+    if count < 1:
+        raise ValueError("prompts must not be empty: got 0 rows")
     first, start = divmod(update * batch, count)
     epochs = range(first, 1 + (update * batch + batch - 1) // count)
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
