@@ -68,9 +68,8 @@ def linear_token_stats_grad(
     """Gradients of hidden [N, H], weight [V, H] and bias [V], the logits computed again (Wijmans et al. 2024); empty
     where not needed."""
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c))
-    given |= dict(needed=tuple(needed), workspace=workspace)
-    grads = kernels(backend, "linear").linear_grad(policy, tokens, ref, **given)
+    given = (temperature, mask, Residuals(*stats), Upstream(a, b, c), tuple(needed), workspace)
+    grads = kernels(backend, "linear").linear_grad(policy, tokens, ref, *given)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -146,15 +145,6 @@ def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> 
     return None if hidden is None else Head(hidden, weight, bias)
 
 
-def _flat_view(x: Tensor) -> Tensor:
-    """x as [N, V] in the same memory; an in-place gradient can't be written into a strided tensor's copy."""
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError as error:
-        got = f"shape {tuple(x.shape)} with strides {x.stride()}"
-        raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
-
-
 # Shapes and dtypes, for torch.compile
 
 
@@ -197,24 +187,15 @@ def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx, *upstream: Tensor | None) -> list:
-    """A gradient op's tensors: those of the forward op, its residuals, the upstream gradients."""
+def _backward(ctx, a, b, _, c, *unused):
+    """A gradient op takes the tensors of the forward op, its residuals, and the upstream gradients."""
     inputs, stats = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
-    return [*inputs, stats, *(None if g is None else g.contiguous() for g in upstream)]
-
-
-def _token_stats_backward(ctx, a, b, _, c, *unused):
-    return token_stats_grad(*_saved(ctx, a, b, c), **ctx.options), *[None] * (ctx.count - 1)
-
-
-def _linear_token_stats_backward(ctx, a, b, _, c, *unused):
+    given = (*inputs, stats, *(None if g is None else g.contiguous() for g in (a, b, c)))
+    if "workspace" not in ctx.options:
+        return token_stats_grad(*given, **ctx.options), *[None] * (ctx.count - 1)
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-    grads = linear_token_stats_grad(*_saved(ctx, a, b, c), **ctx.options, needed=needed)
+    grads = linear_token_stats_grad(*given, **ctx.options, needed=needed)
     return *(g if need else None for g, need in zip(grads, needed)), *[None] * (ctx.count - 3)
-
-
-token_stats.register_autograd(_token_stats_backward, setup_context=_save)
-linear_token_stats.register_autograd(_linear_token_stats_backward, setup_context=_save)
 
 
 def _save_loss(ctx, inputs, keyword_only_inputs, output):
@@ -229,8 +210,9 @@ def _loss_backward(ctx, upstream, *unused):
     return *(g if need else None for g, need in grads), *[None] * ctx.others
 
 
-for op in (logits_klq_loss, linear_klq_loss):
-    op.register_autograd(_loss_backward, setup_context=_save_loss)
+for statistics, loss in ((token_stats, logits_klq_loss), (linear_token_stats, linear_klq_loss)):
+    statistics.register_autograd(_backward, setup_context=_save)
+    loss.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -239,7 +221,12 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, values, tokens, given, settings, temperature, backend):
         """As the custom op, in place; `given` are the other per-token tensors."""
-        grad, inputs = _flat_view(logits.detach()), LossInputs(logprobs=None, values=values.detach(), **given)
+        try:
+            grad = logits.detach().view(-1, logits.shape[-1])
+        except RuntimeError as error:
+            got = f"shape {tuple(logits.shape)} with strides {logits.stride()}"
+            raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
+        inputs = LossInputs(logprobs=None, values=values.detach(), **given)
         *results, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
         torch.autograd.graph.increment_version(grad)
         ctx.grads = grad.view(logits.shape), dvalues

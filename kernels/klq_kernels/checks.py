@@ -6,38 +6,20 @@ import numbers
 import os
 import reprlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 BACKENDS = ("reference", "torch", "triton")
 
 
-def positive(**values: float) -> None:
-    """Raise ValueError unless every value is a finite number > 0, TypeError if one is no number.
+def _within(rule: str, holds: Callable[[float], bool], /, **values: float) -> None:
+    """Raise ValueError unless every value is a finite number for which the rule holds, TypeError if one is no number.
 
     >>> positive(tau=0.0)
     Traceback (most recent call last):
     ValueError: tau must be a finite number > 0, got 0.0
     """
-    _within("be a finite number > 0", lambda x: 0 < x < math.inf, values)
-
-
-def non_negative(**values: float) -> None:
-    """As `positive`, but 0 will do."""
-    _within("be a finite number >= 0", lambda x: 0 <= x < math.inf, values)
-
-
-def unit_interval(**values: float) -> None:
-    """As `positive`, for values in [0, 1]: γ and λ of arXiv 2508.17000, eqs. (14) and (7)."""
-    _within("lie in [0, 1]", lambda x: 0 <= x <= 1, values)
-
-
-def step_size(alpha: float) -> None:
-    """As `positive`, for 0 < alpha <= 1, the step towards the λ-return in arXiv 2508.17000, eq. (7)."""
-    _within("lie in (0, 1] (the fraction of the way to the λ-return)", lambda x: 0 < x <= 1, dict(alpha=alpha))
-
-
-def _within(rule: str, holds: Callable[[float], bool], values: dict) -> None:
     for name, x in values.items():
         if isinstance(x, torch.Tensor):
             number = x.dim() == 0 and x.dtype != torch.bool
@@ -45,6 +27,17 @@ def _within(rule: str, holds: Callable[[float], bool], values: dict) -> None:
             number = isinstance(x, numbers.Real) and not isinstance(x, bool)
         if not number or not holds(x):
             raise (ValueError if number else TypeError)(f"{name} must {rule}, got {x!r}")
+
+
+# Called with the arguments by name. γ and λ of arXiv 2508.17000, eqs. (14) and (7), lie in the unit interval.
+positive = partial(_within, "be a finite number > 0", lambda x: 0 < x < math.inf)
+non_negative = partial(_within, "be a finite number >= 0", lambda x: 0 <= x < math.inf)
+unit_interval = partial(_within, "lie in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def step_size(alpha: float) -> None:
+    """As `positive`, for 0 < alpha <= 1, the step towards the λ-return in arXiv 2508.17000, eq. (7)."""
+    _within("lie in (0, 1] (the fraction of the way to the λ-return)", lambda x: 0 < x <= 1, alpha=alpha)
 
 
 def tensors(**given: torch.Tensor) -> None:

@@ -85,23 +85,23 @@ class Candidate(NamedTuple):
     dvalue: Tensor
 
 
-def _plain(x: LossInputs, s: LossSettings) -> Candidate:
-    """e = Q − Ĝ."""
+def plain_error(x: LossInputs, s: LossSettings) -> Candidate:
+    """e = Q − Ĝ of tensors [...]. Source: arXiv 2508.17000, eqs. (6), (13)."""
     q = q_values(x.logprobs, x.ref_logprobs, x.values, s.tau)
     one = torch.ones_like(q)
     return Candidate(q - x.targets, s.tau * one, one)
 
 
-def _value_clipped(x: LossInputs, s: LossSettings) -> Candidate:
-    """e = clamp(Q, Q_old ± clip) − Ĝ."""
+def value_clipped_error(x: LossInputs, s: LossSettings) -> Candidate:
+    """e = clamp(Q, Q_old ± clip) − Ĝ of tensors [...]: Q moves only so far per update. Source: the authors' code."""
     q = q_values(x.logprobs, x.ref_logprobs, x.values, s.tau)
     near = clamp_around(q, q_values(x.old_logprobs, x.ref_logprobs, x.old_values, s.tau), s.clip)
     free = (near == q).to(q.dtype)
     return Candidate(near - x.targets, s.tau * free, free)
 
 
-def _ratio_clipped(x: LossInputs, s: LossSettings) -> Candidate:
-    """e = V + τ clamp(ℓ, ℓ_old ± log_ratio_clip) − Ĝ."""
+def ratio_clipped_error(x: LossInputs, s: LossSettings) -> Candidate:
+    """e = V + τ clamp(ℓ, ℓ_old ± log_ratio_clip) − Ĝ of tensors [...]: as PPO's ratio. Source: the authors' code."""
     near = clamp_around(x.logprobs, x.old_logprobs, s.log_ratio_clip)
     free = (near == x.logprobs).to(near.dtype)
     error = q_values(near, x.ref_logprobs, x.values, s.tau) - x.targets
@@ -125,11 +125,13 @@ class Variant(NamedTuple):
 
 OLD_Q = ("old_logprobs", "old_values")
 VARIANTS = {
-    "l2": Variant((_plain,)),
-    "huber": Variant((_plain,), ("delta",), (), _huber, lambda e, s: e.clamp(-s.delta, s.delta)),
-    "value_clipped": Variant((_plain, _value_clipped), ("clip",), OLD_Q),
-    "ratio_clipped": Variant((_plain, _ratio_clipped), ("log_ratio_clip",), ("old_logprobs",)),
-    "double_clipped": Variant((_plain, _value_clipped, _ratio_clipped), ("clip", "log_ratio_clip"), OLD_Q),
+    "l2": Variant((plain_error,)),
+    "huber": Variant((plain_error,), ("delta",), (), _huber, lambda e, s: e.clamp(-s.delta, s.delta)),
+    "value_clipped": Variant((plain_error, value_clipped_error), ("clip",), OLD_Q),
+    "ratio_clipped": Variant((plain_error, ratio_clipped_error), ("log_ratio_clip",), ("old_logprobs",)),
+    "double_clipped": Variant(
+        (plain_error, value_clipped_error, ratio_clipped_error), ("clip", "log_ratio_clip"), OLD_Q
+    ),
 }
 LOSSES = tuple(VARIANTS)
 
@@ -148,20 +150,16 @@ def check_settings(settings: LossSettings, inputs: LossInputs) -> None:
 
 
 def _worst(inputs: LossInputs, settings: LossSettings) -> Candidate:
-    """Of each token's candidates that of the largest |e|, of equals the first: an idle clamp changes nothing."""
-    inputs = _cleaned(inputs)
+    """Of each token's candidates that of the largest |e|, of equals the first: an idle clamp changes nothing.
+    Masked tokens count as zeros, and only the new log-probs and values keep their graph."""
+    given = checks.optional(**inputs._replace(mask=None)._asdict())
+    given = {name: x if name in ("logprobs", "values") else x.detach() for name, x in given.items()}
+    inputs = inputs._replace(**dict(zip(given, clean(inputs.mask, *given.values()), strict=True)))
     worst, *others = (make(inputs, settings) for make in VARIANTS[settings.loss].candidates)
     for other in others:
         worse = other.error.abs() > worst.error.abs()
         worst = Candidate(*(torch.where(worse, x, y) for x, y in zip(other, worst, strict=True)))
     return worst
-
-
-def _cleaned(inputs: LossInputs) -> LossInputs:
-    """The inputs in their result dtype, zero where masked; only the new log-probs and values keep their graph."""
-    given = checks.optional(**inputs._replace(mask=None)._asdict())
-    given = {name: x if name in ("logprobs", "values") else x.detach() for name, x in given.items()}
-    return inputs._replace(**dict(zip(given, clean(inputs.mask, *given.values()), strict=True)))
 
 
 def clamp_around(x: Tensor, centre: Tensor, radius: float) -> Tensor:

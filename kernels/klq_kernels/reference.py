@@ -27,7 +27,8 @@ def token_stats(
 
     dtype = result_dtype(logits, ref_logits)
     logp = _log_softmax(logits.to(dtype), temperature, mask)
-    logprob, entropy = _pick(logp, tokens, mask), zero_unless(mask, _entropy(logp))
+    logprob = _pick(logp, tokens, mask)
+    entropy = zero_unless(mask, -(logp.exp() * torch.where(logp > -INF, logp, 0.0)).sum(-1))  # 0 log 0 = 0
     if ref_logits is None:
         return TokenStats(logprob, entropy, None, None)
     logq = _log_softmax(ref_logits.detach().to(dtype), temperature, mask)
@@ -113,11 +114,6 @@ def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:
 def _pick(logp: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """logp of each token, 0 where masked."""
     return zero_unless(mask, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
-
-
-def _entropy(logp: Tensor) -> Tensor:
-    """−Σ p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
-    return -(logp.exp() * torch.where(logp > -INF, logp, 0.0)).sum(-1)
 
 
 def shift_left(x: Tensor, steps: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ never read. The arithmetic is float32, or float64 for float64 inputs.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def logits_stats(
     out = Residuals.zeros(tokens, dtype, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
         z, r = (None if x is None else _read_rows(x, rows, dtype) for x in (logits, ref_logits))
-        _fill(out, rows, z, tokens[rows].long(), r, temperature, _kl)
+        _fill(out, rows, z, tokens[rows].long(), r, temperature)
     return out
 
 
@@ -39,7 +39,7 @@ def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: floa
     out, buffers, inside = Residuals.zeros(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
     for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
         part, reference_part = z[rows], None if r is None else r[rows]
-        _fill(out, rows, part, inside[rows], reference_part, temperature, _cross_kl, _scratch(buffers, "logp", part))
+        _fill(out, rows, part, inside[rows], reference_part, temperature, _scratch(buffers, "logp", part))
     return out
 
 
@@ -125,7 +125,11 @@ def lambda_returns(
         advantages = _discounted_sums(td_errors, gamma * lam)
     else:
         c = reference.zero_unless(mask, weights[0])
-        advantages = _decaying_sums(td_errors, gamma * lam * reference.shift_left(c))
+        decay, advantages, step = gamma * lam * reference.shift_left(c), td_errors.clone(), 1
+        while step < mask.shape[1]:  # after round k, (decay, Δ)_t covers 2^k steps (Hillis and Steele 1986)
+            advantages[:, :-step] += decay[:, :-step] * advantages[:, step:].clone()
+            decay = decay * reference.shift_left(decay, step)
+            step *= 2
     return LambdaReturns(torch.add(q, advantages, alpha=alpha), advantages, td_errors)
 
 
@@ -142,17 +146,6 @@ def _discounted_sums(x: Tensor, g: float, block: int = 64) -> Tensor:
     later = local[:, :, 0] @ _powers(local.shape[1], g**block, *kind)  # from each block's start to the row's end
     to_next = g ** torch.arange(block, 0, -1, dtype=x.dtype, device=x.device)
     return (local + reference.shift_left(later).unsqueeze(2) * to_next).flatten(1)[:, :steps].contiguous()
-
-
-def _decaying_sums(x: Tensor, decay: Tensor) -> Tensor:
-    """S_t = x_t + decay_t S_{t+1} along the last axis of x [B, T] by doubling: after round k, (decay, S)_t covers 2^k
-    steps (Hillis and Steele 1986)."""
-    total, step = x.clone(), 1
-    while step < x.shape[1]:
-        total[:, :-step] += decay[:, :-step] * total[:, step:].clone()
-        decay = decay * reference.shift_left(decay, step)
-        step *= 2
-    return total
 
 
 @functools.lru_cache(maxsize=8)
@@ -185,11 +178,10 @@ def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _fill(
-    out: Residuals, rows: Rows, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float,
-    kl: Callable[[Tensor, Tensor, Tensor], Tensor], scratch: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Residuals of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z and
-    log q overwrites r."""
+    out: Residuals, rows: Rows, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float, scratch=None
+) -> None:
+    """Residuals of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z, log q
+    overwrites r, and the KL is a mere Σ p log(p/q)."""
     logp, p, logq = (None, None, None) if scratch is None else (scratch[: len(z)], z, r)
     logp, out.shift[rows], out.lse[rows] = _log_softmax(z, temperature, logp)
     p = torch.softmax(logp, 1, out=p)
@@ -198,7 +190,7 @@ def _fill(
     if r is not None:
         logq, out.ref_shift[rows], out.ref_lse[rows] = _log_softmax(r, temperature, logq)
         out.ref_logprob[rows] = logq.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        out.kl[rows] = kl(p, logp, logq)
+        out.kl[rows] = _kl(p, logp, logq) if scratch is None else _cross(p, logp.sub_(logq)).clamp_(min=0)
 
 
 def _log_softmax(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,11 +236,6 @@ def _cross(p: Tensor, d: Tensor) -> Tensor:
     """Σ p d of each row, where p = 0 contributes 0 whatever d is."""
     sums = torch.linalg.vecdot(p, d)
     return torch.linalg.vecdot(p, d.masked_fill(p == 0, 0.0)) if sums.isnan().any() else sums
-
-
-def _cross_kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """D(p ‖ q) of each row as Σ p log(p/q), which overwrites log p."""
-    return _cross(p, logp.sub_(logq)).clamp_(min=0)
 
 
 def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:

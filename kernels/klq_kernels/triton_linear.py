@@ -152,16 +152,13 @@ def linear_grad_kernel(
     lse = tl.load(LSE + row, mask=live, other=0.0)[:, None]
     x = (z - shift) * inv_temperature - lse
     y = x
-    a = tl.zeros([ROWS, 1], tl.float32)
-    b, c, entropy, kl = a, a, a, a
-    if HAS_A:
-        a = tl.load(A + row, mask=live, other=0.0)[:, None]
-    if HAS_B:
-        b = tl.load(B + row, mask=live, other=0.0)[:, None]
-        entropy = tl.load(ENTROPY + row, mask=live, other=0.0)[:, None]
+    zero = tl.zeros([ROWS, 1], tl.float32)
+    a = tl.load(A + row, mask=live, other=0.0)[:, None] if HAS_A else zero
+    b = tl.load(B + row, mask=live, other=0.0)[:, None] if HAS_B else zero
+    c = tl.load(C + row, mask=live, other=0.0)[:, None] if HAS_C else zero
+    entropy = tl.load(ENTROPY + row, mask=live, other=0.0)[:, None] if HAS_B else zero
+    kl = tl.load(KL + row, mask=live, other=0.0)[:, None] if HAS_C else zero
     if HAS_C:
-        c = tl.load(C + row, mask=live, other=0.0)[:, None]
-        kl = tl.load(KL + row, mask=live, other=0.0)[:, None]
         r, _ = _logits_tiles(
             H2, H2, W2, BIAS2, row, live, columns, V, D2, h2_row, h2_row, w2_row,
             HAS_BIAS2, False, PRECISION, UPCAST, HIDDEN,
@@ -190,9 +187,10 @@ def linear_stats(
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=tokens.device)
     token_logits = torch.full((2, rows), float("nan"), dtype=torch.float32, device=tokens.device)
     heads, sizes, flags = _arguments(policy, ref)
+    own, other = ([x is not None and (x.data_ptr(), x.shape, x.stride()) for x in h[1:]] for h in (policy, ref or ()))
     linear_stats_kernel[(row_tiles * splits,)](
         *heads, tokens, mask, partials, *token_logits, rows, V, *sizes, 1 / temperature, row_tiles, span, splits,
-        **flags, HAS_REF=ref is not None, SHARED=ref is not None and _same(policy, ref), **_tile(tile),
+        **flags, HAS_REF=ref is not None, SHARED=ref is not None and own == other, **_tile(tile),
     )  # fmt: skip
     merge_kernel[(rows,)](
         partials, tokens, mask, *token_logits, *out, rows, V, 1, 0, 0, 0, 0, 1 / temperature, splits,
@@ -259,12 +257,6 @@ def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int,
     h, w, _, h2, w2, _ = given
     flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
     return given, (w.shape[1], w2.shape[1], *(x.stride(0) for x in (h, w, h2, w2))), flags
-
-
-def _same(policy: Head, ref: Head) -> bool:
-    """Whether both models use the same head: one weight (and one bias, or none) in memory."""
-    places = [[x if x is None else (x.data_ptr(), x.shape, x.stride()) for x in head[1:]] for head in (policy, ref)]
-    return places[0] == places[1]
 
 
 def fp32_precision(platform: str) -> str:

@@ -191,9 +191,8 @@ def returns_kernel(
         t = block * BLOCK + steps
         real = tl.load(MASK + t, mask=t < T, other=0) != 0
         following = tl.load(MASK + t + 1, mask=t + 1 < T, other=0) != 0
-        r = tl.load(REWARDS + row * r_row + t, mask=t < T, other=0.0).to(
-            tl.float32
-        )  # masked by t alone: 16 bytes at a time
+        # masked by t alone: 16 bytes at a time
+        r = tl.load(REWARDS + row * r_row + t, mask=t < T, other=0.0).to(tl.float32)
         v = tl.load(VALUES + t, mask=t < T, other=0.0).to(tl.float32)
         v_next = tl.load(VALUES + t + 1, mask=following, other=0.0).to(tl.float32)
         p = tl.load(LOGPROBS + row * p_row + t, mask=t < T, other=0.0).to(tl.float32)
