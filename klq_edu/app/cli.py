@@ -8,6 +8,7 @@ from contextlib import suppress
 from klq_edu.rlhf.signals import StopSignals
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)  # those that a message explains
+INTERRUPTED = "\nInterrupted; what is done is kept. The same command continues with what is missing."
 
 
 def main() -> None:
@@ -19,27 +20,15 @@ def main() -> None:
             from klq_edu.app.commands import run
 
             run()
-        except BaseException as error:
-            sys.exit(_ended(error, stop.signum))
-
-
-def _ended(error: BaseException, signum: int | None) -> int | str | None:
-    """Exit status after an exception; where a signal came it may be any (an import then reports ImportError)."""
-    signum = getattr(error, "signum", signum or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None))
-    if signum:
-        _say("\nInterrupted; what is done is kept. The same command continues with what is missing.")
-        return 128 + signum
-    if isinstance(error, SystemExit):
-        return error.code
-    if os.environ.get("KLQ_DEBUG") or not isinstance(error, ERRORS):
-        raise error
-    _say(f"klq: {error}\n(KLQ_DEBUG=1 shows where this was raised)")
-    return 1
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr)
+        except BaseException as error:  # where a signal came it may be any (an import then reports ImportError)
+            signum = signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+            signum = getattr(error, "signum", stop.signum or signum)
+            if not signum and (os.environ.get("KLQ_DEBUG") or not isinstance(error, ERRORS)):
+                raise
+            text = f"klq: {error}\n(KLQ_DEBUG=1 shows where this was raised)"
+            with suppress(OSError):  # the terminal may be gone
+                print(INTERRUPTED if signum else text, file=sys.stderr)
+            sys.exit(128 + signum if signum else 1)
 
 
 if __name__ == "__main__":

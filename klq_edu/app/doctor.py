@@ -27,20 +27,15 @@ def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
     root, weights = cache_root(), ("installed",) if weights_folder() else ("absent", ABSENT)
     made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
-    return [
-        Finding("python", True, platform.python_version()),
-        *(_package(*item) for item in PACKAGES.items()),
-        *(_devices() if importlib.util.find_spec("torch") else []),
-        Finding("SmolLM2 weights", weights == ("installed",), *weights),
-        Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}"),
-    ]
-
-
-def _package(name: str, advice: str) -> Finding:
-    try:
-        return Finding(name, True, version(name))
-    except PackageNotFoundError:
-        return Finding(name, False, "not installed", advice)
+    findings = [Finding("python", True, platform.python_version())]
+    for name, advice in PACKAGES.items():
+        try:
+            findings.append(Finding(name, True, version(name)))
+        except PackageNotFoundError:
+            findings.append(Finding(name, False, "not installed", advice))
+    findings += _devices() if importlib.util.find_spec("torch") else []
+    cache = Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}")
+    return [*findings, Finding("SmolLM2 weights", weights == ("installed",), *weights), cache]
 
 
 def _devices() -> list[Finding]:

@@ -47,26 +47,23 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
     run = Run(folder, {"world": world.name, **config.to_dict()})
     with run.writing(), threads(world.threads):
         run.claim(identity(world.prompts, world.reward))
-        if read_result(run):
+        if result := read_result(run):
             run.say_finished(config.updates)
-        else:
-            _run(world, config, run, on_update)
+            return result
+        policy = world.make_policy(config).to(resolve_device(config.device))
+        before = held_out_samples(world, policy, config)
+        run.claim({"reward": reward_identity(world.reward)}, again=True)
+        exact = world.exact and world.tree.expected_reward(world.tree.ref).item()
+        policy.start_value(exact if world.exact else before["reward"].mean())
+        (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
+        train(
+            policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
+            evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
+        )  # fmt: skip
+        after = held_out_samples(world, policy, config)
+        run.claim({"reward": reward_identity(world.reward)}, again=True)
+        write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
         return read_result(run)
-
-
-def _run(world: World, config: TrainConfig, run: Run, on_update) -> None:
-    policy = world.make_policy(config).to(resolve_device(config.device))
-    before = held_out_samples(world, policy, config)
-    run.claim({"reward": reward_identity(world.reward)}, again=True)
-    policy.start_value(world.tree.expected_reward(world.tree.ref).item() if world.exact else before["reward"].mean())
-    (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
-    train(
-        policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
-        evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
-    )  # fmt: skip
-    after = held_out_samples(world, policy, config)
-    run.claim({"reward": reward_identity(world.reward)}, again=True)
-    write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
 
 
 def read_result(run: Run) -> Result | None:

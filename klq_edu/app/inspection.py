@@ -87,17 +87,16 @@ def _compiler(config: InspectConfig) -> Iterator[str]:
 def _table(records: list[dict]):
     from rich.table import Column, Table
 
-    def counts(which: dict[str, int]) -> str:
-        return " ".join(f"{n}×{kind}" for kind, n in which.items())
-
     numbers = (Column(name, justify="right") for name in ("regs", "spill", "shared"))
     columns = ("kernel", "target", "dtype", "tile", *numbers, "loads", "stores", "matrix", "dot")
     table = Table(*columns, title="What the machine code shows (compiled here, run nowhere)", title_justify="left")
     for r in records:
+        counts = (" ".join(f"{n}×{kind}" for kind, n in r[what].items()) for what in ("loads", "stores", "matrix"))
+        loads, stores, matrix = counts
         shared = f"{r['shared_bytes'] / 1024:.0f}/{r['shared_limit'] / 1024:.0f}K"
         table.add_row(
             r["kernel"], r["target"], r["dtype"], r["tile"], str(r["registers"]), str(r["spill_bytes"]), shared,
-            counts(r["loads"]) + " B", counts(r["stores"]) + " B", counts(r["matrix"]) or "-", r["precision"],
+            f"{loads} B", f"{stores} B", matrix or "-", r["precision"],
             style="red" if r["problems"] else None if r["default"] else "dim",
         )  # fmt: skip
     return table

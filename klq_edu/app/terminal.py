@@ -1,6 +1,5 @@
 """Experiments on the terminal: a progress bar each, with reward, KL and the time that remains, then their table."""
 
-from functools import partial
 from pathlib import Path
 
 from rich import progress as bars
@@ -32,17 +31,16 @@ def run_all(console: Console, name: str, experiments: dict[Path, TrainConfig]) -
             what = f"{STYLES[variant_of(settings.to_dict())][0]} seed {settings.seed}"
             tasks.append(progress.add_task(what, total=settings.updates, note="", start=False))
         for task, (folder, settings) in zip(tasks, experiments.items()):
+
+            def show_update(row: dict, task=task) -> None:
+                gain = f"attained {row['attained']:.0%}" if "attained" in row else f"reward {row['reward']:+.2f}"
+                progress.update(task, completed=row["update"] + 1, note=f"{gain}  KL {row['kl']:.2f}")
+
             progress.start_task(task)
-            results.append(run_experiment(world, settings, folder, partial(show_update, progress, task)))
+            results.append(run_experiment(world, settings, folder, show_update))
             progress.update(task, completed=settings.updates)
     print_results(console, world, results)
     return world, results
-
-
-def show_update(progress: bars.Progress, task: bars.TaskID, row: dict) -> None:
-    """Move one bar and write the latest metrics beside it."""
-    gain = f"attained {row['attained']:.0%}" if "attained" in row else f"reward {row['reward']:+.2f}"
-    progress.update(task, completed=row["update"] + 1, note=f"{gain}  KL {row['kl']:.2f}")
 
 
 def print_results(console: Console, world: World, results: list[Result]) -> None:

@@ -40,37 +40,25 @@ class BenchConfig:
     give. Takes about five minutes on two idle cores. (To compare the algorithms rather than the kernels: klq sweep.)
     """
 
+    # What to compute.
     workloads: tuple[Literal["logits_stats", "linear_stats", "klq_ref", "klq", "returns", "update"], ...] = tuple(MAIN)
-    """What to compute."""
-    n: tuple[int, ...] = ()
-    """Numbers of tokens (a whole number of sequences where there is T)."""
-    v: tuple[int, ...] = ()
-    """Sizes of the vocabulary."""
-    h: tuple[int, ...] = ()
-    """Hidden sizes (from logits: of the reference GEMM only)."""
-    t: tuple[int, ...] = ()
-    """Tokens per sequence, for returns and update."""
+    n: tuple[int, ...] = ()  # Numbers of tokens (a whole number of sequences where there is T).
+    v: tuple[int, ...] = ()  # Sizes of the vocabulary.
+    h: tuple[int, ...] = ()  # Hidden sizes (from logits: of the reference GEMM only).
+    t: tuple[int, ...] = ()  # Tokens per sequence, for returns and update.
+    # Precisions of the inputs. (Where a CPU is slow at half-precision products, so is the unit: ours, which multiplies
+    # in float32 there, can then be below the limit.)
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    """Precisions of the inputs. (Where a CPU is slow at half-precision products, so is the unit: ours, which multiplies
-    in float32 there, can then be below the limit.)"""
-    reps: int = 3
-    """Repetitions, after one that warms up and is checked for its errors."""
-    compile: bool = False
-    """Also torch.compile(naive): takes tens of seconds per size, and needs a C++ compiler."""
+    reps: int = 3  # Repetitions, after one that warms up and is checked for its errors.
+    compile: bool = False  # Also torch.compile(naive): takes tens of seconds per size, and needs a C++ compiler.
+    # Also the accurate definition that everything is tested against: slower than naive, and hungry for memory.
     reference: bool = False
-    """Also the accurate definition that everything is tested against: slower than naive, and hungry for memory."""
-    memory: bool = True
-    """Measure peak memory, each in a fresh process that takes seconds to start."""
-    quick: bool = False
-    """Tiny sizes, to see in seconds that everything works; the times mean nothing."""
-    device: str = "auto"
-    """auto, cpu, cuda, …"""
-    seed: int = 0
-    """Seed of the inputs."""
-    out: Path = Path("runs/bench")
-    """Folder of what is written."""
-    name: str = "bench"
-    """Name of the CSV, of the provenance (.json) beside it, and of the figures (.svg)."""
+    memory: bool = True  # Measure peak memory, each in a fresh process that takes seconds to start.
+    quick: bool = False  # Tiny sizes, to see in seconds that everything works; the times mean nothing.
+    device: str = "auto"  # auto, cpu, cuda, …
+    seed: int = 0  # Seed of the inputs.
+    out: Path = Path("runs/bench")  # Folder of what is written.
+    name: str = "bench"  # Name of the CSV, of the provenance (.json) beside it, and of the figures (.svg).
 
     def __post_init__(self):
         for name in ("workloads", "dtypes"):
