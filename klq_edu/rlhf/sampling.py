@@ -2,14 +2,12 @@
 
 from contextlib import contextmanager
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from klq_edu.rlhf.blocks import watch_block
 
-PACKED = WeakKeyDictionary()  # frozen layer -> (what it was packed from, its packed weight)
 WORTH_DROPPING = 1 / 8  # of the rows: dropping them copies the cache, about what one step does
 
 
@@ -118,23 +116,12 @@ def packed_linears(policy):
     linears = [m for m in modules if type(m) is nn.Linear and m.weight.dtype == torch.float32]
     try:
         for module in linears:
-            module.forward = partial(_linear, *_packed(module, policy.dtype))
+            weight, bias = (None if p is None else p.detach().to(policy.dtype) for p in (module.weight, module.bias))
+            module.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
         yield
     finally:
         for module in linears:
             vars(module).pop("forward", None)
-
-
-def _packed(module: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Packed weight, and bias, of a layer in this dtype; a frozen layer's are kept for the next rollout."""
-    weight, bias = (None if p is None else p.detach().to(dtype) for p in (module.weight, module.bias))
-    state = dtype, module.weight.data_ptr(), module.weight._version
-    if (kept := PACKED.get(module)) and kept[0] == state:
-        return kept[1], bias
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    if not module.weight.requires_grad:
-        PACKED[module] = state, packed
-    return packed, bias
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

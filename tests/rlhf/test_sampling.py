@@ -1,6 +1,5 @@
 """Sampling: every draw is its row's own, finished rows cost nothing, and nothing else changes by that."""
 
-import copy
 
 import pytest
 import torch
@@ -183,24 +182,3 @@ def test_layers_are_packed_in_the_policys_precision(tiny_lm):
     with packed_linears(policy), torch.no_grad():
         out = layer(torch.randn(3, 32))
     assert out.dtype == (torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32)
-
-
-def test_a_frozen_layer_is_packed_once_and_anew_when_its_weight_or_the_precision_changes(tiny_lm, monkeypatch):
-    policy, packed, pack = ActorCritic(tiny_lm(), trainable_blocks=1), [], torch.ops.mkldnn._reorder_linear_weight
-
-    class Ops:
-        _linear_pointwise = torch.ops.mkldnn._linear_pointwise
-        _is_mkldnn_bf16_supported = torch.ops.mkldnn._is_mkldnn_bf16_supported
-        _reorder_linear_weight = staticmethod(lambda weight: packed.append(weight.dtype) or pack(weight))
-
-    monkeypatch.setattr(torch.ops, "mkldnn", Ops)
-    layer, counts, x = policy.lm.base_model.layers[0].mlp.up_proj, [], torch.randn(3, 32)
-    for change in (lambda: None, lambda: None, lambda: layer.load_state_dict({"weight": 2 * layer.weight})):
-        change()
-        with packed_linears(policy), torch.no_grad():
-            out = layer(x)
-        torch.testing.assert_close(out, x @ layer.weight.T, rtol=1e-4, atol=1e-4)
-        counts.append(len(packed))
-        packed.clear()
-    assert counts == [21, 7, 8]  # all; the top block, which is trained; that and the one that was changed
-    assert len(copy.deepcopy(policy).state_dict()) == len(policy.state_dict())
