@@ -21,6 +21,7 @@ from klq_edu.core.tree import TokenTree
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c06_klq_loss import STEP, draw_training
 from klq_kernels import logits_klq_loss
+from klq_kernels.loss import plain_error
 from klq_kernels.reference import kl_divergence, klq_loss, q_values
 
 check = start("06")
@@ -120,10 +121,13 @@ for i, t in mask.nonzero().tolist():
 check.equation("6.4", loss, total / count)
 
 # %% [markdown]
-# In the library the loss and its variants share one definition, on top of the one-line $Q$:
+# In the library the loss and its variants share one definition, on top of the one-line $Q$. Which errors compete is a row
+# of a table (`klq_kernels.loss.VARIANTS`): for the plain loss there is only one, `plain_error` (with its derivatives in $\log\pi$ and $V$ beside it); for the clipped
+# variants the worst counts.
 
 # %%
 source(q_values)
+source(plain_error)
 source(klq_loss)
 
 # %% [markdown]
