@@ -1,6 +1,5 @@
 """Sampling: every draw is its row's own, finished rows cost nothing, and nothing else changes by that."""
 
-
 import pytest
 import torch
 from hypothesis import given
