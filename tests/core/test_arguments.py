@@ -87,7 +87,10 @@ MANUAL = {
     f"tree.{name}": policy_method(getattr(tree.TokenTree, name))
     for name in ("state_kl", "visits", "expected_reward", "sequence_kl", "sequence_distribution")
 }  # fmt: skip
-NOTHING_TO_CHECK = {"tree.completions", "loss.klq_terms", "loss.check_settings", "types.select"}  # checked by callers
+NOTHING_TO_CHECK = {  # checked by callers
+    "tree.completions", "loss.klq_terms", "loss.check_settings", "types.select", "loss.plain_error",
+    "loss.value_clipped_error", "loss.ratio_clipped_error",
+}  # fmt: skip
 ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "types.cast",
               "types.narrow", "types.result_dtype"}  # fmt: skip
 OWN_DTYPE = {"types.zero_unless", "reference.shift_left", "types.narrow", "types.result_dtype",
