@@ -23,10 +23,6 @@ class Targets(NamedTuple):
     advantages: Tensor
     values: Tensor
 
-    def rows(self, index: Tensor) -> "Targets":
-        """The sub-batch with these rows."""
-        return Targets(*(x[index] for x in self))
-
 
 class Step(NamedTuple):
     """What one optimiser step starts from: the loss, and the new policy's log-probs [B, T] for the logs."""

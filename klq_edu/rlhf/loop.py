@@ -20,6 +20,7 @@ from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, c
 from klq_edu.rlhf.runs import Run, TrainState
 from klq_edu.rlhf.signals import StopSignals
 from klq_kernels.reference import masked_mean
+from klq_kernels.types import select
 
 METRICS = {
     "update": "number of this update, from 0; everything below is measured on its batch of rollouts",
@@ -132,7 +133,7 @@ def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimiz
     steps = []
     for _ in range(config.epochs):
         for index in torch.randperm(len(rollout), generator=generator).tensor_split(config.minibatches):
-            old, goal = rollout.rows(index.to(policy.device)), targets.rows(index.to(policy.device))
+            old, goal = rollout.rows(index.to(policy.device)), select(targets, index.to(policy.device))
             loss, logprobs = ALGORITHMS[config.algorithm](policy, old, goal, config)
             optimizer.zero_grad()
             loss.backward()

@@ -123,17 +123,22 @@ class ActorCritic(nn.Module):
 
     def features(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Hidden states [B, T, d], of which `head` makes logits, and values V(s_t) [B, T] at the positions `keep`."""
-        with self.precision():
-            hidden = _hidden(self.body, inputs)[:, keep]
-            own = self.critic_body is not None
-            seen = _hidden(self.critic_body, inputs)[:, keep] if own else scale_gradient(hidden, self.value_grad_scale)
+        hidden = self._hidden(self.body, inputs)[:, keep]
+        if self.critic_body is not None:
+            seen = self._hidden(self.critic_body, inputs)[:, keep]
+        else:  # the hidden states themselves, and their gradient scaled
+            seen = hidden.detach().lerp(hidden, self.value_grad_scale)
         return self.cast(hidden), self.value_head(seen.to(self.value_head.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
     def reference_features(self, inputs: dict, keep: slice) -> Tensor:
         """The frozen reference's hidden states [B, T, d], of which `ref_head` makes logits; no gradient."""
+        return self.cast(self._hidden(self.ref_body, inputs)[:, keep])
+
+    def _hidden(self, body: nn.Module, inputs: dict) -> Tensor:
         with self.precision():
-            return self.cast(_hidden(self.ref_body, inputs)[:, keep])
+            out = body.eval()(**inputs)  # no dropout: log-probs under another draw of it are another policy's
+        return out if isinstance(out, Tensor) else out.last_hidden_state
 
     def cast(self, x: Tensor | None) -> Tensor | None:
         """x in the dtype of forward passes, where that is not the parameters' own."""
@@ -166,20 +171,6 @@ def context(lm: PreTrainedModel) -> float:
     config = lm.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((limit for limit in limits if limit and limit > 0), torch.inf)
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself, with its gradient multiplied by `factor`.
-
-    >>> x = torch.ones(1, requires_grad=True); scale_gradient(x, 0.5).backward(); x.grad
-    tensor([0.5000])
-    """
-    return x if factor == 1 else x * factor + x.detach() * (1 - factor)
-
-
-def _hidden(body: nn.Module, inputs: dict) -> Tensor:
-    out = body.eval()(**inputs)  # no dropout: log-probs under another draw of it are another policy's
-    return out if isinstance(out, Tensor) else out.last_hidden_state
 
 
 def _check_head(lm: PreTrainedModel) -> None:
