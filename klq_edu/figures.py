@@ -15,11 +15,11 @@ from klq_edu.core.tree import TokenTree
 
 GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 AMBER, YELLOW, DASHES = "#E69F00", "#F0E442", (0, (5, 1, 1, 1))
-STYLES = {
-    "klq": ("KLQ", BLUE, "-"),
-    "ppo_clip": ("PPO-clip", ORANGE, "--"),
-    "ppo_clip_whitened": ("PPO-clip, whitened", PINK, DASHES),
-    "ppo_penalty": ("PPO-penalty", GREEN, ":"),
+STYLES = {  # of an algorithm's line
+    "klq": {"label": "KLQ", "color": BLUE, "linestyle": "-"},
+    "ppo_clip": {"label": "PPO-clip", "color": ORANGE, "linestyle": "--"},
+    "ppo_clip_whitened": {"label": "PPO-clip, whitened", "color": PINK, "linestyle": DASHES},
+    "ppo_penalty": {"label": "PPO-penalty", "color": GREEN, "linestyle": ":"},
 }
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
     "naive": (ORANGE, "--", "s", "//"),
@@ -52,9 +52,9 @@ def learning_curves(runs: pd.DataFrame, columns: dict[str, str], remark: str, sm
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for name, part in in_order(runs, "algorithm", STYLES):
             table = part.pivot(index="rollouts", columns="seed", values=column).dropna()
-            table, style = table.rolling(smooth, min_periods=1).mean(), _line(name)
+            table, style = table.rolling(smooth, min_periods=1).mean(), STYLES[name]
             marker = "o" if len(table) < 30 else ""
-            axis.plot(table.index, table.median(axis=1), marker=marker, ms=3, **style)
+            axis.plot(table.index, table.median(axis=1), marker=marker, ms=3, lw=1.8, **style)
             axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, lw=0)
         axis.set(xlabel="completions sampled", ylabel=label)
     axes[0].legend()
@@ -81,9 +81,9 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     for name, part in in_order(runs, "algorithm", STYLES):
         for i, (_, run) in enumerate(part.groupby("seed")):
             path = run[[x, y]].dropna().rolling(smooth, min_periods=1).mean()
-            style = _line(name) | ({} if i == 0 else {"label": None})
-            axis.plot(path[x], path[y], alpha=0.7, **style)
-            axis.plot(path[x].iloc[-1], path[y].iloc[-1], "o", color=STYLES[name][1])
+            style = STYLES[name] | ({} if i == 0 else {"label": None})
+            axis.plot(path[x], path[y], alpha=0.7, lw=1.8, **style)
+            axis.plot(path[x].iloc[-1], path[y].iloc[-1], "o", color=style["color"])
     axis.set(xlabel="KL(π ‖ reference) per completion [nats]", ylabel="reward per completion")
     axis.legend(loc="lower right")
     caption = (
@@ -213,10 +213,5 @@ def in_order(rows: pd.DataFrame, column: str, names: dict):
     return [(name, rows[rows[column] == name]) for name in names if (rows[column] == name).any()]
 
 
-def _line(name: str) -> dict:
-    label, colour, style = STYLES[name]
-    return {"label": label, "color": colour, "linestyle": style, "lw": 1.8}
-
-
 def _names(runs: pd.DataFrame) -> str:
-    return ", ".join(STYLES[name][0] for name, _ in in_order(runs, "algorithm", STYLES))
+    return ", ".join(STYLES[name]["label"] for name, _ in in_order(runs, "algorithm", STYLES))

@@ -10,12 +10,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from klq_edu import figures
-from klq_edu.bench import measure, memory, run, workloads
+from klq_edu.bench import measure, run, workloads
 from klq_edu.bench.config import MAIN, QUICK, BenchConfig, Size
-from klq_edu.bench.contenders import Contender, contenders
 from klq_edu.bench.measure import errors, interleave, repeat, run_once
 from klq_edu.bench.run import run_bench
-from klq_edu.bench.workloads import WORKLOADS, make_inputs
+from klq_edu.bench.workloads import WORKLOADS, Contender, contenders, make_inputs
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +115,9 @@ def test_peak_memory_is_that_of_a_fresh_process():
     """2048 × 4000 float32 logits are 31 MB: several of them for the naive way, far less for ours."""
     what = {"workload": "klq", "size": Size(2048, 4000, 16), "seed": 0, "device": "cpu"}
     what |= {"compiled": False, "reference": False}
-    naive = memory.peak_memory(**what, contender="naive")
+    naive = measure.peak_memory(**what, contender="naive")
     assert 60 < naive < 400
-    assert memory.resident_peak(lambda: torch.ones(50 * 2**18).sum()) == pytest.approx(50, abs=10)
+    assert measure.resident_peak(lambda: torch.ones(50 * 2**18).sum()) == pytest.approx(50, abs=10)
 
 
 def test_inputs_are_the_same_for_the_same_seed():
@@ -166,9 +165,7 @@ def test_a_peer_that_fails_is_named_and_skipped(tmp_path, monkeypatch, capsys):
     def fail(x):
         raise RuntimeError("no such device")
 
-    from klq_edu.bench import contenders as module
-
-    monkeypatch.setattr(module, "torch_ce", fail)
+    monkeypatch.setattr(workloads, "torch_ce", fail)
     path = run_bench(BenchConfig(workloads=("klq",), quick=True, memory=False, device="cpu", out=tmp_path, reps=1))
     assert set(pd.read_csv(path)["contender"]) == {"naive", "ours (torch)"}
     assert re.search(r"F.linear_cross_entropy does not run here.*no such\s+device", capsys.readouterr().out, re.DOTALL)

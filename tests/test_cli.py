@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from klq_edu.app.experiment import Result
-from klq_edu.app.terminal import print_results
+from klq_edu.app.report import print_results
 from klq_edu.rlhf.config import TrainConfig
 
 
@@ -84,7 +84,7 @@ def interrupted(module, *args, **kwargs):
             raise (ImportError("failed to import") if wrapped == "wrapped" else KeyboardInterrupt)
     return load(module, *args, **kwargs)
 builtins.__import__ = interrupted
-sys.argv = ["klq", "train", "grammar"]
+sys.argv = ["klq", *sys.argv[4:]]
 main()
 """
 
@@ -93,9 +93,17 @@ main()
 @pytest.mark.parametrize("where, wrapped", [("tyro", "plain"), ("torch", "plain"), ("numpy", "wrapped")])
 def test_a_signal_during_imports_leaves_no_traceback(where, wrapped, name, status, tmp_path):
     """… even where an extension module turns it into an ImportError."""
-    command = [sys.executable, "-c", SIGNALLED, where, name, wrapped]
+    command = [sys.executable, "-c", SIGNALLED, where, name, wrapped, "train", "grammar"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == status and "Traceback" not in out.stderr and "Interrupted" in out.stderr, out.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sweep", "bench", "inspect", "course", "doctor"])
+def test_only_a_command_that_continues_is_said_to(command, tmp_path):
+    command = [sys.executable, "-c", SIGNALLED, "tyro", "SIGINT", "plain", command]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "\nInterrupted" in out.stderr
+    assert ("The same command continues" in out.stderr) is (command[-1] in ("demo", "train", "sweep"))
 
 
 def test_texts_with_markup_are_shown_as_they_are(capsys):

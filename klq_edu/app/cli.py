@@ -8,7 +8,8 @@ from contextlib import suppress
 from klq_edu.rlhf.signals import StopSignals
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)  # those that a message explains
-INTERRUPTED = "\nInterrupted; what is done is kept. The same command continues with what is missing."
+RESUMED = {"demo", "train", "sweep"}  # commands that take up what an interrupt left
+KEPT = "; what is done is kept. The same command continues with what is missing"
 
 
 def main() -> None:
@@ -26,8 +27,10 @@ def main() -> None:
             if not signum and (os.environ.get("KLQ_DEBUG") or not isinstance(error, ERRORS)):
                 raise
             text = f"klq: {error}\n(KLQ_DEBUG=1 shows where this was raised)"
+            if signum:
+                text = f"\nInterrupted{KEPT if RESUMED.intersection(sys.argv[1:2]) else ''}."
             with suppress(OSError):  # the terminal may be gone
-                print(INTERRUPTED if signum else text, file=sys.stderr)
+                print(text, file=sys.stderr)
             sys.exit(128 + signum if signum else 1)
 
 

@@ -34,11 +34,11 @@ def course(
         notebooks: Folder of the course.
         only: Numbers of some notebooks, like 01 07; all by default.
     """
-    from klq_edu.course.build import build_all, stale
+    from klq_edu.course.build import build_all, chosen, drift
 
     if action == "build":
         build_all(notebooks, only)
-    elif paths := stale(notebooks, only):
+    elif paths := [path for chapter in chosen(only) for path in drift(notebooks, chapter)]:
         sys.exit("out of date, run `klq course build`:\n" + "\n".join(map(str, paths)))
 
 

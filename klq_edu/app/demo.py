@@ -12,7 +12,7 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.registry import VARIANTS, WORLDS, named, preset
 
 ABOUT = "; ".join(
-    f"{name}: {w.help} ({', '.join(w.demo)}; {w.settings.updates} updates, {w.quick_updates} with --quick)"
+    f"{name}: {w.about} ({', '.join(w.demo)}; {w.settings.updates} updates, {w.quick_updates} with --quick)"
     for name, w in WORLDS.items()
 )
 
@@ -58,41 +58,34 @@ class TrainCommand:
 
 TRAIN = tyro.extras.subcommand_type_from_defaults(
     {name: TrainCommand(name, w.settings, Path("runs/train") / name) for name, w in WORLDS.items()},
-    {name: f"Train {w.help}. Ctrl-C keeps what is done; the same command continues." for name, w in WORLDS.items()},
+    {name: f"Train {w.about}. Ctrl-C keeps what is done; the same command continues." for name, w in WORLDS.items()},
 )
 
 
 def run_demo(config: DemoConfig) -> None:
     """Train a language model by KLQ and by PPO from the same start and seed, and write a report."""
-    from rich.console import Console
-
-    from klq_edu.app import report
-    from klq_edu.app.terminal import run_all
+    from klq_edu.app.report import run_all, write_report
     from klq_edu.files import writable_folder
 
-    console, start = Console(), time.perf_counter()
-    folder = writable_folder(config.out / config.world)
+    folder, start = writable_folder(config.out / config.world), time.perf_counter()
     experiments = {folder / name: settings for name, settings in config.experiments().items()}
-    page = report.write(folder / "report.html", *run_all(console, config.world, experiments))
-    minutes = (time.perf_counter() - start) / 60
-    console.print(f"\nreport: {page}   runs: {folder}   time: {minutes:.1f} min", markup=False)
+    page = write_report(folder / "report.html", *run_all(config.world, experiments))
+    print(f"\nreport: {page}   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
     if config.open:
         webbrowser.open(page.resolve().as_uri())
 
 
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
     """Train once, in a world of your choice, with every setting at your disposal."""
-    from rich.console import Console
-
-    from klq_edu.app.terminal import run_all
+    from klq_edu.app.report import run_all
     from klq_edu.files import writable_folder
     from klq_edu.rlhf.runs import load_checkpoint
 
-    console, folder = Console(), command.save_model and writable_folder(command.save_model)
-    world, _ = run_all(console, command.world, {command.out: command.config})
+    folder = command.save_model and writable_folder(command.save_model)
+    world, _ = run_all(command.world, {command.out: command.config})
     if folder:
         policy = world.make_policy(command.config)
         policy.load_state_dict(load_checkpoint(command.out / "checkpoint.pt")["parameters"], strict=False)
         policy.save_pretrained(folder)
         world.tokenizer.save_pretrained(folder)
-        console.print(f"model: {folder}", markup=False)
+        print(f"model: {folder}")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from klq_edu.worlds.weights import ABSENT, cache_root, weights_folder
 
-CORE = "pip install -c constraints.txt -e ."
 DEMO = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
 NEEDED = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
-PACKAGES = dict.fromkeys(NEEDED, CORE) | dict.fromkeys(("gguf", "vaderSentiment", "textblob"), DEMO)
+PACKAGES = dict.fromkeys(NEEDED, "pip install -c constraints.txt -e .")
+PACKAGES |= dict.fromkeys(("gguf", "vaderSentiment", "textblob"), DEMO)
 
 
 class Finding(NamedTuple):
@@ -25,8 +25,8 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
-    root, weights = cache_root(), ("installed",) if weights_folder() else ("absent", ABSENT)
-    made = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    root, absent = cache_root(), weights_folder() is None
+    made = sorted(p.name for p in root.glob("[!.]*"))
     findings = [Finding("python", True, platform.python_version())]
     for name, advice in PACKAGES.items():
         try:
@@ -34,8 +34,8 @@ def examine() -> list[Finding]:
         except PackageNotFoundError:
             findings.append(Finding(name, False, "not installed", advice))
     findings += _devices() if importlib.util.find_spec("torch") else []
-    cache = Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}")
-    return [*findings, Finding("SmolLM2 weights", weights == ("installed",), *weights), cache]
+    findings.append(Finding("SmolLM2 weights", not absent, *(("absent", ABSENT) if absent else ("installed",))))
+    return [*findings, Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}")]
 
 
 def _devices() -> list[Finding]:
@@ -43,12 +43,9 @@ def _devices() -> list[Finding]:
 
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     device = f"CPU, {torch.get_num_threads()} threads; {gpus or 'no GPU (everything here runs without one)'}"
-    if gpus:
-        mode = ("compiles for the GPU",)
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        mode = ("interpreter: kernels run on the CPU, slowly and exactly",)
-    else:
-        mode = ("no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
+    mode = ("no GPU, interpreter off", "set TRITON_INTERPRET=1 to run kernels on the CPU")
+    if gpus or os.environ.get("TRITON_INTERPRET") == "1":
+        mode = ("compiles for the GPU" if gpus else "interpreter: kernels run on the CPU, slowly and exactly",)
     return [Finding("device", True, device), Finding("triton mode", True, *mode)]
 
 

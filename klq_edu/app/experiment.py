@@ -53,8 +53,8 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         policy = world.make_policy(config).to(resolve_device(config.device))
         before = held_out_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
-        exact = world.exact and world.tree.expected_reward(world.tree.ref).item()
-        policy.start_value(exact if world.exact else before["reward"].mean())
+        exact = world.tree and world.tree.expected_reward(world.tree.ref).item()
+        policy.start_value(before["reward"].mean() if exact is None else exact)
         (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
         train(
             policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,

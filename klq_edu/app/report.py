@@ -1,4 +1,4 @@
-"""What experiments show: a table, completions before and after, and figures, as one self-contained report page."""
+"""What experiments show: progress, a table and completions on the terminal, and a self-contained page with figures."""
 
 import base64
 from itertools import repeat
@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Template
+from rich import progress as bars
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 from klq_edu import figures
-from klq_edu.app.experiment import Result, summarise_results
+from klq_edu.app.experiment import Result, run_experiment, summarise_results
 from klq_edu.figures import STYLES, Picture
 from klq_edu.machine import facts
+from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.loop import METRICS
+from klq_edu.worlds import load
+from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
@@ -24,6 +31,49 @@ COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown 
     "time [s]": ("seconds",),
 }
 DIGITS = {"attained": 3, "seconds": 0}
+BARS = (
+    bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=10), bars.MofNCompleteColumn(),
+    bars.TextColumn("{task.fields[note]}"), bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+)  # fmt: skip
+
+
+def run_all(name: str, experiments: dict[Path, TrainConfig]) -> tuple[World, list[Result]]:
+    """The world of this name and the results of all experiments (folder -> settings): run what is missing, print."""
+    console = Console()
+    with console.status(f"loading the world {name} (the first time takes up to half a minute longer)"):
+        world = load(name)
+    results, tasks = [], []
+    with bars.Progress(*BARS, console=console) as progress:
+        for settings in experiments.values():
+            what = f"{STYLES[variant_of(settings.to_dict())]['label']} seed {settings.seed}"
+            tasks.append(progress.add_task(what, total=settings.updates, note="", start=False))
+        for task, (folder, settings) in zip(tasks, experiments.items()):
+
+            def show_update(row: dict, task=task) -> None:
+                gain = f"attained {row['attained']:.0%}" if "attained" in row else f"reward {row['reward']:+.2f}"
+                progress.update(task, completed=row["update"] + 1, note=f"{gain}  KL {row['kl']:.2f}")
+
+            progress.start_task(task)
+            results.append(run_experiment(world, settings, folder, show_update))
+            progress.update(task, completed=settings.updates)
+    print_results(console, world, results)
+    return world, results
+
+
+def print_results(console: Console, world: World, results: list[Result]) -> None:
+    """The results table and the completions, on the terminal."""
+    data = results_table(results)
+    caption = f"* mean over the last quarter of training. {seeds(results)}"
+    numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
+    title = f"world {escape(world.name)}, {scale(results)}"
+    table = Table(Column("algorithm", no_wrap=True), *numbers, title=title, caption=caption)
+    for row in data.itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+    for prompt, lines in samples_table(results):
+        console.print(f"\n[bold]{escape(prompt)}[/] …")
+        for who, text, reward in lines:
+            console.print(f"  {who:<12} {reward:+.2f}  {' '.join(text.split())}", markup=False, highlight=False)
 
 
 def results_table(results: list[Result]) -> pd.DataFrame:
@@ -33,7 +83,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     rows = []
     for name, part in figures.in_order(summary, "algorithm", STYLES):
         cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
-        rows.append({"algorithm": STYLES[name][0]} | cells)
+        rows.append({"algorithm": STYLES[name]["label"]} | cells)
     return pd.DataFrame(rows)
 
 
@@ -46,7 +96,7 @@ def samples_table(results: list[Result]) -> list[tuple[str, list[tuple]]]:
     """(prompt, lines) of the first few test prompts: (who, completion, reward) for the reference and first seeds."""
     tables = {"reference": results[0].before}
     for r in results:
-        tables.setdefault(STYLES[r.labels["algorithm"]][0], r.after)
+        tables.setdefault(STYLES[r.labels["algorithm"]]["label"], r.after)
     columns = (zip(repeat(who), t["completion"], t["reward"]) for who, t in tables.items())
     return list(zip(results[0].before["prompt"][:PROMPTS_SHOWN], zip(*columns)))
 
@@ -54,19 +104,19 @@ def samples_table(results: list[Result]) -> list[tuple[str, list[tuple]]]:
 def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Picture]]:
     """The report's figures: (name, heading, picture)."""
     runs = pd.concat([pd.DataFrame(r.rows).assign(**r.labels) for r in results], ignore_index=True)
-    smooth = 1 if world.exact and runs["seed"].nunique() > 1 else 5
+    smooth = 1 if world.tree and runs["seed"].nunique() > 1 else 5
     curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
     rising = "A good run's reward rises while its KL, the distance from the reference, levels off."
-    plane = (figures.frontier(world.tree), 1) if world.exact else (None, smooth)
+    plane = (figures.frontier(world.tree), 1) if world.tree else (None, smooth)
     shown = [
         ("curves", "Reward and KL over training", figures.learning_curves(runs, curves, rising, smooth)),
         ("plane", "Reward against KL", figures.reward_kl_plane(runs, *plane)),
     ]
-    if world.exact:
+    if world.tree:
         shown += [("regret", "Regret to the exact optimum", figures.regret_curves(runs, results[0].settings["tau"]))]
     shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
-    if world.exact and pair["algorithm"].nunique() == 2:
+    if world.tree and pair["algorithm"].nunique() == 2:
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
         parting = (
             "The exact steps of the two are equal. What lets training part: actions are sampled, each batch is used "
@@ -76,7 +126,7 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
     return shown
 
 
-def write(path: Path, world: World, results: list[Result]) -> Path:
+def write_report(path: Path, world: World, results: list[Result]) -> Path:
     """Write the self-contained report page (no scripts, no links to other hosts) and return its path; its figures
     (SVG) and its table of numbers (results.csv, one row per run) go beside it."""
     folder, shown = path.parent / "figures", []
@@ -91,7 +141,7 @@ def write(path: Path, world: World, results: list[Result]) -> Path:
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
         samples=samples_table(results), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
-        settings=[(STYLES[r.labels["algorithm"]][0], r.settings) for r in results if r.labels["seed"] == 0],
+        settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
     return path

@@ -96,7 +96,7 @@ def markdown(csv: Path) -> str:
         best = attained.median().idxmax()
         cells[best] = f"**{cells[best]}**"
         reached = part.loc[part["learning_rate"] == best, "rollouts_to_0.9"].fillna(math.inf).median()
-        lines.append([f"{tau:g}", STYLES[name][0], critic, *cells.values(), f"{reached:.0f}"])
+        lines.append([f"{tau:g}", STYLES[name]["label"], critic, *cells.values(), f"{reached:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,17 +1,27 @@
-"""How it is measured: time in units of a matrix product taken just before and after, and errors against float64."""
+"""How it is measured: time in units of a matrix product taken just before and after, and errors against float64.
+
+Peak memory is that of a process of its own: `python -m klq_edu.bench.measure '{"workload": "klq", …}'`.
+"""
 
 import copy
+import json
+import math
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import Tensor
 
-from klq_edu.bench.config import Size
-from klq_edu.bench.contenders import Contender
-from klq_edu.bench.workloads import SHARED, Outputs
+from klq_edu.bench.config import QUICK, Size
+from klq_edu.bench.workloads import SHARED, Contender, Outputs, contenders, make_inputs
 
 CHECKED_ROWS = 64
+MEGABYTE = 2**20
+SAMPLE_EVERY = 0.003  # seconds between looks at the resident memory
 SHORTEST = 0.02  # seconds: work that is done sooner is repeated until it has taken that long
 UPSTREAM = {"logprob": 0, "entropy": 1, "kl": 2}  # output -> the column of inputs["upstream"] that is its gradient
 
@@ -123,3 +133,49 @@ def now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def peak_memory(**what) -> float:
+    """Megabytes that a forward and backward pass needs beyond its inputs, measured in a process of its own.
+
+    `what`: workload, contender, size, seed, device, compiled, reference. NaN if that process fails.
+    """
+    command = [sys.executable, "-m", "klq_edu.bench.measure", json.dumps(what)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    return float(out.stdout.split()[-1]) if out.returncode == 0 else math.nan
+
+
+def peak_here(workload: str, contender: str, size: list, seed: int, device: str, **options) -> float:
+    """The peak over the level after a warm-up with a tiny call of the same operation."""
+    (chosen,) = (c for c in contenders(workload, device, **options) if c.name == contender)
+    size = Size(*size)
+    run_once(chosen, make_inputs(workload, QUICK[workload]._replace(dtype=size.dtype), seed, device))
+    x = make_inputs(workload, size, seed, device)
+    if not device.startswith("cuda"):
+        return resident_peak(lambda: run_once(chosen, x))
+    level = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run_once(chosen, x)
+    return (torch.cuda.max_memory_allocated() - level) / MEGABYTE
+
+
+def resident_peak(call) -> float:
+    """Highest resident memory during `call` over that before it, looked at every 3 ms by a thread."""
+    process, done = psutil.Process(), threading.Event()
+    level = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLE_EVERY):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return (max(peak, process.memory_info().rss) - level) / MEGABYTE
+
+
+if __name__ == "__main__":
+    print(peak_here(**json.loads(sys.argv[1])))

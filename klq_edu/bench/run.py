@@ -17,10 +17,8 @@ from rich.table import Column, Table
 
 from klq_edu import figures
 from klq_edu.bench.config import BenchConfig, Size
-from klq_edu.bench.contenders import PACKAGES, Contender, absent_peers, contenders
-from klq_edu.bench.measure import errors, interleave, reference_gemm, run_once
-from klq_edu.bench.memory import peak_memory
-from klq_edu.bench.workloads import WORKLOADS, make_inputs
+from klq_edu.bench.measure import errors, interleave, peak_memory, reference_gemm, run_once
+from klq_edu.bench.workloads import PACKAGES, WORKLOADS, Contender, absent_peers, contenders, make_inputs
 from klq_edu.files import writable_folder, write_provenance
 from klq_edu.machine import resolve_device
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import jupytext
 import nbformat
-from nbclient import NotebookClient
+from nbclient import execute as run_cells
 from nbformat import NotebookNode
 
 from klq_edu.course import html
@@ -45,11 +45,6 @@ def course_map(folder: Path) -> str:
     """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
     rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
     return html.PAGES.get_template("map.md.j2").render(rows=rows)
-
-
-def stale(folder: Path, only: tuple[str, ...] = ()) -> list[Path]:
-    """Generated notebooks that are not what their sources say."""
-    return [path for chapter in chosen(only) for path in drift(folder, chapter)]
 
 
 def chosen(only: tuple[str, ...]) -> list[Chapter]:
@@ -83,8 +78,7 @@ def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode
 def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> None:
     """Run every cell in a fresh kernel, in place."""
     with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
-        place = {"metadata": {"path": str(folder)}}
-        NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=place, record_timing=False).execute()
+        run_cells(notebook, cwd=str(folder), timeout=timeout, kernel_name="python3", record_timing=False)
     notebook.metadata = nbformat.from_dict(METADATA)
 
 
@@ -102,7 +96,7 @@ def drift(folder: Path, chapter: Chapter) -> list[Path]:
     def cells(notebook: NotebookNode) -> list[tuple]:
         return [(cell.cell_type, cell.id, cell.source) for cell in notebook.cells]
 
-    paths = [folder / f"{chapter.name}.ipynb", folder / "student" / f"{chapter.name}.ipynb"]
+    paths = (folder / edition / f"{chapter.name}.ipynb" for edition in ("", "student"))
     pairs = zip(paths, editions(folder, chapter), strict=True)
     return [path for path, fresh in pairs if not path.exists() or cells(nbformat.read(path, 4)) != cells(fresh)]
 
@@ -112,7 +106,7 @@ def equations(notebook: NotebookNode) -> list[str]:
     found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
     if bare := [equation for equation in found if not TAG.search(equation)]:
         raise ValueError(f"a displayed equation without \\tag: {bare[0]}")
-    return [TAG.search(equation).group(1) for equation in found]
+    return [TAG.search(equation)[1] for equation in found]
 
 
 def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student: bool) -> NotebookNode:

@@ -5,13 +5,44 @@ the equation or the exercise stands, and `check.ledger()` ends it.
 """
 
 import math
+import os
+from datetime import datetime
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from klq_edu.course.chapters import load
 from klq_edu.course.exercises import Exercise, grade
-from klq_edu.course.progress import Progress
+from klq_edu.files import read_json, write_json
+
+
+class Progress:
+    """Exercise number -> when it first passed, in $KLQ_PROGRESS or the user's state folder.
+
+    A file that cannot be written costs the memory, never the check.
+    """
+
+    def __init__(self, path: Path | None = None):
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        self.path = path or Path(os.environ.get("KLQ_PROGRESS") or state / "klq-edu" / "progress.json")
+
+    def read(self) -> dict[str, str]:
+        """All that passed; nothing where the file is missing or broken."""
+        try:
+            return read_json(self.path)
+        except (OSError, ValueError):
+            return {}
+
+    def record(self, number: str) -> None:
+        """Remember that it passed now, if it never did before."""
+        if number in (done := self.read()):
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, done | {number: datetime.now().isoformat(timespec="minutes")})
+        except OSError as error:
+            print(f"(not remembered: {self.path} cannot be written, {error})")
 
 
 class Checks:
@@ -52,7 +83,7 @@ class Checks:
     def ledger(self) -> None:
         """Print how many equations were verified, and the worst error."""
         worst, count = max(self.errors.values(), default=0.0), len(self.errors)
-        print(f"{count} equation{'s' * (count != 1)} verified, worst error {worst:.0e}".replace("0e+00", "0"))
+        print(f"{count} equation{'s' * (count != 1)} verified, worst error {worst:.1g}")
 
     def _enter(self, number: str, lhs, rhs, tol: float, sign: str) -> None:
         left, right = _sides(number, lhs, rhs)
@@ -60,12 +91,12 @@ class Checks:
         gap = torch.where(holds, 0.0, (left - right).abs())
         allowed = tol * torch.where(right.isfinite(), right, 1.0).abs().clamp(min=1.0)
         worst = (gap / allowed).nan_to_num(nan=math.inf).argmax()
-        if not gap.view(-1)[worst] <= allowed.view(-1)[worst]:
-            one, other = left.view(-1)[worst].item(), right.view(-1)[worst].item()
+        if not gap[worst] <= allowed[worst]:
+            one, other = left[worst].item(), right[worst].item()
             raise AssertionError(f"✘ ({number}) fails: {one:.12g} {sign} {other:.12g} is off by {abs(one - other):.3g}")
-        self.errors[number] = max(self.errors.get(number, 0.0), gap.max().item())
-        size = f"{gap.max().item():.0e}".replace("0e+00", "0")
-        print(f"✔ ({number}) holds: largest error {size} over {gap.numel()} number{'s' * (gap.numel() != 1)}")
+        error, count = gap.max().item(), gap.numel()
+        self.errors[number] = max(self.errors.get(number, 0.0), error)
+        print(f"✔ ({number}) holds: largest error {error:.1g} over {count} number{'s' * (count != 1)}")
 
 
 def start(notebook: str) -> Checks:
@@ -83,11 +114,11 @@ def _sides(number: str, *sides) -> list[Tensor]:
     for side, x in zip(("left", "right"), sides):
         if x.dtype != torch.float64:
             raise TypeError(f"({number}): the {side} side is {x.dtype}; equations are checked in float64")
-    left, right = sides = [x.detach().contiguous() for x in sides]
+    left, right = [x.detach().contiguous() for x in sides]
     if left.shape != right.shape:
         raise ValueError(f"({number}): the left side has shape {tuple(left.shape)}, the right {tuple(right.shape)}")
     if left.numel() == 0:
         raise ValueError(f"({number}): nothing to compare, both sides are empty")
     if left.data_ptr() == right.data_ptr():
         raise ValueError(f"({number}): both sides are the same tensor, which proves nothing")
-    return sides
+    return [left.flatten(), right.flatten()]

@@ -36,24 +36,15 @@ def source(function: Callable) -> None:
 
 @dataclass(frozen=True)
 class Widget:
-    """A picture with sliders, and its static twin.
+    """A picture with sliders, and its static twin."""
 
-    Attributes:
-        name: its own among all notebooks, like "01-bandit".
-        draw: (figure, **values) draws it for one choice of values.
-        options: argument -> the values to choose from.
-        twin: the settings drawn side by side where nothing can be moved; the sliders start at the first.
-        caption, alt: what to see in the twin, and what it shows in words.
-        size: of one picture, in inches.
-    """
-
-    name: str
-    draw: Callable
-    options: dict[str, list]
-    twin: list[dict]
-    caption: str
-    alt: str
-    size: tuple[float, float] = (4.2, 3.2)
+    name: str  # its own among all notebooks, like "01-bandit"
+    draw: Callable  # (figure, **values) draws it for one choice of values
+    options: dict[str, list]  # argument -> the values to choose from
+    twin: list[dict]  # the settings drawn side by side where nothing can be moved; the sliders start at the first
+    caption: str  # what to see in the twin
+    alt: str  # what it shows, in words
+    size: tuple[float, float] = (4.2, 3.2)  # of one picture, in inches
 
 
 def explore(widget: Widget) -> None:

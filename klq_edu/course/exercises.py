@@ -49,29 +49,18 @@ def returned(answer: Callable, *arguments) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise.
+    """One exercise."""
 
-    Attributes:
-        number, title: "1.2" for chapter and place, a few words.
-        level, minutes: difficulty, 1 to 3; time for a first attempt.
-        solution: the right answer, a function (of no arguments where the answer is a value).
-        inputs: generator -> arguments to try an answer on.
-        mistakes: at least three wrong answers with a message each.
-        hints: three, each more telling than the one before.
-        probe: (answer, *arguments) -> what to compare, by name, where that is not the answer's result.
-        tol: tolerance, relative to the largest number of a result.
-    """
-
-    number: str
-    title: str
-    level: int
-    minutes: int
-    solution: Callable
-    inputs: Callable[[Generator], tuple]
-    mistakes: tuple[Mistake, ...]
-    hints: tuple[str, str, str]
-    probe: Callable[..., dict[str, Tensor]] = returned
-    tol: float = 1e-8
+    number: str  # "1.2": chapter and place
+    title: str  # a few words
+    level: int  # of difficulty, 1 to 3
+    minutes: int  # for a first attempt
+    solution: Callable  # the right answer, a function (of no arguments where the answer is a value)
+    inputs: Callable[[Generator], tuple]  # generator -> arguments to try an answer on
+    mistakes: tuple[Mistake, ...]  # at least three
+    hints: tuple[str, str, str]  # each more telling than the one before
+    probe: Callable[..., dict[str, Tensor]] = returned  # (answer, *arguments) -> what to compare, by name
+    tol: float = 1e-8  # relative to the largest number of a result
 
     def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:
         """What this answer gives for these arguments, as float64 tensors by name; Wrong for anything else."""

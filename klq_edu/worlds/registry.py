@@ -21,26 +21,20 @@ class Entry(NamedTuple):
     """A world's line for --help, and what its demo does."""
 
     about: str  # what it is, in a few words
-    exact: bool  # whether it can be enumerated, so that optimum and regret are known (its World has a tree)
     settings: TrainConfig  # of a run, for every algorithm alike but for what defines the algorithm
     demo: tuple[str, ...]  # the variants that its demo compares
     quick_updates: int  # per run of `klq demo --quick`
 
-    @property
-    def help(self) -> str:
-        """`about`, and whether the optimum is known."""
-        return self.about + (" whose exact optimum is known" if self.exact else "")
-
 
 WORLDS = {
     "stories": Entry(
-        "SmolLM2-135M, a real language model", False,
+        "SmolLM2-135M, a real language model",
         TrainConfig(updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05,
                     max_new_tokens=20, temperature=0.8),
         demo=("klq", "ppo_clip"), quick_updates=10,
     ),
     "grammar": Entry(
-        "a tiny language model", True, TrainConfig(max_new_tokens=5, critic="separate"),
+        "a tiny language model whose exact optimum is known", TrainConfig(max_new_tokens=5, critic="separate"),
         demo=("klq", "ppo_clip", "ppo_penalty"), quick_updates=30,
     ),
 }  # fmt: skip

@@ -25,14 +25,9 @@ class World:
     reward: Reward  # the score of a completion
     make_policy: Callable[[TrainConfig], ActorCritic]  # settings -> a fresh policy at the reference
     constraint: Constraint | None = None  # restricts the tokens that may follow
-    tree: TokenTree | None = None  # the same task, exactly, where it can be enumerated
+    tree: TokenTree | None = None  # the same task where it can be enumerated: optimum and every objective are exact
     evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None  # settings -> policy -> metrics
     metrics: dict[str, str] = field(default_factory=dict)  # what those metrics mean
     judge: Reward | None = None  # an independent opinion of completions, never trained on …
     judge_name: str = ""  # … and what it is
     threads: int | None = None  # to train with on a CPU (None: torch's choice); tiny models are fastest on one
-
-    @property
-    def exact(self) -> bool:
-        """Whether optimum, regret and every policy's objective are known, by enumeration."""
-        return self.tree is not None

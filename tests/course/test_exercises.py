@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from klq_edu.course.chapters import load, load_all
-from klq_edu.course.checks import Checks
+from klq_edu.course.checks import Checks, Progress
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise, Mistake, grade
-from klq_edu.course.progress import Progress
 
 EXERCISES = [e for chapter in load_all() for e in chapter.exercises.values()]
 MISTAKES = [(e, m) for e in EXERCISES for m in e.mistakes]

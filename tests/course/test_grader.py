@@ -15,9 +15,8 @@ from torch import Tensor
 
 from klq_edu.course import exercises
 from klq_edu.course.chapters import load_all
-from klq_edu.course.checks import Checks
+from klq_edu.course.checks import Checks, Progress
 from klq_edu.course.exercises import grade
-from klq_edu.course.progress import Progress
 from klq_kernels.reference import shift_left
 
 EXERCISES = {n: e for chapter in load_all() for n, e in chapter.exercises.items()}

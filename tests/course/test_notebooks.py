@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 from klq_edu.course import build as builder
+from klq_edu.course import html
 from klq_edu.course.build import EQUATION, TAG, build, drift, editions, equations, execute, failures
 from klq_edu.course.chapters import load, load_all
 from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY
@@ -163,6 +164,30 @@ def test_every_figure_has_a_text_alternative(chapter):
         o for c in read(chapter).cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
     ]
     assert outputs and all(len(o.metadata["image/png"]["alt"]) > 20 for o in outputs)
+
+
+def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_for_twins(tmp_path):
+    text = "A price $p_1$ of `$5`:\n\n$$p = 1 \\tag{9.1}$$\n\n| a |\n|---|\n| $p$ |\n\n```\n$q$\n```\n\n"
+    text += "<details><summary>Hint 1</summary>\n\n**Try** $p$.\n\n</details>"
+    (tmp_path / "99-toy.html").write_text("<figure><script>0 < 1 && draw()</script></figure>")
+    metadata = {"image/png": {"klq_widget": "99-toy"}}
+    twin = nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata=metadata)
+    said = nbformat.v4.new_output("display_data", {"text/markdown": "and $p$"})
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("1", outputs=[twin, said])]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    page = html.page(notebook, CHAPTERS[1], CHAPTERS, tmp_path)
+    assert page.count("<math") == 5 and 'display="block"' in page and "$p" not in page and page.count("9.1") == 1
+    assert re.search(
+        r'</p>\s*<div class="equation" role="group"><math.*</math><span class="number">\(9.1\)</span>', page
+    )
+    assert page.count("$5") == page.count("$q$") == 1 and "<strong>Try</strong>" in page
+    assert re.search(r"<details>\s*<summary>Hint 1</summary>", page) and "</details>" in page
+    assert "0 < 1 && draw()" in page and "AAAA" not in page
+    assert f"{CHAPTERS[0].name}.html" in page and f"{CHAPTERS[2].name}.html" in page
+    assert "image/png" in notebook.cells[1].outputs[0].data, "the notebook itself keeps its twin"
+    notebook.cells[0].source = "$\\nonsense$"
+    with pytest.raises(ValueError, match=r"latex2mathml does not know a command in \$\\nonsense\$"):
+        html.page(notebook, CHAPTERS[1], CHAPTERS, tmp_path)
 
 
 @chapters

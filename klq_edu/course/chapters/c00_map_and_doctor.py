@@ -9,9 +9,9 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.course.chapters import Chapter, load_all, on_any_padding
+from klq_edu.course.checks import Progress
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
-from klq_edu.course.progress import Progress
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
 NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
