@@ -5,13 +5,14 @@ LAB ?= $(notdir $(firstword $(sort $(wildcard notebooks/student/*.ipynb))))
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test check-all lab bench lint clean
+.PHONY: help setup demo test check-all lab bench gpu lint clean
 help:
 	@echo "make demo    train SmolLM2-135M by KLQ and PPO, write a report (ARGS='--world grammar', '--quick', '--help' …)"
 	@echo "make test    ruff, doctests, all tests but the rare ones, all notebooks: what CI runs"
 	@echo "make check-all   the same and what is worth running rarely: every kernel compiled for four GPUs, many random batches"
 	@echo "make lab     open the student edition of the course in Jupyter Lab"
 	@echo "make bench   time, memory and error of the fused operations against naive ones and peers (algorithms: klq sweep)"
+	@echo "make gpu     on a machine with a GPU: tests, races, speed beside the prediction, in 8 minutes (ARGS=--dry-run: a rehearsal)"
 	@echo "make setup | lint | clean"
 
 setup: $(READY)
@@ -40,6 +41,9 @@ lab: setup
 
 bench: setup
 	$(BIN)/klq bench $(ARGS)
+
+gpu:  # no set-up: the Python that is there, if it has torch, triton, pytest and transformers
+	@$(PYTHON) tests/gpu/run.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import torch
 
+from klq_edu import __version__
 from klq_kernels.torch_linear import native
 
 
@@ -45,7 +46,7 @@ def facts(device: str) -> dict[str, str]:
     """Provenance of a measurement on this device: software versions and the class of machine, no names or paths."""
     device = resolve_device(device)
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = {name: version(name) for name in ("klq-edu", "torch", "transformers", "numpy")}
+    packages = {"klq-edu": __version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{platform.machine()}, {cores} cores"
     return {"python": platform.python_version(), **packages, "machine": machine, "device": device}

@@ -1,6 +1,7 @@
 """`klq bench` measures every workload, its errors are small, and its bookkeeping is right. No time is asserted."""
 
 import json
+import math
 import re
 import time
 
@@ -10,9 +11,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from klq_edu import figures
-from klq_edu.bench import measure, run, workloads
+from klq_edu.bench import measure, point, run, workloads
 from klq_edu.bench.config import MAIN, QUICK, BenchConfig, Size
-from klq_edu.bench.measure import errors, interleave, repeat, run_once
+from klq_edu.bench.measure import errors, exact, interleave, repeat, run_once
 from klq_edu.bench.run import run_bench
 from klq_edu.bench.workloads import WORKLOADS, Contender, contenders, make_inputs
 
@@ -60,7 +61,7 @@ def test_a_wrong_contender_is_found_out(name):
     x = make_inputs(name, size, 0, "cpu")
     right = contenders(name, "cpu")[1]
     wrong = right._replace(run=lambda x: {key: 1.1 * value for key, value in right.run(x).items()})
-    good, bad = (errors(c, x, run_once(c, x)[0]) for c in (right, wrong))
+    good, bad = (errors(run_once(c, x)[0], x, exact(c.truth, x)) for c in (right, wrong))
     assert max(good.values()) < 1e-5 and min(bad.values()) > 1e-3 and good.keys() == bad.keys()
 
 
@@ -84,7 +85,9 @@ def test_nobody_is_compared_with_themselves(name, monkeypatch):
             torch.nn.functional, "linear_cross_entropy", spoilt(torch.nn.functional.linear_cross_entropy)
         )
     x = make_inputs(name, QUICK[name], 0, "cpu")
-    found = {c.name: errors(c, x, run_once(c, x)[0]) for c in contenders(name, "cpu") if "iger" not in c.name}
+    found = {
+        c.name: errors(run_once(c, x)[0], x, exact(c.truth, x)) for c in contenders(name, "cpu") if "iger" not in c.name
+    }
     assert max(found.pop("naive").values()) < 1e-5 and found
     assert all(min(wrong.values()) > 1e-3 for wrong in found.values())
 
@@ -107,7 +110,7 @@ def test_contenders_take_turns_between_products(monkeypatch):
     times = interleave([one, two], {}, lambda: log.append("gemm") or 2.0, 2, lambda: None)
     assert log == ["gemm", "one", "gemm", "two", "gemm", "two", "gemm", "one", "gemm"]
     assert [r["gemm"] for r in times["one"] + times["two"]] == [2.0] * 4
-    rows = run.stage_rows(two, {"naive": [{"both": 2, "gemm": 2}], "two": [{"both": 6, "gemm": 1}]}, ("both",), True)
+    rows = point.stage_rows(two, {"naive": [{"both": 2, "gemm": 2}], "two": [{"both": 6, "gemm": 1}]}, ("both",), True)
     assert rows[0]["units"] == 6 and rows[0]["vs_naive"] == 6
 
 
@@ -169,6 +172,20 @@ def test_a_peer_that_fails_is_named_and_skipped(tmp_path, monkeypatch, capsys):
     path = run_bench(BenchConfig(workloads=("klq",), quick=True, memory=False, device="cpu", out=tmp_path, reps=1))
     assert set(pd.read_csv(path)["contender"]) == {"naive", "ours (torch)"}
     assert re.search(r"F.linear_cross_entropy does not run here.*no such\s+device", capsys.readouterr().out, re.DOTALL)
+
+
+def test_who_needs_too_much_memory_is_named_and_left_out():
+    """On a GPU the naive way may not fit at all; ours is measured all the same."""
+    naive, ours = contenders("klq", "cpu")[:2]
+    size, said = QUICK["klq"], []
+
+    def fail(x):
+        raise torch.OutOfMemoryError("no room")
+
+    config = BenchConfig(memory=False, reps=1)
+    rows = point.measure_point("klq", size, [naive._replace(run=fail), ours], config, "cpu", said.append, lambda: None)
+    assert {r["contender"] for r in rows} == {"ours (torch)"} and all(math.isnan(r["vs_naive"]) for r in rows)
+    assert len(said) == 1 and re.search("naive does not run here.*no room", said[0])
 
 
 def test_figures_are_drawn_with_their_captions(result):

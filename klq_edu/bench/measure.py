@@ -1,6 +1,7 @@
 """How it is measured: time in units of a matrix product taken just before and after, and errors against float64.
 
-Peak memory is that of a process of its own: `python -m klq_edu.bench.measure '{"workload": "klq", …}'`.
+Peak memory is what a GPU's allocator counts, else that of a process of its own:
+`python -m klq_edu.bench.measure '{"workload": "klq", …}'`.
 """
 
 import copy
@@ -11,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import EllipsisType
+from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -77,27 +79,38 @@ def reference_gemm(size: Size, device: str) -> Callable[[], float]:
     return gemm
 
 
-def errors(contender: Contender, x: dict, out: Outputs) -> dict[str, float]:
-    """Largest absolute error per output, and the largest relative one of a gradient, after `run_once`.
+class Exact(NamedTuple):
+    """What float64 gives for some rows of a batch: outputs, and gradients by name. `whole`: these are all rows."""
 
-    The truth is computed in float64 for 64 tokens (or sequences) spread evenly over the batch, which is exact for them
-    because rows are independent given the upstream gradients. What mixes rows (the mean loss, the weights' gradients)
-    is compared where these are all the rows there are, and for an update.
-    """
+    rows: Tensor | EllipsisType
+    whole: bool
+    out: Outputs
+    grads: dict[str, Tensor]
+
+
+def exact(truth: Callable[[dict], Outputs], x: dict) -> Exact:
+    """A workload's truth in float64 for 64 tokens (or sequences) spread evenly over the batch, which is exact for them
+    because rows are independent given the upstream gradients."""
     count = len(x["tokens"] if "tokens" in x else x["mask"])
     whole = "model" in x or count <= CHECKED_ROWS
     rows = ... if whole else torch.linspace(0, count - 1, CHECKED_ROWS).long()
     y = in_float64(x, rows)
-    truth = contender.truth(y)
-    differentiate(truth, y, share=1.0 if whole else CHECKED_ROWS / count)
+    out = truth(y)
+    differentiate(out, y, share=1.0 if whole else CHECKED_ROWS / count)
+    return Exact(rows, whole, out, {name: leaf.grad for name, leaf in leaves(y).items()})
 
-    def exact(tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu().double()[rows]
 
-    names = [name for name in truth if name in out and (whole or truth[name].dim())]
-    found, true = {f"error_{n}": (exact(out[n]) - truth[n]).abs().max().item() for n in names}, leaves(y)
-    pairs = [(leaf.grad, true[n].grad) for n, leaf in leaves(x).items() if whole or n not in SHARED]
-    wrong = [((exact(g) - t).norm() / t.norm()).item() for g, t in pairs if t is not None and t.any()]
+def errors(out: Outputs, x: dict, true: Exact) -> dict[str, float]:
+    """Largest absolute error per output, and the largest relative one of a gradient, after `run_once`. What mixes rows
+    (the mean loss, the weights' gradients) is compared where the truth knows all of them."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.detach()[true.rows].cpu().double()
+
+    names = [name for name in true.out if name in out and (true.whole or true.out[name].dim())]
+    found = {f"error_{n}": (rows(out[n]) - true.out[n]).abs().max().item() for n in names}
+    pairs = [(leaf.grad, true.grads[n]) for n, leaf in leaves(x).items() if true.whole or n not in SHARED]
+    wrong = [((rows(g) - t).norm() / t.norm()).item() for g, t in pairs if t is not None and t.any()]
     return found | ({"error_gradient": max(wrong)} if wrong else {})
 
 
@@ -151,16 +164,23 @@ def peak_here(workload: str, contender: str, size: list, seed: int, device: str,
     size = Size(*size)
     run_once(chosen, make_inputs(workload, QUICK[workload]._replace(dtype=size.dtype), seed, device))
     x = make_inputs(workload, size, seed, device)
-    if not device.startswith("cuda"):
-        return resident_peak(lambda: run_once(chosen, x))
+    return resident_peak(lambda: run_once(chosen, x))
+
+
+def allocated_peak(contender: Contender, x: dict) -> float:
+    """Megabytes of GPU memory that forward and backward pass need beyond the inputs, as torch's allocator counts."""
+    for leaf in leaves(x).values():
+        leaf.grad = None
     level = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run_once(chosen, x)
+    run_once(contender, x)
     return (torch.cuda.max_memory_allocated() - level) / MEGABYTE
 
 
 def resident_peak(call) -> float:
     """Highest resident memory during `call` over that before it, looked at every 3 ms by a thread."""
+    import psutil
+
     process, done = psutil.Process(), threading.Event()
     level = peak = process.memory_info().rss
 

@@ -1,12 +1,10 @@
 """`klq bench`: fused versus naive, with peers, as a table, a CSV with provenance, and figures."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
@@ -17,16 +15,16 @@ from rich.table import Column, Table
 
 from klq_edu import figures
 from klq_edu.bench.config import BenchConfig, Size
-from klq_edu.bench.measure import errors, interleave, peak_memory, reference_gemm, run_once
-from klq_edu.bench.workloads import PACKAGES, WORKLOADS, Contender, absent_peers, contenders, make_inputs
+from klq_edu.bench.point import measure_point
+from klq_edu.bench.workloads import PACKAGES, WORKLOADS, absent_peers, contenders
 from klq_edu.files import writable_folder, write_provenance
 from klq_edu.machine import resolve_device
 
 METHOD = (
     "Contenders take turns; every repetition lies between two products hidden[N, H] @ weight[V, H].T, and units are "
     "its time over their mean; what takes less than 20 ms is run until it has taken that long, and the mean counts. "
-    "Medians over repetitions, with the lowest and highest. Peak memory: forward and backward pass in a fresh process, "
-    "beyond the inputs. Errors: against float64, on 64 rows spread over the batch."
+    "Medians over repetitions, with the lowest and highest. Peak memory: forward and backward pass beyond the inputs, "
+    "on a GPU by torch's allocator, else in a fresh process. Errors: against float64, on 64 rows spread over the batch."
 )
 NOTE = (
     "fwd, bwd, both: median time [lowest, highest] of forward and backward pass in units of one N×H×V matrix product; "
@@ -44,11 +42,12 @@ def run_bench(config: BenchConfig) -> Path:
     jobs = [(n, s, contenders(n, device, config.compile, config.reference)) for n, s in config.points()]
     try:
         with Progress(console=console, transient=True) as progress:
+            say = partial(progress.console.print, markup=False)
             bar = progress.add_task("", total=sum(len(everyone) * (config.reps + 2) for *_, everyone in jobs))
             for name, size, everyone in jobs:
                 progress.update(bar, description=f"{name} {size}")
                 tick = partial(progress.advance, bar)
-                rows += measure_point(name, size, everyone, config, device, progress.console.print, tick)
+                rows += measure_point(name, size, everyone, config, device, say, tick)
                 write(path, rows, config, device)
     finally:
         if rows:
@@ -56,62 +55,6 @@ def run_bench(config: BenchConfig) -> Path:
             draw(path)
             console.print(f"\n[bold]{path}[/]")
     return path
-
-
-def measure_point(name: str, size: Size, everyone: list, config: BenchConfig, device: str, say, tick) -> list[dict]:
-    """The rows of one workload at one size: warm-up and errors, then interleaved times, then peak memory."""
-    x, rows = make_inputs(name, size, config.seed, device), []
-    found = first_runs(everyone, x, lambda text: say(f"{name} {size}: {text}", markup=False), tick)
-    everyone = [c for c in everyone if c.name in found]
-    gemm = reference_gemm(size, device) if size.h else lambda: 1.0
-    times = interleave(everyone, x, gemm, config.reps, tick)
-    del x, gemm
-    torch.cuda.empty_cache()  # leaves the GPU to the fresh processes; does nothing where there is none
-    what = {"workload": name, "size": size, "seed": config.seed, "device": device}
-    what |= {"compiled": config.compile, "reference": config.reference}
-    for c in everyone:
-        part = stage_rows(c, times, WORKLOADS[name].stages, bool(size.h))
-        part[-1] |= found[c.name]
-        if config.memory:
-            part[-1]["memory_mb"] = peak = peak_memory(**what, contender=c.name)
-            if math.isnan(peak):
-                say(f"{name} {size}: {c.name} did not survive in the process that measures its memory")
-        rows += [{"workload": name, **size._asdict(), **row} for row in part]
-        tick()
-    return rows
-
-
-def first_runs(everyone: list[Contender], x: dict, say: Callable, tick: Callable) -> dict[str, dict]:
-    """Contender -> its errors in a run that also warms it up; a peer that cannot run here is named and left out."""
-    found = {}
-    for c in everyone:
-        try:
-            found[c.name] = errors(c, x, run_once(c, x)[0])
-        except Exception as error:
-            if not c.optional:
-                raise
-            say(f"{c.name} does not run here: {error!r:.200}")
-        tick()
-    return found
-
-
-def stage_rows(contender: Contender, times: dict[str, list], stages: tuple[str, ...], in_units: bool) -> list[dict]:
-    """A contender's time in each stage: in seconds, against naive and, where there is a GEMM, in units of that."""
-    forward, backward = contender.gemms or (math.nan, math.nan)
-    limit = {"forward": forward, "backward": backward, "both": forward + backward}
-    rows = []
-    for stage in stages:
-        seconds = [r[stage] for r in times[contender.name]]
-        units, naive = ([r[stage] / r["gemm"] for r in times[who]] for who in (contender.name, "naive"))
-        row = {"contender": contender.name, "stage": stage, "computes": contender.computes, "reps": len(units)}
-        row |= _spread("units", units if in_units else [math.nan])
-        row |= {"limit": limit[stage], "vs_naive": median(units) / median(naive)}
-        rows.append(row | _spread("seconds", seconds) | {"memory_mb": math.nan})
-    return rows
-
-
-def _spread(name: str, values: list[float]) -> dict[str, float]:
-    return {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> None:

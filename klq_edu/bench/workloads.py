@@ -47,8 +47,9 @@ class Workload(NamedTuple):
 
 
 def make_inputs(name: str, size: Size, seed: int, device: str) -> dict:
-    """The inputs of a workload, drawn on the CPU (so alike on every device) and moved there."""
-    x = WORKLOADS[name].inputs(size, torch.Generator().manual_seed(seed))
+    """The inputs of a workload, drawn on the CPU (so alike on every device) and moved there; on a GPU drawn there, as a
+    billion draws take a CPU half a minute."""
+    x = WORKLOADS[name].inputs(size, torch.Generator(device if device.startswith("cuda") else "cpu").manual_seed(seed))
     rounded = ("hidden", "weight", "ref_hidden", "ref_weight", "logits", "ref_logits", "model")
     x = {key: value.to(device, getattr(torch, size.dtype) if key in rounded else None) for key, value in x.items()}
     for key in {"hidden", "weight", "logits", "values"} & x.keys() if name != "returns" else ():
@@ -62,13 +63,13 @@ def make_inputs(name: str, size: Size, seed: int, device: str) -> dict:
 
 
 def _random(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng)
+    return torch.randn(*shape, generator=rng, device=rng.device)
 
 
 def _logits_inputs(size: Size, rng: torch.Generator) -> dict:
     logits = 2 * _random(rng, size.n, size.v)
     near = logits + 0.2 * _random(rng, size.n, size.v)
-    tokens = torch.randint(size.v, (size.n,), generator=rng)
+    tokens = torch.randint(size.v, (size.n,), generator=rng, device=rng.device)
     return {"logits": logits, "ref_logits": near, "tokens": tokens, "upstream": _random(rng, size.n, 3)}
 
 
@@ -77,7 +78,8 @@ def _linear_inputs(size: Size, rng: torch.Generator) -> dict:
     hidden, weight = _random(rng, size.n, size.h), 2 * size.h**-0.5 * _random(rng, size.v, size.h)
     x = {"hidden": hidden, "ref_hidden": hidden + 0.1 * _random(rng, size.n, size.h)}
     x |= {"weight": weight, "ref_weight": weight + 0.2 * size.h**-0.5 * _random(rng, size.v, size.h)}
-    x |= {"tokens": torch.randint(size.v, (size.n,), generator=rng), "upstream": _random(rng, size.n, 3)}
+    tokens = torch.randint(size.v, (size.n,), generator=rng, device=rng.device)
+    x |= {"tokens": tokens, "upstream": _random(rng, size.n, 3)}
     x |= {"values": _random(rng, size.n), "targets": _random(rng, size.n), "ref_logprobs": -_random(rng, size.n).abs()}
     return x | {"mask": torch.ones(size.n, dtype=torch.bool)}
 
@@ -86,8 +88,8 @@ def _returns_inputs(size: Size, rng: torch.Generator) -> dict:
     """Sequences of random length, at least one token each."""
     names = ("rewards", "values", "logprobs", "ref_logprobs")
     x = {name: _random(rng, size.n // size.t, size.t) for name in names}
-    lengths = torch.randint(1, size.t + 1, (size.n // size.t, 1), generator=rng)
-    return x | {"mask": torch.arange(size.t) < lengths}
+    lengths = torch.randint(1, size.t + 1, (size.n // size.t, 1), generator=rng, device=rng.device)
+    return x | {"mask": torch.arange(size.t, device=rng.device) < lengths}
 
 
 def _update_inputs(size: Size, rng: torch.Generator) -> dict:
@@ -103,7 +105,7 @@ def _update_inputs(size: Size, rng: torch.Generator) -> dict:
         model = LlamaForCausalLM(config).eval()
     x = {name: _random(rng, size.n // size.t, size.t) for name in ("values", "targets", "ref_logprobs")}
     x["ref_logprobs"] -= 9
-    x["tokens"] = torch.randint(size.v, (size.n // size.t, size.t + 1), generator=rng)
+    x["tokens"] = torch.randint(size.v, (size.n // size.t, size.t + 1), generator=rng, device=rng.device)
     return x | {"mask": torch.ones_like(x["values"], dtype=torch.bool), "model": model}
 
 
