@@ -4,10 +4,18 @@ This package needs torch (and Triton for its GPU kernels) only and knows nothing
 definition of every formula; README.md beside this folder explains the rest.
 """
 
-from klq_kernels.ops import lambda_returns, linear_klq_loss, linear_token_stats, logits_klq_loss, token_stats
+from klq_kernels.ops import (
+    lambda_returns,
+    linear_klq_loss,
+    linear_token_q,
+    linear_token_stats,
+    logits_klq_loss,
+    token_q,
+    token_stats,
+)
 from klq_kernels.types import LambdaReturns, TokenStats
 
 __all__ = [
-    "LambdaReturns", "TokenStats", "lambda_returns", "linear_klq_loss", "linear_token_stats", "logits_klq_loss",
-    "token_stats",
+    "LambdaReturns", "TokenStats", "lambda_returns", "linear_klq_loss", "linear_token_q", "linear_token_stats",
+    "logits_klq_loss", "token_q", "token_stats",
 ]  # fmt: skip

@@ -13,26 +13,26 @@ from torch.library import custom_op
 
 from klq_kernels import checks, torch_linear
 from klq_kernels.loss import klq_terms
-from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype, zero_unless
 
 Five = tuple[(Tensor,) * 5]
-Eight = tuple[(Tensor,) * 8]  # `Residuals`, as a schema spells them
-Nine = tuple[(Tensor,) * 9]
+Nine = tuple[(Tensor,) * 9]  # `Residuals`, as a schema spells them
 
 
 def kernels(backend: str, inputs: str) -> ModuleType:
     """The module of a backend ("torch", "triton") for inputs "logits" (`logits_stats`, `logits_grad`, `lambda_returns`)
-    or "linear" (`linear_stats`, `linear_grad`, `chunk_stats`, `chunk_grad`): all take [N] tokens."""
+    or "linear" (`linear_stats`, `chunk_stats`, `chunk_grad`): all take [N] tokens."""
     return importlib.import_module(f"klq_kernels.{backend}_{inputs}")
 
 
 @custom_op("klq_kernels::token_stats", mutates_args=())
 def token_stats(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, *, temperature: float, backend: str
-) -> Eight:
-    """`Residuals` of every row of logits [..., V]; tokens and mask [N] (arXiv 2508.17000, eq. (2))."""
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, values: Tensor | None, *, tau: float,
+    temperature: float, backend: str,
+) -> Nine:  # fmt: skip
+    """`Residuals` of every row of logits [..., V]; tokens, mask and values [N] (arXiv 2508.17000, eqs. (2), (13))."""
     checks.token_ids(tokens, mask, logits.shape[-1])
-    return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask))
+    return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask, values, tau))
 
 
 @custom_op("klq_kernels::token_stats_grad", mutates_args=())
@@ -50,13 +50,14 @@ def token_stats_grad(
 @custom_op("klq_kernels::linear_token_stats", mutates_args=())
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, *, temperature: float, workspace: int,
-    backend: str,
-) -> Eight:  # fmt: skip
-    """`Residuals` of every row of hidden [N, H] (arXiv 2508.17000, eq. (2))."""
+    ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, values: Tensor | None, *, tau: float,
+    temperature: float, workspace: int, backend: str,
+) -> Nine:  # fmt: skip
+    """`Residuals` of every row of hidden [N, H] (arXiv 2508.17000, eqs. (2), (13))."""
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, temperature, mask, workspace))
+    given = (temperature, mask, workspace, values, tau)
+    return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, *given))
 
 
 @custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
@@ -69,7 +70,7 @@ def linear_token_stats_grad(
     where not needed."""
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     given = (temperature, mask, Residuals(*stats), Upstream(a, b, c), tuple(needed), workspace)
-    grads = kernels(backend, "linear").linear_grad(policy, tokens, ref, *given)
+    grads = torch_linear.linear_grad(kernels(backend, "logits"), policy, tokens, ref, *given)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -123,7 +124,7 @@ def linear_klq_loss(
     backend: str,
 ) -> Nine:  # fmt: skip
     """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless
-    needed) and values (arXiv 2508.17000, eqs. (2), (6))."""
+    needed; those of float16 in float32) and values (arXiv 2508.17000, eqs. (2), (6))."""
     checks.token_ids(tokens, mask, len(weight))
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
@@ -131,7 +132,7 @@ def linear_klq_loss(
     total, stats, grads, dvalues = torch_linear.linear_klq(
         kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
     )
-    dense = (hidden.new_empty(0) if g is None else g for g in grads)
+    dense = (hidden.new_empty(0, dtype=torch_linear.kept_dtype(hidden.dtype)) if g is None else g for g in grads)
     return total, *stats[:4], *dense, dvalues.to(values.dtype)
 
 
@@ -148,8 +149,8 @@ def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> 
 # Shapes and dtypes, for torch.compile
 
 
-def _fake_stats(tokens: Tensor, policy: Tensor, ref: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(Residuals.zeros(tokens, result_dtype(policy, ref), ref is not None))
+def _fake_stats(tokens: Tensor, policy: Tensor, ref: Tensor | None, values: Tensor | None = None) -> tuple[Tensor, ...]:
+    return tuple(Residuals.zeros(tokens, result_dtype(policy, ref), ref is not None, values is not None))
 
 
 @lambda_returns.register_fake
@@ -167,14 +168,19 @@ def _(logits, values, tokens, *per_token, needed, **options):
 @linear_klq_loss.register_fake
 def _(hidden, weight, bias, values, tokens, ref_hidden, ref_weight, ref_bias, *per_token, needed, **options):
     total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token))
-    grads = _empty((hidden, weight, bias, values), [*needed, True])
-    return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads
+    *grads, dvalues = _empty((hidden, weight, bias, values), [*needed, True])
+    grads = (g.to(torch_linear.kept_dtype(hidden.dtype)) for g in grads)
+    return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads, dvalues
 
 
-token_stats.register_fake(lambda logits, tokens, ref_logits, mask, **_: _fake_stats(tokens, logits, ref_logits))
+token_stats.register_fake(
+    lambda logits, tokens, ref_logits, mask, values, **_: _fake_stats(tokens, logits, ref_logits, values)
+)
 token_stats_grad.register_fake(lambda logits, *_, **__: logits.new_empty(logits.shape))
 linear_token_stats.register_fake(
-    lambda hidden, weight, bias, tokens, ref_hidden, ref_weight, *_, **__: _fake_stats(tokens, weight, ref_weight)
+    lambda hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, mask, values, **_: _fake_stats(
+        tokens, weight, ref_weight, values
+    )
 )
 linear_token_stats_grad.register_fake(
     lambda hidden, weight, bias, *_, needed, **__: _empty((hidden, weight, bias), needed)
@@ -183,19 +189,29 @@ linear_token_stats_grad.register_fake(
 
 def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs, *output)
-    ctx.options, ctx.count = keyword_only_inputs, len(inputs)
+    ctx.options, ctx.count = dict(keyword_only_inputs), len(inputs)
+    ctx.tau = ctx.options.pop("tau")
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, a, b, _, c, *unused):
-    """A gradient op takes the tensors of the forward op, its residuals, and the upstream gradients."""
-    inputs, stats = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
-    given = (*inputs, stats, *(None if g is None else g.contiguous() for g in (a, b, c)))
-    if "workspace" not in ctx.options:
-        return token_stats_grad(*given, **ctx.options), *[None] * (ctx.count - 1)
-    needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-    grads = linear_token_stats_grad(*given, **ctx.options, needed=needed)
-    return *(g if need else None for g, need in zip(grads, needed)), *[None] * (ctx.count - 3)
+def _backward(ctx, a, b, _, c, *others):
+    """A gradient op takes the tensors of the forward op but for the values, its residuals, and the upstream gradients.
+    Q = τ log π − τ log π_b + V: its own adds τ times itself to the log-prob's and is that of the values."""
+    *inputs, mask, values = ctx.saved_tensors[: ctx.count]
+    stats, g, dvalues = list(ctx.saved_tensors[ctx.count :]), others[-1], None
+    if g is not None:
+        dvalues = zero_unless(mask, g).to(values.dtype)
+        a = ctx.tau * g if a is None else a + ctx.tau * g
+    given = (*inputs, mask, stats, *(None if x is None else x.contiguous() for x in (a, b, c)))
+    model = 3 if "workspace" in ctx.options else 1
+    needed = [bool(x) for x in ctx.needs_input_grad[:model]]
+    grads = [None] * model
+    if any(needed) and model == 3:
+        grads = linear_token_stats_grad(*given, **ctx.options, needed=needed)
+    elif any(needed):
+        grads = [token_stats_grad(*given, **ctx.options)]
+    grads = (g if need else None for g, need in zip(grads, needed))
+    return *grads, *[None] * (ctx.count - model - 1), dvalues
 
 
 def _save_loss(ctx, inputs, keyword_only_inputs, output):

@@ -1,8 +1,14 @@
 """Triton device code shared by the kernels: online softmax statistics of two distributions, and their gradient.
 
-A row's statistics are kept relative to running maxima m (policy) and n (reference) of the raw logits, in units of the
-temperature: s = Σ e^x, h = Σ e^x x, t = Σ e^y and w = Σ e^x (x − y), where x = (z − m)/T and y = (r − n)/T. Working
-with differences keeps a common offset of ±1000 from costing digits.
+Everything is in base 2, which is what the hardware has: k = log2(e)/T, e = 2^((z − m)k), f = 2^((r − n)k), with m and n
+running maxima of the raw logits z (policy) and r (reference), so that a common offset of ±1000 costs no digits. A state
+holds for every row, of the tokens seen so far,
+
+    s = Σ e    h = Σ e (z − m)k    t = Σ f    w = Σ e d    b = Σ (f − v e + v e d) = Σ v e (e^(−d) − 1 + d) ≥ 0
+
+with d = ((z − m) − (r − n) − g)/T and v = 2^(−gk), so that f = v e e^(−d). The pivot g is what (z − m) − (r − n) is for
+the maxima of the tile that m is from. About the pivot that makes w = 0, KL = log(t/(s v)) = log(1 + b/(s v)): exact for
+any small KL, in one visit, since no term of b is negative and none is the difference of large numbers.
 """
 
 import os
@@ -15,64 +21,143 @@ import triton.language as tl
 from klq_kernels import types
 
 INF, SMALL_KL = tl.constexpr(types.INF), tl.constexpr(types.SMALL_KL)
+LOWEST = tl.constexpr(-1e30)  # the maximum over nothing: finite, and below every logit
+LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _finite(x):
-    """x, or 0 where it is −inf: a maximum over nothing."""
-    return tl.where(x == -INF, 0.0, x)
+def empty_state(ROWS: tl.constexpr):
+    """(m, s, h, n, t, w, b, g) [ROWS] of no tokens."""
+    low = tl.full([ROWS], LOWEST, tl.float32)
+    zero = tl.zeros([ROWS], tl.float32)
+    return low, zero, zero, low, zero, zero, zero, zero
 
 
 @triton.jit
-def shrink(scale, x):
-    """scale · x [rows], and 0 where scale is 0 even if x is infinite."""
-    return tl.where(scale == 0.0, 0.0, scale * x)
+def _power(x):
+    """2^x, without overflow."""
+    return tl.exp2(tl.minimum(x, 126.0))
 
 
 @triton.jit
-def accumulate(z, m, s, h, inv_temperature):
-    """Add a tile of policy logits z [rows, columns] to (m, s, h) [rows]; also x = (z − m)/T, e^x and the old sums'
-    scale and shift. Source: online softmax (Milakov and Gimelshein 2018), here of Σ e^x x too."""
-    new = tl.maximum(m, tl.max(z, 1))
-    x = (z - _finite(new)[:, None]) * inv_temperature
-    e = tl.exp(x)
-    shift = (_finite(m) - _finite(new)) * inv_temperature
-    scale = tl.where(m == -INF, 0.0, tl.exp(shift))
-    h = shrink(scale, h + s * shift) + tl.sum(tl.where(e > 0.0, e * x, 0.0), 1)
-    return new, s * scale + tl.sum(e, 1), h, x, e, s, scale, shift
+def bregman(p, q, d):
+    """p (e^(−d) − 1 + d) ≥ 0 where q = p e^(−d) is given: the estimator k3 of Schulman 2020. In |d| < 0.1 by its series
+    up to d⁴, with d⁵ economised into d³ (Lanczos 1938): good to 4e-6."""
+    near = p * d * (d * (0.5 - d * (0.16672917 - d * (1.0 / 24))))
+    return tl.where(tl.abs(d) < 0.1, near, q + (p * d - p))
 
 
 @triton.jit
-def accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature):
-    """Add a tile of reference logits r [rows, columns] to (n, t, w) [rows], given what `accumulate` returned for the
-    policy's tile: online softmax (Milakov and Gimelshein 2018) of two distributions at once."""
-    new = tl.maximum(n, tl.max(r, 1))
-    y = (r - _finite(new)[:, None]) * inv_temperature
-    shift_ref = (_finite(n) - _finite(new)) * inv_temperature
-    scale_ref = tl.where(n == -INF, 0.0, tl.exp(shift_ref))
-    w = shrink(scale, w + s_old * (shift - shift_ref)) + tl.sum(tl.where(e > 0.0, e * (x - y), 0.0), 1)
-    return new, t * scale_ref + tl.sum(tl.exp(y), 1), w
+def accumulate(z, m, s, h, k):
+    """Add a tile of policy logits z [rows, columns] to (m, s, h) [rows]; also what `accumulate_ref` needs: z − m, e,
+    the old s, its scale, the old m and the tile's relative to the new one. Source: online softmax (Milakov and
+    Gimelshein 2018), here of the entropy's sum too."""
+    top = tl.maximum(tl.max(z, 1), LOWEST)
+    new = tl.maximum(m, top)
+    z = z - new[:, None]
+    x = z * k
+    e = tl.exp2(x)
+    fall = m - new
+    scale = tl.exp2(fall * k)
+    h = scale * (h + s * (fall * k)) + tl.sum(e * tl.maximum(x, LOWEST), 1)
+    s *= scale
+    return new, s + tl.sum(e, 1), h, z, e, s, scale, fall, top - new
 
 
 @triton.jit
-def bregman(x, y):
-    """p (e^(−d) − 1 + d) with d = log(p/q) from log-probs x, y [rows, columns]: ≥ 0, and Σ of it is KL even where that
-    is 1e−8. Source: the estimator k3 of Schulman 2020, summed over the vocabulary."""
-    p = tl.exp(x)
-    q = tl.exp(y)
-    d = tl.where((p > 0.0) & (q > 0.0), x - y, 0.0)
-    near = p * d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24 - d * (1.0 / 120))))
-    return tl.where(tl.abs(d) < 0.1, near + tl.where((p > 0.0) & (q > 0.0), 0.0, q - p), q - p + p * d)
+def accumulate_ref(r, z, e, s, scale, fall, top, n, t, w, b, g, k):
+    """Add a tile of reference logits r [rows, columns] to (n, t, w, b, g) [rows], given what `accumulate` returned of
+    the policy's tile."""
+    nats = k * LN2
+    top_ref = tl.maximum(tl.max(r, 1), LOWEST)
+    new = tl.maximum(n, top_ref)
+    old = g + (fall - (n - new))
+    g = tl.where(fall < 0.0, top - (top_ref - new), old)
+    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
+    r = r - new[:, None]
+    f = tl.exp2(r * k)
+    d = tl.where(e > 0.0, (z - r) * nats - (g * nats)[:, None], LOWEST)
+    terms = bregman(e, f * _power(g * k)[:, None], d)
+    return new, t + tl.sum(f, 1), w + tl.sum(e * d, 1), b + tl.sum(terms, 1) * _power(-g * k), g
 
 
 @triton.jit
-def softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B: tl.constexpr, HAS_C: tl.constexpr):
-    """T dL/dz [rows, columns] from log-probs x (reference: y): arXiv 2508.17000, eq. (2), differentiated as in
-    `torch_logits.logits_grad`."""
-    p = tl.exp(x)
-    g = -a + tl.zeros_like(x)
+def _move(s, t, w, b, scale, scale_ref, old, new, k):
+    """(t, w, b) relative to other maxima, as s is already, and to another pivot: with a = (old − new)/T, w grows by
+    s a, and b by v Σ e (φ(a) + d (1 − e^(−a))), φ(a) = e^(−a) − 1 + a. Where s underflows, b is all of t."""
+    a = (old - new) * (k * LN2)
+    v = _power(-new * k)
+    t *= scale_ref
+    w = tl.where(s > 0.0, w * scale, 0.0)
+    b = tl.where(s > 0.0, b * scale_ref + (s - w) * bregman(v, _power(-old * k), a) + v * w * a, t)
+    return t, w + s * a, b
+
+
+@triton.jit
+def merge(m, s, h, k):
+    """(m, s, h) of parts [parts] together; also the parts' own s and m relative to it, and the scales of s."""
+    new = tl.max(m, 0)
+    fall = m - new
+    scale = tl.exp2(fall * k)
+    own = s * scale
+    return new, tl.sum(own, 0), tl.sum(scale * (h + s * (fall * k)), 0), own, scale, fall
+
+
+@triton.jit
+def merge_ref(s, scale, fall, n, t, w, b, g, k):
+    """(n, t, w, b, g) of parts [parts] together, given what `merge` returned of the policy's."""
+    new = tl.max(n, 0)
+    old = g + (fall - (n - new))
+    g = tl.max(tl.where(fall == 0.0, old, -INF), 0)
+    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
+    return new, tl.sum(t, 0), tl.sum(w, 0), tl.sum(b, 0), g
+
+
+@triton.jit
+def kl_divergence(s, t, w, b, g, k):
+    """KL [rows] ≥ 0 of finished sums: where it is small, log(1 + b/(s v)) = 2 artanh(y) with y = b/(2 s v + b)."""
+    mean = w / s
+    kl = g * (k * LN2) + mean - tl.log(s) + tl.log(t)
+    _, _, b = _move(s, t, w, b, 1.0, 1.0, g, g + mean / (k * LN2), k)
+    y = b / (2 * s * _power(-g * k - mean * LOG2E) + b)
+    small = 2 * y * (1 + y * y * (1.0 / 3 + y * y * (1.0 / 5)))
+    return tl.where(kl < SMALL_KL, tl.maximum(small, 0.0), kl)
+
+
+@triton.jit
+def store_state(OUT, stride, live, m, s, h, n, t, w, b, g, HAS_REF: tl.constexpr):
+    """Write a state to OUT, OUT + stride, …; `PARTIALS` numbers per row."""
+    tl.store(OUT, m, mask=live)
+    tl.store(OUT + stride, s, mask=live)
+    tl.store(OUT + 2 * stride, h, mask=live)
+    if HAS_REF:
+        tl.store(OUT + 3 * stride, n, mask=live)
+        tl.store(OUT + 4 * stride, t, mask=live)
+        tl.store(OUT + 5 * stride, w, mask=live)
+        tl.store(OUT + 6 * stride, b, mask=live)
+        tl.store(OUT + 7 * stride, g, mask=live)
+
+
+@triton.jit
+def softmax_gradient(
+    z, r, chosen, a, b, c, entropy, kl, shift, lse, ref_shift, ref_lse, inv_temperature,
+    HAS_B: tl.constexpr, HAS_C: tl.constexpr,
+):  # fmt: skip
+    """dL/dz [columns] of logits z and r: arXiv 2508.17000, eq. (2), differentiated as in `torch_logits.logits_grad`. It
+    has log p − log q − KL as a difference of differences, which small ones survive."""
+    z, r = z - shift, r - ref_shift
+    if HAS_B or HAS_C:
+        z, r = tl.maximum(z, LOWEST), tl.maximum(r, LOWEST)
+    x = z * (inv_temperature * LOG2E) - lse * LOG2E
+    weight = -a
     if HAS_B:
-        g -= b * (x + entropy)
+        weight -= b * entropy
     if HAS_C:
-        g += tl.where(kl < INF, c * (x - y - kl), 0.0)
-    return tl.where(p > 0.0, p * g, 0.0) + tl.where(chosen, a, 0.0)
+        c = tl.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
+        weight -= c * (lse - ref_lse + tl.where(kl < INF, kl, 0.0))
+    g = tl.zeros_like(x) + weight * inv_temperature
+    if HAS_B:
+        g -= x * (b * inv_temperature * LN2)
+    if HAS_C:
+        g += (z - r) * (c * inv_temperature * inv_temperature)
+    return tl.exp2(x) * g + tl.where(chosen, a * inv_temperature, 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import checks
-from klq_kernels.types import LossInputs, LossSettings, cast, clean
+from klq_kernels.types import LossInputs, LossSettings, Residuals, TokenStats, cast, clean, zero_unless
 
 
 def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
@@ -26,6 +26,16 @@ def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float)
     checks.alike(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
     logprobs, ref_logprobs, values = cast(logprobs, ref_logprobs, values)
     return tau * (logprobs - ref_logprobs) + values
+
+
+def q_of(stats: TokenStats | Residuals, values: Tensor, tau: float, mask: Tensor) -> Tensor:
+    """`q_values` (13) of statistics that are zero where masked, as Q then is, whatever the values [...] are there."""
+    return q_values(stats.logprob, stats.ref_logprob, zero_unless(mask, values), tau)
+
+
+def add_q(stats: Residuals, values: Tensor | None, tau: float, mask: Tensor) -> Residuals:
+    """The residuals [N] with Q (13) where there are values [N]."""
+    return stats if values is None else stats._replace(q=q_of(stats, values, tau, mask))
 
 
 def klq_loss(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import autograd, checks, reference
-from klq_kernels.loss import check_settings, klq_loss
-from klq_kernels.torch_linear import WORKSPACE_BYTES
+from klq_kernels.loss import check_settings, klq_loss, q_of
+from klq_kernels.torch_linear import workspace_size
 from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
 
 MODEL = {"logits", "ref_logits", "weight", "ref_weight", "bias", "ref_bias"}  # not per token
@@ -38,27 +38,50 @@ def token_stats(
     """
     checks.positive(temperature=temperature)
     checks.logits(logits, tokens, ref_logits, mask)
-    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits)
-    if backend == "reference":
-        return reference.token_stats(**given, temperature=temperature)
-    stats = autograd.token_stats(**_flat(given), temperature=temperature, backend=backend)
-    return _shaped(stats, tokens, ref_logits is not None)
+    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits, values=None)
+    return _statistics("token_stats", backend, given, temperature)[0]
+
+
+def token_q(
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor, values: Tensor, *, tau: float, temperature: float = 1.0,
+    mask: Tensor | None = None, backend: str | None = None,
+) -> tuple[TokenStats, Tensor]:  # fmt: skip
+    """`token_stats` (2) and, in the same pass, the action-value of each token:
+
+        Q_t = τ (logprob_t − ref_logprob_t) + V_t                                                  (13)
+
+    Shapes: values [...] like tokens; else as in `token_stats`, whose statistics and gradients these are. Q is shaped
+    like tokens, 0 where masked, and differentiable in `logits` and `values`; τ > 0 in units of reward per nat.
+
+    Raises as `token_stats` does, ValueError for τ ≤ 0, and TypeError where the reference or the values are missing.
+    Source: arXiv 2508.17000, eqs. (2) and (13).
+
+    >>> logits, token, value = torch.zeros(1, 2), torch.tensor([1]), torch.ones(1)
+    >>> stats, q = token_q(logits, token, torch.tensor([[1.0, 0.0]]), value, tau=0.5)
+    >>> round((stats.logprob - stats.ref_logprob).item(), 4), round(q.item(), 4)
+    (0.6201, 1.3101)
+    """
+    checks.positive(tau=tau, temperature=temperature)
+    checks.tensors(ref_logits=ref_logits, values=values)
+    checks.logits(logits, tokens, ref_logits, mask)
+    checks.alike(tokens=tokens, values=values)
+    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits, values=values)
+    return _statistics("token_stats", backend, given, temperature, tau)
 
 
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, tokens: Tensor, ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None, *, bias: Tensor | None = None, ref_bias: Tensor | None = None,
-    temperature: float = 1.0, mask: Tensor | None = None, workspace_bytes: int = WORKSPACE_BYTES,
+    temperature: float = 1.0, mask: Tensor | None = None, workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:  # fmt: skip
     """`token_stats` (2) of logits = hidden weightᵀ + bias, without the [..., V] logits of either model ever existing.
 
     Shapes: hidden [..., H], weight [V, H], bias [V]; ref_hidden [..., H'], ref_weight [V, H'] (the same tensor as
     `weight` where the head is shared), ref_bias [V]; tokens and mask [...]. Differentiable in hidden, weight and bias
-    for any upstream gradients; what does not require a gradient costs none; masked rows cost nothing. At most
-    `workspace_bytes` of logits exist at a time (but at least one row or tile); the result does not depend on it
-    beyond rounding. From hidden states the KL's error floor is that of the logits' own rounding, about 1e-7 in
-    float32; it is never negative.
+    for any upstream gradients; what does not require a gradient costs none, masked rows nothing on a CPU. At most
+    `workspace_bytes` of logits exist at a time (but at least one row or tile; None: 512 MiB on a GPU, 64 MiB on a
+    CPU); the result does not depend on it beyond rounding.
 
     Raises ValueError or TypeError as `token_stats` does, and for a reference given by halves or dtypes that disagree.
 
@@ -66,15 +89,40 @@ def linear_token_stats(
     >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4), stats.kl
     (-1.3863, 1.3863, None)
     """
-    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
+    checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
     model = dict(hidden=hidden, weight=weight, bias=bias)
     model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     checks.heads(tokens=tokens, mask=mask, **model)
-    backend, given = _prepare(backend, tokens, mask, **model)
-    if backend == "reference":
-        return reference.linear_token_stats(**given, temperature=temperature)
-    options = dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
-    return _shaped(autograd.linear_token_stats(**_flat(given), **options), tokens, ref_hidden is not None)
+    backend, given = _prepare(backend, tokens, mask, **model, values=None)
+    return _statistics(
+        "linear_token_stats", backend, given, temperature, workspace=workspace_size(workspace_bytes, weight)
+    )[0]
+
+
+def linear_token_q(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ref_hidden: Tensor, ref_weight: Tensor, values: Tensor, *,
+    tau: float, bias: Tensor | None = None, ref_bias: Tensor | None = None, temperature: float = 1.0,
+    mask: Tensor | None = None, workspace_bytes: int | None = None, backend: str | None = None,
+) -> tuple[TokenStats, Tensor]:  # fmt: skip
+    """`token_q` (13) from hidden states: `linear_token_stats` and Q in the same pass.
+
+    Shapes: values [...] like tokens; else as in `linear_token_stats`. Q is shaped like tokens, 0 where masked, and
+    differentiable in hidden, weight, bias and values. Raises as `linear_token_stats` and `token_q` do.
+
+    >>> hidden, weight = torch.zeros(1, 2), torch.ones(4, 2)
+    >>> linear_token_q(hidden, weight, torch.tensor([2]), hidden, weight, torch.ones(1), tau=0.5)[1]
+    tensor([1.])
+    """
+    checks.positive(tau=tau, temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
+    checks.tensors(ref_hidden=ref_hidden, ref_weight=ref_weight, values=values)
+    model = dict(hidden=hidden, weight=weight, bias=bias)
+    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    checks.alike(tokens=tokens, values=values)
+    backend, given = _prepare(backend, tokens, mask, **model, values=values)
+    return _statistics(
+        "linear_token_stats", backend, given, temperature, tau, workspace=workspace_size(workspace_bytes, weight)
+    )
 
 
 def lambda_returns(
@@ -153,7 +201,7 @@ def linear_klq_loss(
     clip: float | None = None, log_ratio_clip: float | None = None, delta: float | None = None,
     old_logprobs: Tensor | None = None, old_values: Tensor | None = None, ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, return_stats: bool = False,
-    workspace_bytes: int = WORKSPACE_BYTES, backend: str | None = None,
+    workspace_bytes: int | None = None, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
     """Masked mean of the KLQ loss (arXiv 2508.17000, eq. (6); variants as in `klq_loss`) from hidden [..., H].
 
@@ -166,7 +214,7 @@ def linear_klq_loss(
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
     tensor(0.0187)
     """
-    checks.positive(temperature=temperature, workspace_bytes=workspace_bytes)
+    checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
@@ -181,7 +229,8 @@ def linear_klq_loss(
         stats = reference.linear_token_stats(**model, temperature=temperature)
         out = _loss_of(stats, settings, **given)
     else:
-        options = settings._asdict() | dict(temperature=temperature, workspace=workspace_bytes, backend=backend)
+        workspace = workspace_size(workspace_bytes, weight)
+        options = settings._asdict() | dict(temperature=temperature, workspace=workspace, backend=backend)
         needed = _learns(hidden, weight, bias)
         out, *stats = autograd.linear_klq_loss(**_flat(given), **options, needed=needed)[:5]
     return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
@@ -194,6 +243,20 @@ def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **
     checks.common_device(**floats, tokens=tokens, mask=mask)
     backend = checks.pick_backend(backend, **floats)
     return backend, dict(zip(floats, narrow(*floats.values())), **checks.optional(tokens=tokens, mask=mask))
+
+
+def _statistics(
+    op: str, backend: str, given: dict[str, Tensor | None], temperature: float, tau: float = 0.0, **options
+) -> tuple[TokenStats, Tensor | None]:
+    """What the op of this name returns for the prepared tensors, and Q if there are values."""
+    values, tokens = given["values"], given["tokens"]
+    if backend == "reference":
+        stats = getattr(reference, op)(**{k: x for k, x in given.items() if k != "values"}, temperature=temperature)
+        return stats, None if values is None else q_of(stats, values, tau, given["mask"])
+    with_ref = given.get("ref_logits", given.get("ref_hidden")) is not None
+    options |= dict(tau=tau, temperature=temperature, backend=backend)
+    *out, q = getattr(autograd, op)(**_flat(given), **options)
+    return _shaped(out, tokens, with_ref), None if values is None else q.reshape(tokens.shape)
 
 
 def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, settings: LossSettings, **model):

@@ -1,5 +1,7 @@
-"""The `torch` backend from hidden states: chunks of rows or tiles of the vocabulary, whose logits live in a workspace
-of bounded size, never all; and the fused loss of both backends. `torch_logits` works on the logits, torch multiplies.
+"""From hidden states, in tiles of the vocabulary or chunks of rows, whose logits live in a workspace of bounded size.
+
+The statistics are the `torch` backend's. Gradients and fused loss serve both backends: their matrix products are
+torch's, and what happens to the logits between them is the business of a backend's module `kernels`.
 """
 
 import math
@@ -10,47 +12,79 @@ import torch
 from torch import Tensor
 
 from klq_kernels import torch_logits
-from klq_kernels.loss import klq_terms
-from klq_kernels.torch_logits import row_blocks
-from klq_kernels.types import Gradients, Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, select
+from klq_kernels.loss import add_q, klq_terms
+from klq_kernels.types import (
+    Gradients,
+    Head,
+    LossInputs,
+    LossSettings,
+    Residuals,
+    Rows,
+    Upstream,
+    result_dtype,
+    select,
+    zero_unless,
+)
 
-WORKSPACE_BYTES = 1 << 26  # 64 MiB: 524 rows of 32,000 tokens, 458 beside a reference, whose tiles get an eighth
-REF_SHARE = 8
+WORKSPACE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # 1,048 and 8,388 rows of 32,000 tokens in 16 bits
+TALLEST = {"cpu": 2048, "cuda": 8192}  # rows of a tile; beyond that a product gains nothing
+REF_SHARE = {2: 1 / 4, 4: 1 / 8, 8: 1 / 8}  # of the workspace, for tiles of the reference's logits, by bytes per logit
+REF_ROWS = {2: 256, 4: 1 << 30, 8: 1 << 30}  # of such a tile; in float32 a product of few rows is slow
+CACHED = 1 << 21  # bytes of float32 in which 16-bit logits are worked on
 ALIGNED = 64  # columns: rows of a tile start at whole cache lines
-TALLEST = 2048  # rows of a tile; beyond that a product gains nothing
+LARGEST = 64.0  # that float16 gradients are scaled to: 2¹⁰ below overflow, and a p of 1e−6 remains a normal number
 
 
 def linear_stats(
-    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
-) -> Residuals:
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int,
+    values: Tensor | None = None, tau: float = 0.0,
+) -> Residuals:  # fmt: skip
     """`reference.linear_token_stats` tile by tile, as in Cut Cross-Entropy (Wijmans et al. 2024): hidden [N, H], weight
-    [V, H], tokens and mask [N] -> residuals [N], zero where masked."""
-    policy, ref = _workable(policy), ref and _workable(ref)
+    [V, H]; tokens, mask and, for Q, values [N] -> residuals [N], zero where masked."""
     out = Residuals.zeros(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
-    for rows in tall_blocks(mask, policy, ref, workspace):
-        whole, chosen = None, tokens[rows]
-        for columns, (z, r) in logit_tiles((policy.take(rows), ref and ref.take(rows)), workspace):
+    rows, tokens, policy, ref = _live(mask, tokens, policy, ref)
+    some, live = Residuals.zeros(tokens, out.lse.dtype, ref is not None), mask[rows]
+    for block in blocks(len(tokens), _height((policy, ref), workspace)):
+        whole, chosen = None, tokens[block]
+        for columns, _, (z, r) in logit_tiles((policy.take(block), ref and ref.take(block)), workspace):
             inside = chosen - columns.start
-            tile = torch_logits.softmax_stats(z, inside, r, temperature)
-            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
-        out.store(rows, torch_logits.finished(whole, out.lse.dtype))
-    return out
+            whole = torch_logits.join(whole, _tile_stats(z, inside, r, temperature), inside >= 0, temperature)
+        some.store(block, _finished(whole, temperature, live[block], out.lse.dtype))
+    out.store(rows, some)
+    return add_q(out, values, tau, mask)
 
 
 def linear_grad(
-    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Residuals,
-    upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
+    kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor,
+    stats: Residuals, upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
 ) -> Gradients:  # fmt: skip
-    """Gradients [N, H], [V, H], [V] of what `linear_stats` returned: the logits are computed once more (Wijmans et al.
-    2024), the reference's only if the KL has an upstream gradient."""
-    grads, given = _start(policy, needed, mask), policy
-    policy, ref = _workable(policy), None if upstream.kl is None else _workable(ref)
-    for index, rows in enumerate(tall_blocks(mask, policy, ref, workspace)):
-        some, ups, mine, chosen = select(stats, rows), select(upstream, rows), policy.take(rows), tokens[rows]
-        for columns, (z, r) in logit_tiles((mine, ref and ref.take(rows)), workspace):
-            torch_logits.logits_grad(z, chosen - columns.start, r, temperature, mask[rows], some, ups, z)
-            _add(grads, mine.take(columns=columns), rows, columns, z, None, first=index == 0)
-    return grads.like(given)
+    """Gradients [N, H], [V, H], [V] of what `linear_stats` returned. Slab by slab of the vocabulary the logits are
+    computed once more (Wijmans et al. 2024), the reference's only if the KL has an upstream gradient; `kernels` (on
+    logits) turns them into their gradients, and two products these into those of hidden and weight."""
+    given = policy
+    rows, tokens, policy, ref = _live(mask, tokens, policy, None if upstream.kl is None else ref)
+    mask, stats, upstream = mask[rows], select(stats, rows), select(upstream, rows)
+    working, exact, dw, buffer = policy.weight.dtype, kernels is not torch_logits, None, None
+    height = _height((policy, ref), workspace, exact)
+    factor, rest = _common_factor(working, _largest(mask, *upstream) / temperature)
+    upstream = Upstream(*(x if x is None or factor is None else x * factor for x in upstream))
+    grads = _start(given, needed, len(tokens), given.weight.dtype)
+    dh = _sums(grads.hidden, working, once=False)
+    for columns, block, (z, r) in logit_tiles((policy, ref), workspace, height, exact, working.itemsize):
+        buffer = z.new_empty(z.numel(), dtype=working) if buffer is None else buffer  # the first tile is the largest
+        dz = z if z.dtype == working else buffer[: z.numel()].view(z.shape)
+        some, ups = select(stats, block), select(upstream, block)
+        kernels.logits_grad(z, tokens[block] - columns.start, r, temperature, mask[block], some, ups, dz)
+        part, top, bottom = policy.take(block, columns), block.start == 0, block.stop == len(tokens)
+        if grads.hidden is not None:
+            first, last = columns.start == 0, columns.stop == len(policy.weight)
+            add_product(grads.hidden[block], dh[block], dz, part.weight, first, last, rest)
+        if grads.weight is not None:
+            dw = _sums(grads.weight[columns], working, once=bottom) if top else dw
+            add_product(grads.weight[columns], dw, dz.t(), part.hidden, top, bottom, rest)
+        if grads.bias is not None:
+            grads.bias[columns] += _column_sums(dz, None)
+    return _finish(grads, given, rows, rest, given.weight.dtype)
 
 
 def linear_klq(
@@ -64,95 +98,121 @@ def linear_klq(
     chunk's logits. Shapes: hidden [N, H], weight [V, H]; tokens and inputs [N]. Source: arXiv 2508.17000, eq. (6), in
     the chunks of Liger (Hsu et al. 2024).
     """
-    grads, count, given = _start(policy, needed, inputs.mask), inputs.mask.sum().clamp(min=1), policy
-    policy, ref = _workable(policy), ref and _workable(ref)
-    stats = Residuals.zeros(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
-    dvalues = torch.zeros_like(inputs.values, dtype=result_dtype(inputs.values, stats.logprob))
-    total = dvalues.new_zeros(())
-    for index, (rows, z) in enumerate(logit_chunks(policy, inputs.mask, workspace, shared=ref is not None)):
-        x, chosen = select(inputs, rows), tokens[rows]
-        part = kernels.chunk_stats(z, chosen, ref and ref.take(rows), temperature, x.mask, workspace)
-        stats.store(rows, part)
+    given, stats = policy, Residuals.zeros(tokens, result_dtype(policy.weight, ref and ref.weight), ref is not None)
+    dvalues = torch.zeros_like(inputs.values, dtype=result_dtype(inputs.values, stats.lse))
+    rows, tokens, policy, ref = _live(inputs.mask, tokens, policy, ref)
+    every, working = select(inputs, rows), policy.weight.dtype
+    grads = _start(given, needed, len(tokens), kept_dtype(given.weight.dtype))
+    share = 1 if ref is None else 1 - kernels.REF_SHARE[working.itemsize]
+    chunks = [*blocks(len(tokens), int(workspace * share) // (len(policy.weight) * working.itemsize))]
+    some, dv, total = Residuals.zeros(tokens, stats.lse.dtype, ref is not None), dvalues[rows], dvalues.new_zeros(())
+    count = inputs.mask.sum().clamp(min=1).to(total.dtype)
+    factor, rest = _common_factor(working, _largest_slope(every, settings) / temperature)
+    factor, rest = (1 / count, None) if rest is None else (factor, rest / count)
+    dw = _sums(grads.weight, working, once=len(chunks) == 1)
+    for chunk, z in logit_chunks(policy, chunks):
+        x, mine = select(every, chunk), policy.take(chunk)
+        part = kernels.chunk_stats(z, tokens[chunk], ref and ref.take(chunk), temperature, x.mask, workspace)
+        some.store(chunk, part)
         x = x._replace(logprobs=part.logprob, ref_logprobs=part.ref_logprob if ref else x.ref_logprobs)
-        loss, a, dvalues[rows] = klq_terms(x, settings)
+        loss, a, dv[chunk] = klq_terms(x, settings)
         total = total + loss
-        if any(needed):
-            dz, scale = kernels.chunk_grad(z, chosen, temperature, x.mask, part, a / count)
-            _add(grads, policy.take(rows), rows, slice(None), dz, scale, first=index == 0)
-    return total / count, stats, grads.like(given), dvalues / count
+        if not any(needed):
+            continue
+        dz, scale = kernels.chunk_grad(z, tokens[chunk], temperature, x.mask, part, a * factor)
+        hidden, of_rows = mine.hidden, rest
+        if scale is not None:  # costs no visit to dz on the hidden states and on their gradients
+            column = scale.unsqueeze(1)
+            hidden, of_rows = (hidden * column).to(working), column if rest is None else column * rest
+        if grads.hidden is not None:
+            out = grads.hidden[chunk]
+            add_product(out, _sums(out, working, once=True), dz, mine.weight, factor=of_rows)
+        if grads.weight is not None:
+            add_product(grads.weight, dw, dz.t(), hidden, chunk.start == 0, chunk.stop == len(tokens), rest)
+        if grads.bias is not None:
+            grads.bias.add_(_column_sums(dz, scale))
+    stats.store(rows, some)
+    dvalues[rows] = dv / count
+    return total / count, stats, _finish(grads, given, rows, rest, kept_dtype(given.weight.dtype)), dvalues
 
 
 def chunk_stats(
     z: Tensor, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Residuals:
-    """Residuals [n] of a chunk whose policy logits are z [n, V], in whose place their softmax is left; the reference's
+    """Residuals of a chunk whose policy logits are z [n, V], in whose place their softmax is left; the reference's
     logits come tile by tile (Dao et al. 2022) and take a share of the workspace."""
-    whole, parts = None, []
-    alone = [(slice(0, z.shape[1]), [None])]
-    for columns, (r,) in alone if ref is None else logit_tiles((ref,), workspace // REF_SHARE):
-        inside = tokens - columns.start
-        tile = torch_logits.softmax_stats(z[:, columns], inside, r, temperature)
-        whole = torch_logits.join(whole, tile, inside >= 0, temperature)
-        parts.append((columns, tile))
-    if len(parts) > 1:
-        for columns, tile in parts:
+    out, size = Residuals.zeros(tokens, result_dtype(z, ref and ref.weight), ref is not None), z.element_size()
+    for rows in blocks(len(z), len(z) if ref is None else REF_ROWS[size]):
+        whole, parts, zs = None, [], z[rows]
+        alone = [(slice(0, z.shape[1]), rows, [None])]
+        room = int(workspace * REF_SHARE[size])
+        for columns, _, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), room):
+            inside = tokens[rows] - columns.start
+            tile = _tile_stats(zs[:, columns], inside, r, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
+            parts.append((columns, tile))
+        for columns, tile in parts if len(parts) > 1 else ():
             share = ((tile.shift - whole.shift) / temperature + tile.lse - whole.lse).exp_()
-            z[:, columns].mul_(share.to(z.dtype).unsqueeze(1))
-    return torch_logits.finished(whole, z.dtype)
+            zs[:, columns].mul_(share.to(z.dtype).unsqueeze(1))
+        out.store(rows, _finished(whole, temperature, mask[rows], out.lse.dtype))
+    return out
 
 
 def chunk_grad(
     z: Tensor, tokens: Tensor, temperature: float, mask: Tensor, stats: Residuals, a: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Logit gradients [n, V] for upstream gradients a [n] of the log-probs, in place of what `chunk_stats` left, and a
-    factor [n] still to be applied (None: none): dL/dz_v = −(a/T) (p_v − 1[v = token]). Source: Hsu et al. 2024."""
-    index = tokens.long().unsqueeze(1)
-    return z.scatter_add_(1, index, z.new_full((1, 1), -1.0).expand_as(index)), -a / temperature
+    factor [n] still to be applied (None: none): dL/dz_v = −(a/T) (p_v − 1[v = token]), where p − 1 of the token comes
+    from its log-prob and not from a p that 16 bits have rounded to 1. Source: Hsu et al. 2024."""
+    z[torch.arange(len(z), device=z.device), tokens.long()] = torch.expm1(stats.logprob).to(z.dtype)
+    return z, -a / temperature
 
 
-def logit_chunks(policy: Head, mask: Tensor, workspace: int, shared: bool) -> Iterator[tuple[Rows, Tensor]]:
-    """(rows, logits [n, V]) of unmasked rows in chunks that fit the workspace (or one row), which is allocated once and
-    overwritten (Hsu et al. 2024). If it is shared, what the reference's tiles need is left free."""
-    size, dtype = workspace * (REF_SHARE - 1) // REF_SHARE if shared else workspace, result_dtype(policy.weight)
-    buffer = None
-    for rows in row_blocks(mask, len(policy.weight) * dtype.itemsize, size):
-        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        if buffer is None:  # the first chunk is the largest
-            buffer = policy.weight.new_empty((count, len(policy.weight)), dtype=dtype)
-        yield rows, head_logits(policy.take(rows), buffer[:count])
+def workspace_size(given: int | None, weight: Tensor) -> int:
+    """How many bytes of logits may exist at a time: what was given, or what suits the device of weight [V, H]."""
+    return WORKSPACE_BYTES.get(weight.device.type, WORKSPACE_BYTES["cpu"]) if given is None else given
 
 
-def tall_blocks(mask: Tensor, policy: Head, ref: Head | None, workspace: int) -> Iterator[Rows]:
-    """Unmasked rows of mask [N] in blocks so tall that square tiles of both models' logits fill the workspace, within
-    reason."""
-    itemsize = result_dtype(policy.weight).itemsize * (1 if ref is None else 2)
-    return row_blocks(mask, 1, min(TALLEST, math.isqrt(workspace // itemsize)))
+def blocks(count: int, most: int) -> Iterator[slice]:
+    """Indices 0 … count − 1 in slices of nearly equal length, at most `most` (or one)."""
+    size = math.ceil(max(1, count) / math.ceil(max(1, count) / max(1, most)))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def logit_tiles(heads: tuple[Head | None, ...], workspace: int) -> Iterator[tuple[slice, list[Tensor | None]]]:
-    """(columns, each head's logits [n, v] there or None) over the whole vocabulary (Wijmans et al. 2024), in tiles that
-    fit the workspace together; each overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
+def logit_chunks(policy: Head, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, logits [n, V]) of each of these chunks, in one buffer that is overwritten (Hsu et al. 2024)."""
+    shape = chunks[0].stop if chunks else 0, len(policy.weight)
+    buffer = policy.weight.new_empty(shape)
+    return ((chunk, head_logits(policy.take(chunk), buffer[: chunk.stop - chunk.start])) for chunk in chunks)
+
+
+def logit_tiles(
+    heads: tuple[Head | None, ...], workspace: int, height: int = 1 << 30, exact: bool = False, room: int = 0
+) -> Iterator[tuple[slice, slice, list[Tensor | None]]]:
+    """(columns, rows, each head's logits [n, v] there or None): the vocabulary (Wijmans et al. 2024) in slabs, each in
+    blocks of rows at most `height` high, which fit the workspace together, with `room` more bytes per logit where they
+    are wider than that; each tile overwrites the last. Tiles, not fewer rows: a product of few rows is slow."""
     count, vocab = next((len(h.hidden), len(h.weight)) for h in heads if h)
-    dtypes = [head and result_dtype(head.weight) for head in heads]
-    width = max(1, workspace // (count * sum(dtype.itemsize for dtype in dtypes if dtype)))
+    rows, dtypes = [*blocks(count, height)], [h and _tile_dtype(h.weight, exact) for h in heads]
+    sizes = [dtype.itemsize for dtype in dtypes if dtype]
+    height = rows[0].stop if rows else 1
+    width = max(1, workspace // (height * (sum(sizes) + (room if room < max(sizes) else 0))))
     even = math.ceil(vocab / math.ceil(vocab / width))
     width = min(width, ALIGNED * math.ceil(even / ALIGNED))
-    buffers = [h and h.weight.new_empty(count * width, dtype=dtype) for h, dtype in zip(heads, dtypes, strict=True)]
+    buffers = [h and h.weight.new_empty(height * width, dtype=dtype) for h, dtype in zip(heads, dtypes, strict=True)]
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
-        out = (None if x is None else x[: count * (columns.stop - start)].view(count, -1) for x in buffers)
-        yield columns, [h and head_logits(h.take(columns=columns), x) for h, x in zip(heads, out, strict=True)]
+        for block in rows:
+            shape = block.stop - block.start, columns.stop - columns.start
+            out = (None if x is None else x[: math.prod(shape)].view(shape) for x in buffers)
+            logits = [h and head_logits(h.take(block, columns), x) for h, x in zip(heads, out, strict=True)]
+            yield columns, block, logits
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, [n, k] and [k, v] -> [n, v], accumulated and returned in the working dtype (in `out` if given)."""
-    dtype = result_dtype(a, b)
-    if a.is_cuda and a.dtype == b.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype, out=out)
-    if native(a.dtype) and a.dtype == b.dtype:
-        narrow = torch.mm(a, b)
-        return narrow.to(dtype) if out is None else out.copy_(narrow)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """In which products are made, a chunk's logits kept and gradients of logits written: that of the weight, or
+    float32 on a CPU without fast products of it."""
+    return weight.dtype if weight.is_cuda or native(weight.dtype) else result_dtype(weight)
 
 
 def native(dtype: torch.dtype) -> bool:
@@ -160,56 +220,153 @@ def native(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """total [n, v] += a @ b, or total = a @ b the first time."""
-    if a.dtype == b.dtype == total.dtype:
+def head_logits(head: Head, out: Tensor) -> Tensor:
+    """All logits [n, V] of a head, written to `out` in its dtype."""
+    if head.bias is not None and head.bias.dtype == out.dtype and out.element_size() == 2:  # rounded once
+        return torch.addmm(head.bias, head.hidden, head.weight.t(), out=out)
+    add_product(out, out, head.hidden, head.weight.t())
+    return out if head.bias is None else out.add_(head.bias)
+
+
+def add_product(
+    out: Tensor, total: Tensor, a: Tensor, b: Tensor, first: bool = True, last: bool = True, factor=None
+) -> None:
+    """The sum of a @ b over calls from the first to the last, times the factor, in `out` [n, v]; until then in `total`,
+    which is `out` itself or as large in float32, in which 16-bit products are summed too."""
+    if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
+    elif a.is_cuda and first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    elif a.is_cuda:  # into itself: torch's bug #154086 is about a first argument that has to be expanded
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == out.dtype and native(a.dtype):  # few rows at a time, whose products stay in cache
+        for rows in blocks(len(out), CACHED // max(1, out[:1].nbytes)):
+            ab = torch.mm(a[rows], b, out=out[rows])
+            total[rows].copy_(ab) if first else total[rows].add_(ab)
     else:
-        ab = torch.mm(a, b) if native(a.dtype) and a.dtype == b.dtype and not a.is_cuda else product(a, b)
-        total.copy_(ab) if first else total.add_(ab)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
+    if last and factor is not None:
+        torch.mul(total, factor, out=out)
+    elif last and total.dtype != out.dtype:
+        out.copy_(total)
+
+
+def every_row(mask: Tensor) -> bool:
+    """Whether masked rows [N] are computed too: on a GPU, where the host would wait for a count of the others."""
+    return mask.is_cuda
+
+
+def _live(mask: Tensor, tokens: Tensor, policy: Head, ref: Head | None) -> tuple[Rows, Tensor, Head, Head | None]:
+    """(rows that are worked on, their tokens, their heads in the working dtype): the unmasked ones or all, of which the
+    masked ones' tokens and hidden states are then 0, so that a NaN can't reach the weight as 0 · NaN."""
+    if every_row(mask):
+        rows, tokens = slice(None), zero_unless(mask, tokens)
+        policy = policy._replace(hidden=torch.where(mask.unsqueeze(1), policy.hidden, 0))
+    else:
+        rows = slice(None) if mask.all() else mask.nonzero().squeeze(1)
+        tokens, policy, ref = tokens[rows], policy.take(rows), ref and ref.take(rows)
+    return rows, tokens, _workable(policy), ref and _workable(ref)
 
 
 def _workable(head: Head) -> Head:
-    """The head itself, or in float32 where the CPU has no fast products of its 16-bit type."""
-    if head.weight.is_cuda or native(head.weight.dtype):
-        return head
-    dtype = result_dtype(head.weight)
+    """The head in its working dtype."""
+    dtype = working_dtype(head.weight)
     return Head(*(x if x is None else x.to(dtype) for x in head))
 
 
-def head_logits(head: Head, out: Tensor) -> Tensor:
-    """All logits [n, V] of a head in the working dtype, written to `out`."""
-    if head.bias is not None and native(head.weight.dtype) and not head.weight.is_cuda:
-        return out.copy_(torch.addmm(head.bias, head.hidden, head.weight.t()))
-    z = product(head.hidden, head.weight.t(), out)
-    return z if head.bias is None else z.add_(head.bias)
+def _height(heads: tuple[Head | None, ...], workspace: int, exact: bool = False) -> int:
+    """Rows of a block so tall that square tiles of all heads' logits fill the workspace, within reason."""
+    weights = [h.weight for h in heads if h]
+    most = TALLEST.get(weights[0].device.type, TALLEST["cpu"])
+    return min(most, math.isqrt(workspace // sum(_tile_dtype(w, exact).itemsize for w in weights)))
 
 
-def _start(head: Head, needed: tuple[bool, bool, bool], mask: Tensor) -> Gradients:
-    """Accumulators in the working dtype, zero but for the weight's, which the first rows overwrite if any come."""
-    dtype = result_dtype(head.weight)
-    weight = torch.empty_like if mask.any() else torch.zeros_like
-    made = (torch.zeros_like, weight, torch.zeros_like)
-    return Gradients(*(f(x, dtype=dtype) if need else None for f, x, need in zip(made, head, needed, strict=True)))
+def _tile_dtype(weight: Tensor, exact: bool) -> torch.dtype:
+    """Of a tile's logits: float32, unless the statistics came from logits that a CPU's products had rounded to 16 bits
+    (not if they were exact)."""
+    rounded = native(weight.dtype) and not (exact or weight.is_cuda)
+    return weight.dtype if rounded else result_dtype(weight)
 
 
-def _add(
-    grads: Gradients, part: Head, rows: Rows, columns: slice, dz: Tensor, scale: Tensor | None, first: bool
-) -> None:
-    """Add what logit gradients dz [n, v] of these rows and columns contribute, if given times scale [n]; `part` is the
-    head of these, `first` says that these are the first rows.
+def _tile_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
+    """`torch_logits.softmax_stats` of logits [n, v], which become the softmax: those of 16 bits are read a few rows at
+    a time into float32."""
+    dtype, parts = result_dtype(z, r), []
+    if z.dtype == dtype and (r is None or r.dtype == dtype):
+        return torch_logits.softmax_stats(z, tokens, r, temperature)
+    tokens, scratch = tokens.clamp(0, z.shape[1] - 1), None
+    for rows in blocks(len(z), CACHED // (dtype.itemsize * z.shape[1])):
+        p, q = z[rows].to(dtype), None if r is None else r[rows].to(dtype, copy=True)
+        scratch = torch.empty_like(p) if scratch is None else scratch[: len(p)]  # the first block is the largest
+        parts.append(torch_logits.block_stats(p, tokens[rows], q, temperature, scratch))
+        z[rows] = p
+    return Residuals(*map(torch.cat, zip(*parts, strict=True)))
 
-    In float32 the scale costs no visit to dz: it is put on the hidden states and on their gradients.
-    """
-    if scale is not None and dz.dtype != part.hidden.dtype:
-        dz, scale = dz.mul_(scale.unsqueeze(1)), None
-    dz, hidden = dz.to(part.hidden.dtype), part.hidden
-    if scale is not None:
-        hidden = hidden * scale.unsqueeze(1)
-    if grads.hidden is not None:
-        dh = product(dz, part.weight)
-        grads.hidden[rows] += dh if scale is None else dh.mul_(scale.unsqueeze(1))
-    if grads.weight is not None:
-        add_product(grads.weight[columns], dz.t(), hidden, first)
-    if grads.bias is not None:
-        grads.bias[columns] += dz.sum(0, dtype=grads.bias.dtype) if scale is None else scale @ dz
+
+def _finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
+    """`torch_logits.finished`, zero where masked [n]."""
+    whole = torch_logits.finished(stats, temperature, dtype)
+    return Residuals(*(zero_unless(mask, x) if len(x) else x for x in whole))
+
+
+def _largest(mask: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The largest |entry| [] of any of the tensors [N] where not masked."""
+    given = [zero_unless(mask, x).abs() for x in tensors if x is not None]
+    return torch.cat([mask.new_zeros(1, dtype=torch.float32), *(x.float() for x in given)]).amax()
+
+
+def _largest_slope(x: LossInputs, settings: LossSettings) -> Tensor:
+    """About how large [] the loss's derivatives in log-probs can get, before these are known: τ |V − Ĝ|, and some τ for
+    the log-ratio."""
+    return settings.tau * (_largest(x.mask, x.values - x.targets) + settings.tau)
+
+
+def _common_factor(dtype: torch.dtype, largest: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(a power of two [] that makes upstream gradients of this size about `LARGEST`, what undoes it after the products)
+    for float16, in which most gradients of a mean over tokens would underflow; else (None, None)."""
+    if dtype != torch.float16:
+        return None, None
+    largest = largest.clamp(1e-30, 1e30)
+    factor = LARGEST * (torch.frexp(largest).mantissa / largest)
+    return factor, 1 / factor
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients that a fused loss keeps for the backward pass: float32 for float16, which would round most of a mean
+    over tokens to 0 before a GradScaler's factor arrives (Micikevicius et al. 2018)."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _start(head: Head, needed: tuple[bool, bool, bool], rows: int, dtype: torch.dtype) -> Gradients:
+    """Room for the gradients of this many rows of a head; the bias's are sums, from 0 on."""
+    hidden, weight, bias = head
+    return Gradients(
+        hidden.new_empty(rows, hidden.shape[1], dtype=dtype) if needed[0] else None,
+        (weight.new_empty if rows else weight.new_zeros)(weight.shape, dtype=dtype) if needed[1] else None,
+        bias.new_zeros(bias.shape, dtype=result_dtype(bias)) if needed[2] else None,
+    )
+
+
+def _sums(out: Tensor | None, dtype: torch.dtype, once: bool) -> Tensor | None:
+    """Where `add_product` is to sum products of this dtype: in `out` if that is float32 or if one product of bfloat16
+    completes it (float16 would overflow before the common factor is undone), else in float32 of its own."""
+    if out is None or out.dtype == result_dtype(out) or (once and out.dtype == dtype == torch.bfloat16):
+        return out
+    return torch.empty_like(out, dtype=result_dtype(out))
+
+
+def _column_sums(dz: Tensor, scale: Tensor | None) -> Tensor:
+    """Σ over rows of dz [n, v], times scale [n] if given, in float32."""
+    if scale is None:
+        return dz.sum(0, dtype=result_dtype(dz))
+    return sum(scale[rows] @ dz[rows].to(scale.dtype) for rows in blocks(len(dz), CACHED // dz[:1].nbytes))
+
+
+def _finish(grads: Gradients, given: Head, rows: Rows, factor: Tensor | None, dtype: torch.dtype) -> Gradients:
+    """The gradients, hidden states' in their places among all rows, the bias's times the factor and in this dtype."""
+    hidden, _, bias = grads
+    if hidden is not None and isinstance(rows, Tensor):
+        hidden = hidden.new_zeros(given.hidden.shape).index_copy_(0, rows, hidden)
+    if bias is not None:
+        bias = (bias if factor is None else bias * factor).to(dtype)
+    return grads._replace(hidden=hidden, bias=bias)

@@ -12,62 +12,73 @@ import torch
 from torch import Tensor
 
 from klq_kernels import reference
-from klq_kernels.types import INF, SMALL_KL, LambdaReturns, Residuals, Rows, Upstream, result_dtype
+from klq_kernels.loss import add_q
+from klq_kernels.types import INF, LambdaReturns, Residuals, Rows, Upstream, result_dtype
 
 BLOCK_BYTES = 1 << 21
-FAR = -60.0  # log(p/q) below which e^(−d) is near overflow
+LOG2E = math.log2(math.e)
+FAR = 30.0  # log(q/p) above which q may sit where p is rounded to 0
 LOWEST = -1e30  # stands for −inf where it is multiplied by 0
 
 
 def logits_stats(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
-) -> Residuals:
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor,
+    values: Tensor | None = None, tau: float = 0.0,
+) -> Residuals:  # fmt: skip
     """`reference.token_stats` (arXiv 2508.17000, eq. (2)) in one pass over blocks of rows: logits and ref_logits
-    [..., V], tokens and mask [N] -> residuals [N], zero where masked."""
+    [..., V]; tokens, mask and, for Q, values [N] -> residuals [N], zero where masked."""
     dtype = result_dtype(logits, ref_logits)
-    out = Residuals.zeros(tokens, dtype, ref_logits is not None)
+    out = Residuals.zeros(tokens, torch.float64, ref_logits is not None)
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
         z, r = (None if x is None else _read_rows(x, rows, dtype) for x in (logits, ref_logits))
-        _fill(out, rows, z, tokens[rows].long(), r, temperature)
-    return out
+        out.store(rows, block_stats(z, tokens[rows].long(), r, temperature))
+    return add_q(finished(out, temperature, dtype), values, tau, mask)
 
 
 def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
     """`logits_stats` of a tile of the vocabulary as if there were no more; where the token is elsewhere, the log-probs
-    mean nothing. The logits z [n, v] become the tile's softmax, the reference's r are used up; the KL has an error of
-    about 1e-7. Source: arXiv 2508.17000, eq. (2), on a tile as in Dao et al. 2022 (FlashAttention)."""
-    out, buffers, inside = Residuals.zeros(tokens, z.dtype, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
+    mean nothing. The logits z [n, v] become the tile's softmax, the reference's r are used up; the residuals are
+    float64, as `join` wants them. Source: arXiv 2508.17000, eq. (2), on a tile as in Dao et al. 2022 (FlashAttention).
+    """
+    out, buffers, inside = Residuals.zeros(tokens, torch.float64, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
     for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
         part, reference_part = z[rows], None if r is None else r[rows]
-        _fill(out, rows, part, inside[rows], reference_part, temperature, _scratch(buffers, "logp", part))
+        scratch = _scratch(buffers, "logp", part)
+        out.store(rows, block_stats(part, inside[rows], reference_part, temperature, scratch))
     return out
 
 
 def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: float) -> Residuals:
     """Residuals over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
 
-        H = Σ_i w_i (H_i − log w_i)        KL = Σ_i w_i (KL_i + log(w_i/u_i))
+        H = Σ_i w_i (H_i − log w_i)        KL = D(w ‖ u) + Σ_i w_i KL_i
 
-    `here` [n] says which tokens are in the right tile. In float64, so that many tiles round no more than one. Source:
-    the chain rules of Cover and Thomas 2006, theorems 2.2.1 and 2.5.3, for (tile, token in it).
+    `here` [n] says which tokens are in the right tile. In float64, so that many tiles round no more than one; no term
+    of the KL is negative, so that none is lost. Source: the chain rules of Cover and Thomas 2006, theorems 2.2.1 and
+    2.5.3, for (tile, token in it).
     """
-    right = Residuals(*(x.double() for x in right))
     if left is None:
         return right
     shift, lse, *log_w = _shares(left.shift, left.lse, right.shift, right.lse, temperature)
     sides, w = (left, right), [x.exp() for x in log_w]
     logprob = torch.where(here, right.logprob + log_w[1], left.logprob + log_w[0])
     entropy = sum(_weighted(wi, s.entropy - lw) for wi, lw, s in zip(w, log_w, sides, strict=True))
+    out = left._replace(logprob=logprob, entropy=entropy, shift=shift, lse=lse)
     if not len(left.kl):
-        return Residuals(logprob, entropy, left.kl, left.kl, shift, lse, left.kl, left.kl)
+        return out
     ref_shift, ref_lse, *log_u = _shares(left.ref_shift, left.ref_lse, right.ref_shift, right.ref_lse, temperature)
     ref_logprob = torch.where(here, right.ref_logprob + log_u[1], left.ref_logprob + log_u[0])
-    kl = sum(_weighted(wi, s.kl + lw - lu) for wi, lw, lu, s in zip(w, log_w, log_u, sides, strict=True))
-    return Residuals(logprob, entropy, ref_logprob, kl.clamp_(min=0), shift, lse, ref_shift, ref_lse)
+    kl = reference.kl_divergence(torch.stack(log_w, 1), torch.stack(log_u, 1))
+    kl = kl + sum(_weighted(wi, s.kl) for wi, s in zip(w, sides, strict=True))
+    return out._replace(ref_logprob=ref_logprob, kl=kl, ref_shift=ref_shift, ref_lse=ref_lse)
 
 
-def finished(stats: Residuals, dtype: torch.dtype) -> Residuals:
-    """Joined residuals [n] in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution."""
+def finished(stats: Residuals, temperature: float, dtype: torch.dtype) -> Residuals:
+    """Float64 residuals [n] in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution. The
+    shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has."""
+    shift, lse = _two_floats(stats.shift, stats.lse, temperature, dtype)
+    ref_shift, ref_lse = _two_floats(stats.ref_shift, stats.ref_lse, temperature, dtype)
+    stats = stats._replace(shift=shift, lse=lse, ref_shift=ref_shift, ref_lse=ref_lse)
     nothing = stats.shift <= LOWEST
     return Residuals(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
 
@@ -87,20 +98,19 @@ def logits_grad(
     buffers = {}
     for rows in row_blocks(mask, logits.shape[-1] * stats.lse.element_size()):
         a, b, c = (torch.zeros_like(stats.lse[rows]) if x is None else x[rows] / temperature for x in upstream)
-        logp = _logp(_read_rows(logits, rows, a.dtype), temperature, stats.shift[rows], stats.lse[rows], buffers, "p")
-        grad = torch.exp(logp, out=_scratch(buffers, "grad", logp))
+        x = _shifted(_read_rows(logits, rows, a.dtype), temperature, stats.shift[rows], buffers, "x")
+        lse, weights = stats.lse[rows], -a.unsqueeze(1)
+        grad = torch.sub(x, lse.unsqueeze(1), out=_scratch(buffers, "grad", x)).mul_(LOG2E).exp2_()  # faster than exp_
         direct = isinstance(rows, slice) and out.dtype == grad.dtype
-        if upstream.entropy is None and upstream.kl is None:
-            weights = -a.unsqueeze(1)
-        else:
-            kl, constant = stats.kl[rows] if upstream.kl is not None else c, -a - b * stats.entropy[rows]
+        if upstream.kl is not None:
+            kl = stats.kl[rows]
             c = torch.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
-            weights = logp.clamp_min_(LOWEST).mul_((c - b).unsqueeze(1))
-            weights.add_((constant - c * kl.clamp(max=-LOWEST)).unsqueeze(1))
-            if upstream.kl is not None:
-                r = _read_rows(ref_logits, rows, a.dtype)
-                logq = _logp(r, temperature, stats.ref_shift[rows], stats.ref_lse[rows], buffers, "q")
-                weights.sub_(logq.clamp_min_(LOWEST).mul_(c.unsqueeze(1)))
+            y = _shifted(_read_rows(ref_logits, rows, a.dtype), temperature, stats.ref_shift[rows], buffers, "y")
+            d = torch.sub(x, y, out=y)  # small numbers first: log-probs would round it
+            constant = c * (stats.ref_lse[rows] - lse - kl.clamp(max=-LOWEST))
+            weights = d.mul_(c.unsqueeze(1)).add_(weights + constant.unsqueeze(1))
+        if upstream.entropy is not None:
+            weights = x.mul_(-b.unsqueeze(1)).add_(weights).sub_((b * (stats.entropy[rows] - lse)).unsqueeze(1))
         grad = torch.mul(grad, weights, out=out[rows] if direct else grad)
         if upstream.logprob is not None:
             chosen = tokens[rows].long()
@@ -177,31 +187,36 @@ def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     return x[index // x.shape[1], index % x.shape[1]].to(dtype)
 
 
-def _fill(
-    out: Residuals, rows: Rows, z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float, scratch=None
-) -> None:
-    """Residuals of these rows from their logits z and r into `out`. With a scratch as large as z, p overwrites z, log q
-    overwrites r, and the KL is a mere Σ p log(p/q)."""
-    logp, p, logq = (None, None, None) if scratch is None else (scratch[: len(z)], z, r)
-    logp, out.shift[rows], out.lse[rows] = _log_softmax(z, temperature, logp)
-    p = torch.softmax(logp, 1, out=p)
-    out.logprob[rows] = logp.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    out.entropy[rows] = -_cross(p, logp)
+def block_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float, scratch=None) -> Residuals:
+    """Residuals [n], in float64, of rows with logits z and r [n, v] (arXiv 2508.17000, eq. (2)). With a scratch like z,
+    p overwrites z and r is used up."""
+    p, y = (None, None) if scratch is None else (z, r)
+    x, shift = _below_top(z, temperature, scratch)
+    p = torch.softmax(x, 1, out=p)
+    lse = -p.amax(1).double().log()
+    logprob, entropy = x.gather(1, tokens.unsqueeze(1)).squeeze(1) - lse, lse - _cross(p, x)
+    ref_logprob = kl = ref_shift = ref_lse = nothing = lse.new_empty(0)
     if r is not None:
-        logq, out.ref_shift[rows], out.ref_lse[rows] = _log_softmax(r, temperature, logq)
-        out.ref_logprob[rows] = logq.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        out.kl[rows] = _kl(p, logp, logq) if scratch is None else _cross(p, logp.sub_(logq)).clamp_(min=0)
+        y, ref_shift = _below_top(r, temperature, y)
+        token_y = y.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        kl, ref_lse = _kl(p, x, y, lse)
+        ref_logprob = token_y - ref_lse
+    return Residuals(logprob, entropy, ref_logprob, kl, shift.double(), lse, ref_shift.double(), ref_lse, nothing)
 
 
-def _log_softmax(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log softmax(z/temperature), shift, lse) of each row of z; a row of −inf has shift −inf and is uniform."""
+def _below_top(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(z − shift)/temperature and the shift, each row's maximum; a row of −inf has shift −inf and becomes zeros."""
     shift = z.amax(1)
     if (shift == -INF).any():
         z = z.masked_fill((shift == -INF).unsqueeze(1), 0.0)
-    if temperature != 1:
-        z = torch.sub(z, shift.clamp(min=LOWEST).unsqueeze(1), out=out).mul_(1 / temperature)
-    logp = torch.log_softmax(z, 1, out=out)
-    return logp, shift, -logp.amax(1)
+    x = torch.sub(z, shift.masked_fill(shift == -INF, 0.0).unsqueeze(1), out=out)
+    return x if temperature == 1 else x.mul_(1 / temperature), shift
+
+
+def _two_floats(shift: Tensor, lse: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(shift, lse) of the same log-normaliser of which the lse is only what this dtype rounds off the shift."""
+    most = (shift + temperature * lse).to(dtype).double()
+    return most, lse - (most - shift) / temperature
 
 
 def _shares(
@@ -219,10 +234,10 @@ def _weighted(w: Tensor, x: Tensor) -> Tensor:
     return (w * x).masked_fill_(w == 0, 0.0)
 
 
-def _logp(z: Tensor, temperature: float, shift: Tensor, lse: Tensor, buffers: dict, name: str) -> Tensor:
-    """(z − shift)/temperature − lse in a buffer; subtracting first keeps a common offset from rounding."""
-    x = torch.sub(z, shift.unsqueeze(1), out=_scratch(buffers, name, z))
-    return (x if temperature == 1 else x.mul_(1 / temperature)).sub_(lse.unsqueeze(1))
+def _shifted(z: Tensor, temperature: float, shift: Tensor, buffers: dict, name: str) -> Tensor:
+    """(z − shift)/temperature, finite, in a buffer; subtracting first keeps a common offset from rounding."""
+    x = torch.sub(z, shift.unsqueeze(1), out=_scratch(buffers, name, z)).clamp_min_(LOWEST)
+    return x if temperature == 1 else x.mul_(1 / temperature)
 
 
 def _scratch(buffers: dict, name: str, like: Tensor) -> Tensor:
@@ -238,13 +253,17 @@ def _cross(p: Tensor, d: Tensor) -> Tensor:
     return torch.linalg.vecdot(p, d.masked_fill(p == 0, 0.0)) if sums.isnan().any() else sums
 
 
-def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """D(p ‖ q) of each row: Σ p d, d = log(p/q), or where that is small Σ p (e^(−d) − 1 + d), whose terms are ≥ 0."""
-    d = logp - logq
-    kl = torch.linalg.vecdot(p, d)
-    if (kl > SMALL_KL).all():
-        return kl
-    low, high = d.aminmax()
-    if not (low > FAR and high < INF):  # also where −inf − −inf made NaN
-        return reference.kl_divergence(logp, logq)
-    return torch.where(kl > SMALL_KL, kl, torch.linalg.vecdot(p, d.neg().expm1_().add_(d)))
+def _kl(p: Tensor, x: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(D(p ‖ q), log Σ e^y) of each row for p = e^(x − lse) and q ∝ e^y; x and y are used up.
+
+    With u = y − x and u' = u − E_p u, log Σ e^y = lse + log E_p e^u and KL = log E_p e^u − E_p u = log(1 + A) for
+    A = E_p (e^u' − 1 − u'): no term is negative, and whatever rounds E_p u changes A to second order only.
+    """
+    u = torch.sub(y, x, out=x)
+    mean = torch.linalg.vecdot(p, u)
+    if not (u.amax(1) - mean < FAR).all():  # or NaN: of −inf
+        x, y = torch.where(y > -INF, y.double() - u, p.double().log() + lse.unsqueeze(1)), y.double()
+        return reference.kl_divergence(x.log_softmax(1), y.log_softmax(1)), y.logsumexp(1)
+    a = torch.linalg.vecdot(p, torch.expm1(u.sub_(mean.unsqueeze(1)), out=y).sub_(u))
+    kl = a.clamp_(min=0).double().log1p()
+    return kl, lse + mean + kl

@@ -1,42 +1,74 @@
-"""The `triton` backend from hidden states: statistics without logits in memory, gradients by slabs of the vocabulary.
+"""The `triton` backend from hidden states: statistics without logits in memory, and what a chunk of logits needs.
 
-Forward, one launch: each program walks over the tiles of its span of the vocabulary, multiplies hidden states by the
-weight tile in fp32 accumulators, and folds the tile into its rows' running statistics; `merge_kernel` joins the spans.
-A shared head is loaded once for both models. Backward: the same tiles are computed again and turned into logit
-gradients, a slab of the vocabulary at a time, which two matrix products per slab turn into those of hidden and weight.
+Forward: each program walks over the tiles of its span of the vocabulary, multiplies hidden states by the weight tile in
+fp32 accumulators, and folds the tile into its rows' running statistics; the sampled tokens' logits are a small product
+of their own, and `merge_kernel` joins the spans. A shared head is loaded once for both models. The gradients are
+`torch_linear`'s, with `triton_logits` between products.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from klq_kernels import triton_logits
-from klq_kernels.device import INF, accumulate, accumulate_ref, softmax_gradient
-from klq_kernels.torch_linear import add_product, head_logits, product
-from klq_kernels.triton_logits import PARTIALS, chosen, merge_kernel, upstream_flags, vocabulary_splits
-from klq_kernels.types import Gradients, Head, Residuals, Upstream
+from klq_kernels.device import INF, LOG2E, accumulate, accumulate_ref, empty_state, store_state
+from klq_kernels.torch_linear import head_logits
+from klq_kernels.triton_logits import PARTIALS, merge_partials
+from klq_kernels.types import Head, Residuals, Upstream
 
 INTERPRETED = triton.knobs.runtime.interpret
-PROGRAMS = 264  # two waves of a 132-multiprocessor GPU: with fewer row tiles the vocabulary is split
+REF_SHARE = {2: 1 / 2, 4: 1 / 2}  # of the workspace, for a chunk's logits of the reference, by bytes per logit
+TOKEN_BLOCK = 1024  # hidden sizes of a token's own product taken at once: 16 bytes per thread
+GROUP = 16  # row tiles that run together: their hidden rows (16 MiB of 128 × 4096 in bf16) stay in L2
 
 
 class MatmulTile(NamedTuple):
-    """Compile-time sizes of a tile: rows, vocabulary, hidden; warps and pipeline stages."""
+    """Compile-time sizes of a tile: rows, vocabulary, hidden; warps and pipeline stages; whether tensor descriptors
+    (TMA: the hardware loads whole tiles) or pointers say where operands lie; in how many parts logits are folded."""
 
     rows: int
     vocab: int
     hidden: int
     warps: int
     stages: int
+    descriptors: bool = False
+    parts: int = 1
 
 
-# By bytes per element. The first is the default: it spills nowhere and fits all targets of `klq inspect`.
+def _tiles(one: tuple, shared: tuple, two: tuple) -> dict[str, MatmulTile]:
+    """Tiles by what there is: one model; a reference with the policy's head; a reference with its own."""
+    return {"one": MatmulTile(*one), "shared": MatmulTile(*shared), "two": MatmulTile(*two)}
+
+
+TMA, POINTERS = True, "sm_80"  # the latter's tiles serve where a row's bytes are no multiple of 16, too
+# By device and bytes per element; none spills (`klq inspect`). sm_80 stands for all of 8.x. Never run: sm_100, gfx942.
 TILES = {
-    2: [MatmulTile(64, 64, 64, 8, 3), MatmulTile(128, 64, 64, 8, 3), MatmulTile(64, 128, 64, 8, 3)],
-    4: [MatmulTile(64, 32, 32, 8, 2), MatmulTile(64, 64, 32, 8, 2), MatmulTile(32, 64, 32, 8, 2)],
+    "sm_80": {
+        2: _tiles((128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (128, 64, 64, 8, 3)),
+        4: _tiles((128, 64, 32, 8, 2), (64, 32, 32, 8, 2), (64, 32, 32, 8, 2)),
+    },
+    "sm_90": {
+        2: _tiles((128, 256, 64, 8, 3, TMA), (128, 128, 64, 8, 3, TMA, 2), (128, 128, 64, 8, 4, TMA, 4)),
+        4: _tiles((128, 128, 32, 8, 3, TMA), (128, 64, 32, 8, 3, TMA), (128, 64, 32, 8, 3, TMA)),
+    },
+    "sm_100": {
+        2: _tiles((128, 256, 64, 8, 3, TMA, 2), (128, 128, 64, 8, 3, TMA, 2), (128, 128, 64, 8, 4, TMA, 2)),
+        4: _tiles((128, 128, 32, 8, 3, TMA), (128, 64, 32, 8, 3, TMA), (128, 64, 32, 8, 3, TMA)),
+    },
+    "sm_120": {
+        2: _tiles((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3)),
+        4: _tiles((64, 64, 32, 8, 2), (64, 32, 32, 8, 2), (64, 32, 32, 8, 2)),
+    },
+    "gfx942": {
+        2: _tiles((256, 128, 32, 8, 2), (128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+        4: _tiles((64, 64, 32, 8, 2), (64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+    },
+    "cpu": dict.fromkeys((2, 4), _tiles((64, 64, 64, 1, 1), (64, 64, 64, 1, 1), (64, 64, 64, 1, 1))),
 }
 
 
@@ -49,189 +81,191 @@ def _multiply(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _load_hidden(H, rows, live, d, D, h_row):
-    """[rows, d] of hidden states, 0 for masked rows and beyond D."""
-    return tl.load(H + rows[:, None] * h_row + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+def _load_tile(
+    X, first, d, count, D, stride, COUNT: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """[COUNT, HIDDEN] of X [count, D] from row `first` and column d on; zeros outside, which a descriptor adds."""
+    if DESCRIPTORS:
+        return X.load([first, d])
+    else:
+        row, column = first + tl.arange(0, COUNT), d + tl.arange(0, HIDDEN)
+        inside = (row < count)[:, None] & (column < D)[None, :]
+        return tl.load(X + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _logits_tiles(
-    H, H2, W, BIAS, rows, live, columns, V, D, h_row, h2_row, w_row,
-    HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HIDDEN: tl.constexpr,
+def _logits(
+    H, W, first, start, rows, V, D, h_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Logits [rows, columns] in fp32 of hidden states H and, if SHARED, of H2 with the same head, each weight tile
-    loaded once; −inf beyond the vocabulary."""
-    z = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    """[ROWS, VOCAB] logits in fp32 of the hidden states from row `first` on, for tokens from `start` on."""
+    z = tl.zeros([ROWS, VOCAB], tl.float32)
+    for d in range(0, D, HIDDEN):
+        h = _load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS)
+        w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS)
+        z = _multiply(h, w.T, z, PRECISION, UPCAST)
+    return z
+
+
+@triton.jit
+def _shared_logits(
+    H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """`_logits` of two models with one head, each tile of whose weight is loaded once."""
+    z = tl.zeros([ROWS, VOCAB], tl.float32)
     r = z
-    for start in range(0, D, HIDDEN):
-        d = start + tl.arange(0, HIDDEN)
-        h = _load_hidden(H, rows, live, d, D, h_row)
-        inside = (columns < V)[None, :] & (d < D)[:, None]
-        w = tl.load(W + columns.to(tl.int64)[None, :] * w_row + d[:, None], mask=inside, other=0.0)  # transposed
-        z = _multiply(h, w, z, PRECISION, UPCAST)
-        if SHARED:
-            r = _multiply(_load_hidden(H2, rows, live, d, D, h2_row), w, r, PRECISION, UPCAST)
-    if HAS_BIAS:
-        bias = tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-        z, r = z + bias, r + bias
-    known = (columns < V)[None, :]
-    return tl.where(known, z, -INF), tl.where(known, r, -INF)
+    for d in range(0, D, HIDDEN):
+        w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS).T
+        z = _multiply(_load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS), w, z, PRECISION, UPCAST)
+        r = _multiply(_load_tile(H2, first, d, rows, D, h2_row, ROWS, HIDDEN, DESCRIPTORS), w, r, PRECISION, UPCAST)
+    return z, r
 
 
 @triton.jit
-def linear_stats_kernel(
-    H, W, BIAS, H2, W2, BIAS2, TOKENS, MASK, OUT, TOKEN_Z, TOKEN_R, rows, V, D, D2, h_row, w_row, h2_row, w2_row,
-    inv_temperature, row_tiles, span, splits,
-    HAS_BIAS: tl.constexpr, HAS_REF: tl.constexpr, HAS_BIAS2: tl.constexpr, SHARED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
+def _biased(z, BIAS, start, V, HAS_BIAS: tl.constexpr):
+    """Logits [rows, columns] plus the bias, if there is one, of tokens from `start` on."""
+    if HAS_BIAS:
+        columns = start + tl.arange(0, z.shape[1])
+        z += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def _until(parts, count):
+    """Parts of a tile, [rows, columns] each, with −inf from column `count` of the tile on."""
+    if len(parts) == 1:
+        return (tl.where((tl.arange(0, parts[0].shape[1]) < count)[None, :], parts[0], -INF),)
+    else:
+        return _until(parts[:1], count) + _until(parts[1:], count - parts[0].shape[1])
+
+
+@triton.jit
+def _parts(x, PARTS: tl.constexpr):
+    """x [rows, columns] as a tuple of PARTS (1, 2 or 4) with equally many columns each, from left to right."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        return _parts(left, PARTS // 2) + _parts(right, PARTS // 2)
+
+
+@triton.jit
+def _mask(MASK, row, rows):
+    """Which of these rows count."""
+    return tl.load(MASK + row, mask=row < rows, other=0) != 0
+
+
+@triton.jit
+def _token_logit(H, W, BIAS, row, token, known, D, h_row, w_row, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row's logit of one token in fp32; that of nothing (0) for an impossible one."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for d in range(0, tl.where(known, D, 0), BLOCK):
+        column = d + tl.arange(0, BLOCK)
+        h = tl.load(H + row * h_row + column, mask=column < D, other=0.0).to(tl.float32)
+        total += h * tl.load(W + token * w_row + column, mask=column < D, other=0.0).to(tl.float32)
+    z = tl.sum(total, 0)
+    if HAS_BIAS:
+        z += tl.load(BIAS + token, mask=known, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit(do_not_specialize=["V"])
+def token_logits_kernel(
+    H, W, BIAS, H2, W2, BIAS2, TOKENS, MASK, Z, R, V, D, D2, h_row, w_row, h2_row, w2_row,
+    HAS_BIAS: tl.constexpr, HAS_REF: tl.constexpr, HAS_BIAS2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of a tile of rows over one span of the vocabulary; OUT [6, splits, rows]. Row tiles vary
-    fastest, so that programs running together share weight tiles in L2. Source: Cut Cross-Entropy (Wijmans et al.
-    2024)."""
-    split = tl.program_id(0) // row_tiles
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
-    if tl.sum(live.to(tl.int32), 0) == 0:
+    """Both models' logits Z, R [rows] of each row's own token, an indexed product of their own (Wijmans et al. 2024):
+    looking for the token in every tile would cost an instruction or two per logit."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(MASK + row) == 0:
         return
-    token = tl.load(TOKENS + row, mask=live, other=-1)
-    m = tl.full([ROWS], -INF, tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    h, n, t, w = s, m, s, s
+    token = tl.load(TOKENS + row).to(tl.int64)
+    known = (token >= 0) & (token < V)
+    tl.store(Z + row, _token_logit(H, W, BIAS, row, token, known, D, h_row, w_row, HAS_BIAS, BLOCK))
+    if HAS_REF:
+        tl.store(R + row, _token_logit(H2, W2, BIAS2, row, token, known, D2, h2_row, w2_row, HAS_BIAS2, BLOCK))
+
+
+@triton.jit(do_not_specialize=["rows", "V", "span"])
+def linear_stats_kernel(
+    H, W, BIAS, H2, W2, BIAS2, MASK, OUT, rows, V, D, D2, h_row, w_row, h2_row, w2_row,
+    inv_temperature, span,
+    HAS_BIAS: tl.constexpr, HAS_REF: tl.constexpr, HAS_BIAS2: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of a tile of rows over one span of the vocabulary; OUT [PARTIALS, splits, rows]. Programs are
+    numbered by row tile of a group, then split, then group. A masked row's hidden states are multiplied like any
+    other's: they reach no other row, and what comes of them is not stored. Source: Cut Cross-Entropy (Wijmans et al.
+    2024)."""
+    first, split = (tl.program_id(2) * GROUP + tl.program_id(0)) * ROWS, tl.program_id(1)
+    if tl.max(_mask(MASK, first + tl.arange(0, ROWS), rows).to(tl.int32), 0) == 0:
+        return
+    k = inv_temperature * LOG2E
+    m, s, h, n, t, w, b, g = empty_state(ROWS)
     end = tl.minimum((split + 1) * span, V)
     for start in range(split * span, end, VOCAB):
-        columns = start + tl.arange(0, VOCAB)
-        chosen = token[:, None] == columns[None, :]
-        here = (token >= start) & (token < start + VOCAB) & live
-        z, r = _logits_tiles(
-            H, H2, W, BIAS, row, live, columns, V, D, h_row, h2_row, w_row, HAS_BIAS, SHARED, PRECISION, UPCAST, HIDDEN
-        )
-        if HAS_REF:
-            if not SHARED:
-                r, _ = _logits_tiles(
-                    H2, H2, W2, BIAS2, row, live, columns, V, D2, h2_row, h2_row, w2_row,
-                    HAS_BIAS2, False, PRECISION, UPCAST, HIDDEN,
+        if SHARED:
+            z, r = _shared_logits(
+                H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row,
+                PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            z = _logits(
+                H, W, first, start, rows, V, D, h_row, w_row, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS
+            )
+            r = z
+            if HAS_REF:
+                r = _logits(
+                    H2, W2, first, start, rows, V, D2, h2_row, w2_row,
+                    PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
                 )  # fmt: skip
-        m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
-        tl.store(TOKEN_Z + row, tl.sum(tl.where(chosen, z, 0.0), 1), mask=here)
-        if HAS_REF:
-            n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
-            tl.store(TOKEN_R + row, tl.sum(tl.where(chosen, r, 0.0), 1), mask=here)
-    OUT += split.to(tl.int64) * rows + row
-    stride = tl.full([], splits, tl.int64) * rows
-    tl.store(OUT, m, mask=live)
-    tl.store(OUT + stride, s, mask=live)
-    tl.store(OUT + 2 * stride, h, mask=live)
-    if HAS_REF:
-        tl.store(OUT + 3 * stride, n, mask=live)
-        tl.store(OUT + 4 * stride, t, mask=live)
-        tl.store(OUT + 5 * stride, w, mask=live)
-
-
-@triton.jit
-def linear_grad_kernel(
-    H, W, BIAS, H2, W2, BIAS2, TOKENS, MASK, ENTROPY, KL, SHIFT, LSE, REF_SHIFT, REF_LSE, A, B, C, OUT,
-    rows, V, D, D2, h_row, w_row, h2_row, w2_row, out_row, inv_temperature, row_tiles, first,
-    HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """Logit gradients of one tile of the slab that starts at token `first`; OUT [rows, slab], zero in masked rows. The
-    logits are computed once more (Wijmans et al. 2024)."""
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offset = (tl.program_id(0) // row_tiles) * VOCAB + tl.arange(0, VOCAB)
-    columns = first + offset
-    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
-    target = OUT + row[:, None] * out_row + offset[None, :]
-    inside = (row < rows)[:, None] & (columns < V)[None, :]
-    if tl.sum(live.to(tl.int32), 0) == 0:
-        tl.store(target, tl.zeros([ROWS, VOCAB], tl.float32).to(OUT.dtype.element_ty), mask=inside)
-        return
-    z, _ = _logits_tiles(
-        H, H, W, BIAS, row, live, columns, V, D, h_row, h_row, w_row, HAS_BIAS, False, PRECISION, UPCAST, HIDDEN
-    )
-    shift = tl.load(SHIFT + row, mask=live, other=0.0)[:, None]
-    lse = tl.load(LSE + row, mask=live, other=0.0)[:, None]
-    x = (z - shift) * inv_temperature - lse
-    y = x
-    zero = tl.zeros([ROWS, 1], tl.float32)
-    a = tl.load(A + row, mask=live, other=0.0)[:, None] if HAS_A else zero
-    b = tl.load(B + row, mask=live, other=0.0)[:, None] if HAS_B else zero
-    c = tl.load(C + row, mask=live, other=0.0)[:, None] if HAS_C else zero
-    entropy = tl.load(ENTROPY + row, mask=live, other=0.0)[:, None] if HAS_B else zero
-    kl = tl.load(KL + row, mask=live, other=0.0)[:, None] if HAS_C else zero
-    if HAS_C:
-        r, _ = _logits_tiles(
-            H2, H2, W2, BIAS2, row, live, columns, V, D2, h2_row, h2_row, w2_row,
-            HAS_BIAS2, False, PRECISION, UPCAST, HIDDEN,
-        )  # fmt: skip
-        ref_shift = tl.load(REF_SHIFT + row, mask=live, other=0.0)[:, None]
-        ref_lse = tl.load(REF_LSE + row, mask=live, other=0.0)[:, None]
-        y = (r - ref_shift) * inv_temperature - ref_lse
-    token = tl.load(TOKENS + row, mask=live, other=-1)
-    chosen = token[:, None] == columns[None, :]
-    dz = softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B, HAS_C) * inv_temperature
-    dz = tl.where(live[:, None], dz, 0.0)
-    tl.store(target, dz.to(OUT.dtype.element_ty), mask=inside)
+        z, r = _biased(z, BIAS, start, V, HAS_BIAS), _biased(r, BIAS2, start, V, HAS_BIAS2)
+        zs, rs = _parts(z, PARTS), _parts(r, PARTS)
+        if start + VOCAB > V:
+            zs, rs = _until(zs, V - start), _until(rs, V - start)
+        for i in tl.static_range(PARTS):
+            m, s, h, z, e, s_old, scale, fall, top = accumulate(zs[i], m, s, h, k)
+            if HAS_REF:
+                n, t, w, b, g = accumulate_ref(rs[i], z, e, s_old, scale, fall, top, n, t, w, b, g, k)
+    row = first.to(tl.int64) + tl.arange(0, ROWS)
+    stride = tl.num_programs(1).to(tl.int64) * rows
+    live = _mask(MASK, row, rows)
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, live, m, s, h, n, t, w, b, g, HAS_REF)
 
 
 def linear_stats(
-    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
-) -> Residuals:
+    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int,
+    values: Tensor | None = None, tau: float = 0.0,
+) -> Residuals:  # fmt: skip
     """`torch_linear.linear_stats` of hidden [N, H] (Wijmans et al. 2024); needs no workspace."""
-    out = Residuals.zeros(tokens, torch.float32, ref is not None)
+    out = Residuals.zeros(tokens, torch.float32, ref is not None, values is not None)
     rows, V = len(tokens), len(policy.weight)
     if rows == 0:
         return out
-    tile = chosen(TILES[policy.weight.element_size()])
-    row_tiles = triton.cdiv(rows, tile.rows)
-    splits, span = vocabulary_splits(PROGRAMS, row_tiles, V, tile.vocab)
-    partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=tokens.device)
-    token_logits = torch.full((2, rows), float("nan"), dtype=torch.float32, device=tokens.device)
     heads, sizes, flags = _arguments(policy, ref)
-    own, other = ([x is not None and (x.data_ptr(), x.shape, x.stride()) for x in h[1:]] for h in (policy, ref or ()))
-    linear_stats_kernel[(row_tiles * splits,)](
-        *heads, tokens, mask, partials, *token_logits, rows, V, *sizes, 1 / temperature, row_tiles, span, splits,
-        **flags, HAS_REF=ref is not None, SHARED=ref is not None and own == other, **_tile(tile),
-    )  # fmt: skip
-    merge_kernel[(rows,)](
-        partials, tokens, mask, *token_logits, *out, rows, V, 1, 0, 0, 0, 0, 1 / temperature, splits,
-        HAS_REF=ref is not None, IN_ROWS=False, SPLITS=triton.next_power_of_2(splits), BLOCK=16, num_warps=1,
-    )  # fmt: skip
-    return out
-
-
-def linear_grad(
-    policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, stats: Residuals,
-    upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
-) -> Gradients:  # fmt: skip
-    """`torch_linear.linear_grad`, recomputing logits as in Wijmans et al. 2024: their gradients [N, slab] exist for one
-    slab of the vocabulary at a time, in the weight's dtype and within `workspace` bytes (or one tile); everything they
-    are added to is fp32, in a fixed order."""
-    hidden = torch.where(mask.unsqueeze(1), policy.hidden, 0)  # 0 · NaN would reach the weight
-    grads = Gradients(*(torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(policy, needed)))
-    rows, V = len(tokens), len(policy.weight)
-    if rows == 0:
-        return grads.like(policy)
-    size = policy.weight.element_size()
-    tile = chosen(TILES[size])
-    slab = min(triton.cdiv(V, tile.vocab), max(1, workspace // (rows * size * tile.vocab))) * tile.vocab
-    dz = torch.empty((rows, slab), dtype=policy.weight.dtype, device=tokens.device)
-    heads, sizes, flags = _arguments(policy._replace(hidden=hidden), ref if upstream.kl is not None else None)
-    row_tiles = triton.cdiv(rows, tile.rows)
-    for first in range(0, V, slab):
-        columns, width = slice(first, min(first + slab, V)), min(slab, V - first)
-        linear_grad_kernel[(row_tiles * triton.cdiv(width, tile.vocab),)](
-            *heads, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
-            *(stats.lse if x is None else x for x in upstream), dz, rows, V, *sizes, dz.stride(0), 1 / temperature,
-            row_tiles, first, **flags, **upstream_flags(upstream), **_tile(tile),
+    shared = ref is not None and _place(ref.weight) == _place(policy.weight)
+    work = "shared" if shared else "one" if ref is None else "two"
+    best = tile(capability(tokens.device), policy.weight.dtype, work)
+    if best.descriptors and not all(map(_describable, (heads[i] for i in (0, 1, 3, 4)))):
+        best = tile(POINTERS, policy.weight.dtype, work)
+    row_tiles, tiles = triton.cdiv(rows, best.rows), triton.cdiv(V, best.vocab)
+    splits, span = vocabulary_split(row_tiles, tiles, multiprocessors(tokens.device))
+    together = min(GROUP, row_tiles)
+    partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=tokens.device)
+    z, r = (torch.empty(rows, dtype=torch.float32, device=tokens.device) for _ in range(2))  # both aligned
+    with torch.cuda.device_of(tokens):
+        token_logits_kernel[(rows,)](*heads, tokens, mask, z, r, V, *sizes, **flags, BLOCK=TOKEN_BLOCK)
+        linear_stats_kernel[(together, splits, triton.cdiv(row_tiles, together))](
+            *_described(heads, best), mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
+            SHARED=shared, GROUP=GROUP, **_constants(best),
         )  # fmt: skip
-        part = dz[:, :width]
-        if grads.hidden is not None:
-            add_product(grads.hidden, part, policy.weight[columns])
-        if grads.weight is not None:
-            grads.weight[columns] = product(part.t(), hidden)
-        if grads.bias is not None:
-            grads.bias[columns] = part.sum(0, dtype=torch.float32)
-    return grads.like(policy)
+        merge_partials(
+            partials, tokens, mask, z, None if ref is None else r, (rows, V, 1, 0, 0, 0, 0, 1 / temperature), out,
+            values, tau, in_rows=False,
+        )  # fmt: skip
+    return out
 
 
 def chunk_stats(
@@ -239,7 +273,7 @@ def chunk_stats(
 ) -> Residuals:
     """`torch_linear.chunk_stats` of policy logits z [n, V], which stay: both models' rows are visited together (Milakov
     and Gimelshein 2018), so that the reference's logits need memory of their own."""
-    ref_logits = None if ref is None else head_logits(ref, torch.empty_like(z))
+    ref_logits = None if ref is None else head_logits(ref, ref.weight.new_empty(z.shape))
     return triton_logits.logits_stats(z, tokens, ref_logits, temperature, mask)
 
 
@@ -256,6 +290,7 @@ def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int,
     given = [x if x.stride(-1) == 1 else x.contiguous() for x in given]
     h, w, _, h2, w2, _ = given
     flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
+    flags["HAS_REF"] = ref is not None
     return given, (w.shape[1], w2.shape[1], *(x.stride(0) for x in (h, w, h2, w2))), flags
 
 
@@ -265,9 +300,62 @@ def fp32_precision(platform: str) -> str:
     return "ieee" if platform == "hip" else "tf32x3"
 
 
-def _tile(tile: MatmulTile) -> dict:
-    """Launch arguments of a tile."""
-    return {
-        "PRECISION": fp32_precision("hip" if torch.version.hip else "cuda"), "UPCAST": INTERPRETED, "ROWS": tile.rows,
-        "VOCAB": tile.vocab, "HIDDEN": tile.hidden, "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+def tile(capability: str, dtype: torch.dtype, kind: str) -> MatmulTile:
+    """The tile for operands [n, H] of this dtype on a device ("sm_90", "gfx942", "cpu"); kind is "one" model, a
+    reference with a "shared" head, or "two" heads. Devices that are not in the table get what suits their kin."""
+    if capability not in TILES:
+        major = int(capability[3:-1]) if capability.startswith("sm_") else 0
+        capability = {0: "gfx942", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, POINTERS)
+    return TILES[capability][dtype.itemsize][kind]
+
+
+def capability(device: torch.device) -> str:
+    """A device's name in the table of tiles: "sm_90", "gfx942"; "cpu" for one on which kernels are interpreted."""
+    if device.type != "cuda" or INTERPRETED:
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of `linear_stats_kernel` run at once: one fills a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.lru_cache(4096)
+def vocabulary_split(row_tiles: int, tiles: int, slots: int) -> tuple[int, int]:
+    """(splits, tiles per split) of a vocabulary of so many tiles that leave the fewest of a device's slots idle: all
+    programs take equally long, so they come in waves. A group of row tiles fills the device, or its hidden rows would
+    not be all there is in L2. Source: Flash-Decoding (Dao et al. 2023) splits where rows are too few."""
+    least = min(tiles, max(1, slots // min(GROUP, row_tiles)))
+    spans = {triton.cdiv(tiles, n) for n in range(least, min(tiles, 4 * least) + 1)}
+    span = min(sorted(spans, reverse=True), key=lambda n: triton.cdiv(row_tiles * triton.cdiv(tiles, n), slots) * n)
+    return triton.cdiv(tiles, span), span
+
+
+def _place(x: Tensor) -> tuple:
+    """Where x [V, H] lies."""
+    return x.data_ptr(), x.shape, x.stride()
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can say where x [n, H] lies: rows of whole 16 bytes that don't overlap."""
+    stride, size = x.stride(0), x.element_size()
+    return x.data_ptr() % 16 == 0 and stride * size % 16 == 0 and stride >= x.shape[1] > 0
+
+
+def _described(heads: list[Tensor], tile: MatmulTile) -> list[Tensor | TensorDescriptor]:
+    """Hidden states and weights as tensor descriptors, if the tile wants them."""
+    if not tile.descriptors:
+        return heads
+    blocks = [[tile.rows, tile.hidden], [tile.vocab, tile.hidden], None] * 2
+    return [x if b is None else TensorDescriptor.from_tensor(x, b) for x, b in zip(heads, blocks, strict=True)]
+
+
+def _constants(tile: MatmulTile) -> dict:
+    """What `linear_stats_kernel` is compiled for."""
+    sizes = tile._asdict()
+    options = {"num_warps": sizes.pop("warps"), "num_stages": sizes.pop("stages")}
+    precision = fp32_precision("hip" if torch.version.hip else "cuda")
+    return options | {name.upper(): x for name, x in sizes.items()} | {"PRECISION": precision, "UPCAST": INTERPRETED}

@@ -12,10 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels.device import INF, SMALL_KL, accumulate, accumulate_ref, bregman, shrink, softmax_gradient
+from klq_kernels.device import (
+    INF,
+    LN2,
+    LOG2E,
+    LOWEST,
+    SMALL_KL,
+    accumulate,
+    accumulate_ref,
+    empty_state,
+    kl_divergence,
+    merge,
+    merge_ref,
+    softmax_gradient,
+    store_state,
+)
 from klq_kernels.types import LambdaReturns, Residuals, Upstream
 
-PARTIALS = 6  # m, s, h, n, t, w per row and split
+PARTIALS = 8  # m, s, h, n, t, w, b, g per row and split: see `device`
+LANE = tl.constexpr(32)  # elements of a tile that one lane folds into its own statistics
 ROWS_PER_SPLIT = 264  # fewer rows than this leave a GPU's 132 multiprocessors idle: split the vocabulary
 
 
@@ -27,145 +42,170 @@ class Tile(NamedTuple):
 
 
 # Each list starts with the default; KLQ_TILE=1, 2 tries the others (`klq inspect --all-tiles` compiles them).
-STATS_TILES = [Tile(4096, 8), Tile(2048, 4), Tile(8192, 16)]
-GRAD_TILES = [Tile(4096, 8), Tile(2048, 4), Tile(8192, 16)]
+STATS_TILES = [Tile(4096, 4), Tile(2048, 2), Tile(8192, 8)]  # LANE elements per thread and round
+GRAD_TILES = [Tile(8192, 4), Tile(4096, 4), Tile(2048, 4)]
 SCAN_TILES = [Tile(1024, 4), Tile(512, 4), Tile(2048, 8)]
 
 
 @triton.jit
+def _load_lanes(X, first, end, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """[LANES, COLUMNS] elements of X, each lane having every LANES-th WIDE ones; in a TAIL −inf from `end` on."""
+    column = tl.arange(0, COLUMNS // WIDE)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    column = first + column * WIDE + tl.arange(0, WIDE)[None, None, :]
+    x = tl.load(X + column, mask=column < end, other=-INF) if TAIL else tl.load(X + column)
+    return tl.permute(x, (1, 0, 2)).reshape(LANES, COLUMNS).to(tl.float32)
+
+
+@triton.jit
+def _add_tile(
+    Z, R, first, end, m, s, h, n, t, w, b, g, k,
+    HAS_REF: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The lanes' state with one more tile of logits Z, and R [LANES · COLUMNS]."""
+    z = _load_lanes(Z, first, end, TAIL, WIDE, LANES, COLUMNS)
+    if HAS_REF:
+        r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS)
+    m, s, h, z, e, s_old, scale, fall, top = accumulate(z, m, s, h, k)
+    if HAS_REF:
+        n, t, w, b, g = accumulate_ref(r, z, e, s_old, scale, fall, top, n, t, w, b, g, k)
+    return m, s, h, n, t, w, b, g
+
+
+@triton.jit(do_not_specialize=("rows", "T", "splits"))
 def stats_kernel(
     Z, R, MASK, OUT, rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits, span,
     HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one row of Z [rows, V] over one span of the vocabulary, by online softmax (Milakov and
-    Gimelshein 2018); OUT [6, splits, rows]."""
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    Gimelshein 2018): each lane keeps its own until the end. OUT [PARTIALS, splits, rows]."""
+    row, split = tl.program_id(0), tl.program_id(1)
     if tl.load(MASK + row) == 0:
         return
-    batch, time = row // T, row % T
+    batch, time = (row // T).to(tl.int64), (row % T).to(tl.int64)
     Z += batch * z_batch + time * z_time
     if HAS_REF:
         R += batch * r_batch + time * r_time
-    m = tl.full([1], -INF, tl.float32)
-    s = tl.zeros([1], tl.float32)
-    h, n, t, w = s, m, s, s
-    end = tl.minimum((split + 1) * span, V)
-    for start in range(split * span, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < end
-        z = tl.load(Z + columns, mask=inside, other=-INF).to(tl.float32)[None, :]
-        m, s, h, x, e, s_old, scale, shift = accumulate(z, m, s, h, inv_temperature)
-        if HAS_REF:
-            r = tl.load(R + columns, mask=inside, other=-INF).to(tl.float32)[None, :]
-            n, t, w = accumulate_ref(r, x, e, s_old, scale, shift, n, t, w, inv_temperature)
-    one = tl.arange(0, 1)
-    OUT += split.to(tl.int64) * rows + row
-    stride = tl.full([], splits, tl.int64) * rows  # not rows.to(…): a size of 1 is a Python number here
-    tl.store(OUT + one, m)
-    tl.store(OUT + stride + one, s)
-    tl.store(OUT + 2 * stride + one, h)
+    k = inv_temperature * LOG2E
+    COLUMNS: tl.constexpr = min(BLOCK, LANE)
+    LANES: tl.constexpr = BLOCK // COLUMNS
+    WIDE: tl.constexpr = min(COLUMNS, 128 // Z.dtype.element_ty.primitive_bitwidth)  # 16 bytes; a lane is a thread
+    m, s, h, n, t, w, b, g = empty_state(LANES)
+    first = split * span
+    end = tl.minimum(first + span, V)
+    tail = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, tail, BLOCK):
+        m, s, h, n, t, w, b, g = _add_tile(
+            Z, R, start, end, m, s, h, n, t, w, b, g, k, HAS_REF, False, WIDE, LANES, COLUMNS
+        )
+    if tail < end:
+        m, s, h, n, t, w, b, g = _add_tile(
+            Z, R, tail, end, m, s, h, n, t, w, b, g, k, HAS_REF, True, WIDE, LANES, COLUMNS
+        )
+    m, s, h, own, scale, fall = merge(m, s, h, k)
     if HAS_REF:
-        tl.store(OUT + 3 * stride + one, n)
-        tl.store(OUT + 4 * stride + one, t)
-        tl.store(OUT + 5 * stride + one, w)
+        n, t, w, b, g = merge_ref(own, scale, fall, n, t, w, b, g, k)
+    else:
+        n, t, w, b, g = m, s, s, s, s
+    stride = splits.to(tl.int64) * rows
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, True, m, s, h, n, t, w, b, g, HAS_REF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "V", "T", "z_batch", "z_time", "r_batch", "r_time", "splits"))
 def merge_kernel(
-    PART, TOKENS, MASK, Z, R, LOGPROB, ENTROPY, REF_LOGPROB, KL, SHIFT, LSE, REF_SHIFT, REF_LSE,
-    rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, splits,
-    HAS_REF: tl.constexpr, IN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    PART, TOKENS, MASK, Z, R, VALUES, LOGPROB, ENTROPY, REF_LOGPROB, KL, SHIFT, LSE, REF_SHIFT, REF_LSE, Q,
+    rows, V, T, z_batch, z_time, r_batch, r_time, inv_temperature, tau, splits,
+    HAS_REF: tl.constexpr, HAS_Q: tl.constexpr, IN_ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge one row's partials PART [6, splits, rows] (Milakov and Gimelshein 2018: ⊕ is associative). Z and R hold its
-    logits (IN_ROWS: then a small KL is summed once more, accurately) or only those of its token [rows]."""
-    row = tl.program_id(0).to(tl.int64)
+    """Statistics of one row from its partials PART [PARTIALS, splits, rows] (Milakov and Gimelshein 2018: ⊕ is
+    associative), and, if HAS_Q, Q = τ (log π − log π_b) + V. Z and R hold its logits (IN_ROWS) or only those of its
+    token [rows]."""
+    row = tl.program_id(0)
     if tl.load(MASK + row) == 0:
         return
     token = tl.load(TOKENS + row).to(tl.int64)
+    known = (token >= 0) & (token < V)  # a GPU's ids are not checked on the host: an impossible one gives NaN
     if IN_ROWS:
-        batch, time = row // T, row % T
-        Z += batch * z_batch + time * z_time
+        batch, time = (row // T).to(tl.int64), (row % T).to(tl.int64)
+        Z += batch * z_batch + time * z_time + token
         if HAS_REF:
-            R += batch * r_batch + time * r_time
-        token_offset = token
+            R += batch * r_batch + time * r_time + token
     else:
-        token_offset = row
+        Z += row
+        R += row
+    k = inv_temperature * LOG2E
     part = tl.arange(0, SPLITS)
     there = part < splits
-    stride = tl.full([], splits, tl.int64) * rows
+    stride = splits.to(tl.int64) * rows
     PART += row + part.to(tl.int64) * rows
-    m_i = tl.load(PART, mask=there, other=-INF)
+    m_i = tl.load(PART, mask=there, other=LOWEST)
     s_i = tl.load(PART + stride, mask=there, other=0.0)
     h_i = tl.load(PART + 2 * stride, mask=there, other=0.0)
-    m = tl.max(m_i, 0)
-    shift = tl.where(s_i > 0.0, (m_i - m) * inv_temperature, 0.0)
-    scale = tl.where(s_i > 0.0, tl.exp(shift), 0.0)
-    s = tl.sum(s_i * scale, 0)
-    h = tl.sum(shrink(scale, h_i + s_i * shift), 0)
+    m, s, h, s_i, scale, fall = merge(m_i, s_i, h_i, k)
     lse = tl.log(s)
-    known = (token >= 0) & (token < V)  # a GPU's ids are not checked on the host: an impossible one gives NaN
-    z = tl.load(Z + token_offset, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(LOGPROB + row, (z - m) * inv_temperature - lse)
-    tl.store(ENTROPY + row, lse - h / s)
-    tl.store(SHIFT + row, m)
-    tl.store(LSE + row, lse)
+    z = tl.load(Z, mask=known, other=float("nan")).to(tl.float32)
+    logprob = _at_most_0((z - m) * inv_temperature - lse)
+    tl.store(LOGPROB + row, logprob)
+    tl.store(ENTROPY + row, lse - h / s * LN2)
+    shift = m + lse / inv_temperature
+    tl.store(SHIFT + row, shift)
+    tl.store(LSE + row, lse - (shift - m) * inv_temperature)  # what rounding took from the shift
     if HAS_REF:
-        n_i = tl.load(PART + 3 * stride, mask=there, other=-INF)
+        n_i = tl.load(PART + 3 * stride, mask=there, other=LOWEST)
         t_i = tl.load(PART + 4 * stride, mask=there, other=0.0)
         w_i = tl.load(PART + 5 * stride, mask=there, other=0.0)
-        n = tl.max(n_i, 0)
-        shift_ref = tl.where(t_i > 0.0, (n_i - n) * inv_temperature, -(n * inv_temperature))
-        t = tl.sum(tl.where(t_i > 0.0, t_i * tl.exp(shift_ref), 0.0), 0)
-        w = tl.sum(shrink(scale, w_i + s_i * (shift - shift_ref)), 0)
+        b_i = tl.load(PART + 6 * stride, mask=there, other=0.0)
+        g_i = tl.load(PART + 7 * stride, mask=there, other=0.0)
+        n, t, w, b, g = merge_ref(s_i, scale, fall, n_i, t_i, w_i, b_i, g_i, k)
         ref_lse = tl.log(t)
-        kl = w / s - lse + ref_lse
-        if IN_ROWS:
-            if kl < SMALL_KL:  # two ifs: the first is decided when compiling
-                kl_block = tl.zeros([BLOCK], tl.float32)
-                for start in range(0, V, BLOCK):
-                    columns = start + tl.arange(0, BLOCK)
-                    inside = columns < V
-                    x = tl.load(Z + columns, mask=inside, other=-INF).to(tl.float32)
-                    y = tl.load(R + columns, mask=inside, other=-INF).to(tl.float32)
-                    kl_block += bregman((x - m) * inv_temperature - lse, (y - n) * inv_temperature - ref_lse)
-                kl = tl.sum(kl_block, 0)
-        r = tl.load(R + token_offset, mask=known, other=float("nan")).to(tl.float32)
-        tl.store(REF_LOGPROB + row, (r - n) * inv_temperature - ref_lse)
-        tl.store(KL + row, tl.maximum(kl, 0.0))
-        tl.store(REF_SHIFT + row, n)
-        tl.store(REF_LSE + row, ref_lse)
+        r = tl.load(R, mask=known, other=float("nan")).to(tl.float32)
+        ref_logprob = _at_most_0((r - n) * inv_temperature - ref_lse)
+        kl = kl_divergence(s, t, w, b, g, k)
+        tl.store(REF_LOGPROB + row, ref_logprob)
+        tl.store(KL + row, kl)
+        more = tl.where(kl < SMALL_KL, kl - (g * inv_temperature + w / s), ref_lse - lse)  # ref_lse − lse, exactly
+        ref_shift = n + (lse + more) / inv_temperature
+        tl.store(REF_SHIFT + row, ref_shift)
+        tl.store(REF_LSE + row, lse - (ref_shift - n) * inv_temperature + more)
+        if HAS_Q:
+            tl.store(Q + row, tau * (logprob - ref_logprob) + tl.load(VALUES + row).to(tl.float32))
 
 
 @triton.jit
+def _at_most_0(x):
+    """x, or 0 where rounding made it positive; NaN stays."""
+    return tl.where(x > 0.0, 0.0, x)
+
+
+@triton.jit(do_not_specialize=("T",))
 def grad_kernel(
     Z, R, TOKENS, MASK, ENTROPY, KL, SHIFT, LSE, REF_SHIFT, REF_LSE, A, B, C, OUT,
-    V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature, blocks,
+    V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022); OUT
     may be Z itself. Masked rows become zero."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
     inside = columns < V
-    OUT += row * out_row
+    OUT += row.to(tl.int64) * out_row
     if tl.load(MASK + row) == 0:
         tl.store(OUT + columns, tl.zeros([BLOCK], tl.float32).to(OUT.dtype.element_ty), mask=inside)
         return
-    batch, time = row // T, row % T
+    batch, time = (row // T).to(tl.int64), (row % T).to(tl.int64)
     a = tl.load(A + row) if HAS_A else 0.0
     b = tl.load(B + row) if HAS_B else 0.0
     c = tl.load(C + row) if HAS_C else 0.0
     entropy = tl.load(ENTROPY + row) if HAS_B else 0.0
     kl = tl.load(KL + row) if HAS_C else 0.0
-    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside, other=-INF).to(tl.float32)
-    x = (z - tl.load(SHIFT + row)) * inv_temperature - tl.load(LSE + row)
-    y = x
-    if HAS_C:
-        r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside, other=-INF).to(tl.float32)
-        y = (r - tl.load(REF_SHIFT + row)) * inv_temperature - tl.load(REF_LSE + row)
-    chosen = columns == tl.load(TOKENS + row)
-    dz = softmax_gradient(x, y, a, b, c, entropy, kl, chosen, HAS_B, HAS_C) * inv_temperature
+    ref_shift = tl.load(REF_SHIFT + row) if HAS_C else 0.0
+    ref_lse = tl.load(REF_LSE + row) if HAS_C else 0.0
+    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside).to(tl.float32)
+    r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside).to(tl.float32) if HAS_C else z
+    chosen = columns == tl.load(TOKENS + row).to(tl.int32)
+    dz = softmax_gradient(
+        z, r, chosen, a, b, c, entropy, kl, tl.load(SHIFT + row), tl.load(LSE + row), ref_shift, ref_lse,
+        inv_temperature, HAS_B, HAS_C,
+    )  # fmt: skip
     tl.store(OUT + columns, dz.to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -212,10 +252,11 @@ def returns_kernel(
 
 
 def logits_stats(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor
-) -> Residuals:
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float, mask: Tensor,
+    values: Tensor | None = None, tau: float = 0.0,
+) -> Residuals:  # fmt: skip
     """`torch_logits.logits_stats` for logits [..., V] in one visit to each row (Milakov and Gimelshein 2018)."""
-    out = Residuals.zeros(tokens, torch.float32, ref_logits is not None)
+    out = Residuals.zeros(tokens, torch.float32, ref_logits is not None, values is not None)
     rows, V = len(tokens), logits.shape[-1]
     if rows == 0:
         return out
@@ -224,15 +265,27 @@ def logits_stats(
     r, _, r_batch, r_time = _grid_view(ref_logits if has_ref else logits)
     splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
-    where = (z_batch, z_time, r_batch, r_time, 1 / temperature, splits)
-    stats_kernel[(rows * splits,)](
-        z, r, mask, partials, rows, V, time, *where, span, HAS_REF=has_ref, BLOCK=_block(tile, V), num_warps=tile.warps
-    )
-    merge_kernel[(rows,)](
-        partials, tokens, mask, z, r, *out, rows, V, time, *where, HAS_REF=has_ref, IN_ROWS=True,
-        SPLITS=triton.next_power_of_2(splits), BLOCK=_block(tile, V), num_warps=tile.warps,
-    )  # fmt: skip
+    places = (rows, V, time, z_batch, z_time, r_batch, r_time, 1 / temperature)
+    with torch.cuda.device_of(logits):
+        stats_kernel[(rows, splits)](
+            z, r, mask, partials, *places, splits, span, HAS_REF=has_ref, BLOCK=_block(tile, V), num_warps=tile.warps
+        )
+        merge_partials(partials, tokens, mask, z, r if has_ref else None, places, out, values, tau, in_rows=True)
     return out
+
+
+def merge_partials(
+    partials: Tensor, tokens: Tensor, mask: Tensor, z: Tensor, r: Tensor | None, places: tuple, out: Residuals,
+    values: Tensor | None, tau: float, in_rows: bool,
+) -> None:  # fmt: skip
+    """Launch `merge_kernel` on partials [PARTIALS, splits, N]. z and r are rows that lie as `places` (N, V, T, strides,
+    1/temperature) says, or, not in_rows, the tokens' own logits [N]. Source: Milakov and Gimelshein 2018."""
+    splits, given = partials.shape[1], partials if values is None else values.contiguous()
+    merge_kernel[(partials.shape[2],)](
+        partials, tokens, mask, z, z if r is None else r, given, *out, *places, float(tau), splits,
+        HAS_REF=r is not None, HAS_Q=values is not None, IN_ROWS=in_rows, SPLITS=triton.next_power_of_2(splits),
+        num_warps=1,
+    )  # fmt: skip
 
 
 def logits_grad(
@@ -246,12 +299,13 @@ def logits_grad(
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(logits if upstream.kl is None else ref_logits)
     tile = chosen(GRAD_TILES)
-    blocks = triton.cdiv(V, _block(tile, V))
-    grad_kernel[(rows * blocks,)](
-        z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
-        *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
-        out.stride(0), 1 / temperature, blocks, **upstream_flags(upstream), BLOCK=_block(tile, V), num_warps=tile.warps,
-    )  # fmt: skip
+    block = _block(tile, V)
+    with torch.cuda.device_of(logits):
+        grad_kernel[(rows, triton.cdiv(V, block))](
+            z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
+            *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
+            out.stride(0), 1 / temperature, **upstream_flags(upstream), BLOCK=block, num_warps=tile.warps,
+        )  # fmt: skip
     return out
 
 
@@ -266,17 +320,18 @@ def lambda_returns(
 ) -> LambdaReturns:  # fmt: skip
     """`reference.lambda_returns` (arXiv 2508.17000, eqs. (7), (14)) of [B, T] in one launch, each row scanned in
     parallel."""
-    out = LambdaReturns(*(torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(3)))
+    out = LambdaReturns(*(torch.empty(mask.shape, dtype=torch.float32, device=mask.device) for _ in range(3)))
     if mask.numel() == 0:
         return out
     given = [rewards, values, logprobs, ref_logprobs, mask, mask if trace_weights is None else trace_weights]
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in given]
     tile = chosen(SCAN_TILES)
     block = min(tile.block, triton.next_power_of_2(mask.shape[1]))
-    returns_kernel[(len(mask),)](
-        *inputs, *out, mask.shape[1], *(x.stride(0) for x in inputs), tau, gamma, lam, alpha,
-        HAS_WEIGHTS=trace_weights is not None, BLOCK=block, num_warps=tile.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(mask):
+        returns_kernel[(len(mask),)](
+            *inputs, *out, mask.shape[1], *(x.stride(0) for x in inputs), tau, gamma, lam, alpha,
+            HAS_WEIGHTS=trace_weights is not None, BLOCK=block, num_warps=tile.warps,
+        )  # fmt: skip
     return out
 
 

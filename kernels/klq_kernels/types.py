@@ -38,10 +38,10 @@ class LambdaReturns(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What a forward pass leaves, each [N], [0] for a reference that is not there.
+    """What a forward pass leaves, each [N], [0] for a reference or values (of q) that are not there.
 
-    The gradient needs no second search for them: log p(v) = (z_v − shift)/temperature − lse, with shift = max_v z_v and
-    lse = log Σ_v exp((z_v − shift)/temperature).
+    The gradient needs no second search for them: log p(v) = (z_v − shift)/temperature − lse, where the shift is near
+    the largest logit and lse = log Σ_v exp((z_v − shift)/temperature).
     """
 
     logprob: Tensor
@@ -52,12 +52,13 @@ class Residuals(NamedTuple):
     lse: Tensor
     ref_shift: Tensor
     ref_lse: Tensor
+    q: Tensor
 
     @classmethod
-    def zeros(cls, tokens: Tensor, dtype: torch.dtype, with_ref: bool) -> "Residuals":
+    def zeros(cls, tokens: Tensor, dtype: torch.dtype, with_ref: bool, with_q: bool = False) -> "Residuals":
         """Zeros for each of the tokens [N]."""
-        own = ("logprob", "entropy", "shift", "lse")
-        counts = (tokens.shape[0] if with_ref or name in own else 0 for name in cls._fields)
+        there = dict.fromkeys(("logprob", "entropy", "shift", "lse"), True) | dict(q=with_q)
+        counts = (tokens.shape[0] if there.get(name, with_ref) else 0 for name in cls._fields)
         return cls(*(torch.zeros(n, dtype=dtype, device=tokens.device) for n in counts))
 
     def store(self, rows: Rows, part: "Residuals") -> None:

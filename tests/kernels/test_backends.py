@@ -196,7 +196,7 @@ def small_tiles(monkeypatch):
     for name in ("STATS_TILES", "GRAD_TILES", "SCAN_TILES"):
         monkeypatch.setattr(triton_logits, name, [triton_logits.Tile(16, 1)])
     tile = triton_linear.MatmulTile(16, 16, 16, 1, 1)
-    monkeypatch.setattr(triton_linear, "TILES", {2: [tile], 4: [tile]})
+    monkeypatch.setattr(triton_linear, "tile", lambda *_: tile)
     return triton_logits
 
 
@@ -209,7 +209,7 @@ def tiles(request, backend, monkeypatch):
         from klq_kernels import triton_linear
 
         monkeypatch.setattr(request.getfixturevalue("small_tiles"), "ROWS_PER_SPLIT", 50)
-        monkeypatch.setattr(triton_linear, "PROGRAMS", 4)
+        monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,14 +217,15 @@ def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     """Guards the tests below, which would protect little if everything fitted into one tile."""
     head, mask = Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
     assert len([*torch_logits.row_blocks(mask, 4 * VOCAB)]) > 2
-    assert len([*torch_linear.logit_chunks(head, mask, WORKSPACE[backend], shared=True)]) > 2
+    share = 1 - autograd.kernels(backend, "linear").REF_SHARE[4]
+    assert len([*torch_linear.blocks(25, int(WORKSPACE[backend] * share) // (4 * VOCAB))]) > 2
     if backend == "triton":
         kernels = autograd.kernels(backend, "logits")
         assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
-    for ref in (None, head) if backend == "torch" else ():
-        first, *others = torch_linear.tall_blocks(mask, head, ref, WORKSPACE[backend])
-        heads = head.take(first), ref and ref.take(first)
-        assert others and len([*torch_linear.logit_tiles(heads, WORKSPACE[backend])]) > 2
+    for heads in ((head, None), (head, head)):
+        height = torch_linear._height(heads, WORKSPACE[backend])
+        tiles = [*torch_linear.logit_tiles(heads, WORKSPACE[backend], height)]
+        assert len({c.start for c, *_ in tiles}) > 2 and len({r.start for _, r, _ in tiles}) > 1
 
 
 def check_tiles(op, case, inputs, backend, names="logprob entropy kl"):
@@ -683,9 +684,8 @@ def test_a_shared_head_gets_the_policy_s_gradient_only(op, backend):
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypatch):
     """A frozen trunk or head saves its matrix product, and the others' gradients stay as they were."""
-    module = autograd.kernels(backend, "linear") if op is linear_token_stats else torch_linear
     name = "linear_grad" if op is linear_token_stats else "linear_klq"
-    original, made = getattr(module, name), []
+    original, made = getattr(torch_linear, name), []
 
     def spy(*args, **given):
         out = original(*args, **given)
@@ -694,7 +694,7 @@ def test_gradients_not_asked_for_are_not_computed(op, wanted, backend, monkeypat
 
     inputs = draw_heads(heads="bias") | (draw_loss() | VARIANT if op is linear_klq_loss else {})
     want = run_all(op, inputs, backend, ("logprob", "entropy"))
-    monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(torch_linear, name, spy)
     leaves = {k: inputs[k].clone().requires_grad_() for k in wanted}
     out = op(**(inputs | leaves), backend=backend)
     (LOSS_FACTOR * out if isinstance(out, Tensor) else out.logprob + out.entropy).sum().backward()
@@ -948,29 +948,8 @@ class TestTritonTiles:
         upstream = upstream_for((20,), "logprob entropy" if heads == "bias" else "logprob entropy kl")
         check(linear_token_stats, poisoned(inputs, mask), backend, upstream)
 
-    @pytest.mark.parametrize("workspace_bytes, slabs", [(1, 4), (3 * 32 * 4, 2), (1 << 20, 1)])
-    def test_gradients_by_slabs_of_the_vocabulary(self, workspace_bytes, slabs, small_tiles, backend, monkeypatch):
-        from klq_kernels import triton_linear
-
-        launched, kernel = [], triton_linear.linear_grad_kernel
-        monkeypatch.setattr(triton_linear, "linear_grad_kernel", Counted(kernel, launched))
-        inputs = draw_heads((3,), 50, heads="ref bias ref_bias") | dict(workspace_bytes=workspace_bytes)
-        check(linear_token_stats, inputs, backend, upstream_for((3,)))
-        assert len(launched) == slabs
-
     @pytest.mark.parametrize("retrace", [False, True])
     def test_returns_over_several_blocks_of_time(self, retrace, small_tiles, backend):
         """Rows that end inside, at and just after the border of a block of 16 steps."""
         batch = draw_returns([50, 31, 32, 33, 0, 16], 50)
         check_returns(batch if retrace else batch | dict(trace_weights=None), backend)
-
-
-class Counted:
-    """A kernel that notes its launches."""
-
-    def __init__(self, kernel, launched):
-        self.kernel, self.launched = kernel, launched
-
-    def __getitem__(self, launch_grid):
-        self.launched.append(launch_grid)
-        return self.kernel[launch_grid]

@@ -11,8 +11,10 @@ from klq_kernels import (
     autograd,
     lambda_returns,
     linear_klq_loss,
+    linear_token_q,
     linear_token_stats,
     logits_klq_loss,
+    token_q,
     token_stats,
     torch_logits,
 )
@@ -44,15 +46,19 @@ def opcheck_cases(dtype=torch.float32):
     returns = {name: normal(2, 3) for name in ("rewards", "values", "logprobs", "ref_logprobs")}
     returns |= dict(mask=torch.ones(2, 3, dtype=torch.bool), trace_weights=None)
     linear, tiles = rest | options, dict(workspace=1000)
+    q, no_q = dict(values=loss["values"], tau=0.5), dict(values=None, tau=0.0)
+    stats = rest | options | dict(logits=logits, ref_logits=ref_logits)
     return {
-        "token_stats": (autograd.token_stats, rest | options | dict(logits=logits, ref_logits=ref_logits)),
-        "token_stats, no reference": (autograd.token_stats, rest | options | dict(logits=logits, ref_logits=None)),
+        "token_stats, no Q": (autograd.token_stats, stats | no_q),
+        "token_stats, with Q": (autograd.token_stats, stats | q),
+        "token_stats, no reference": (autograd.token_stats, stats | no_q | dict(ref_logits=None)),
         "token_stats_grad": (
             autograd.token_stats_grad,
             rest | options | upstream | dict(logits=logits.detach(), ref_logits=ref_logits),
         ),
-        "linear_token_stats": (autograd.linear_token_stats, linear | tiles | leaf | ref),
-        "linear_token_stats, no reference": (autograd.linear_token_stats, linear | tiles | no_bias | alone),
+        "linear_token_stats, no Q": (autograd.linear_token_stats, linear | tiles | leaf | ref | no_q),
+        "linear_token_stats, with Q": (autograd.linear_token_stats, linear | tiles | leaf | ref | q),
+        "linear_token_stats, no reference": (autograd.linear_token_stats, linear | tiles | no_bias | alone | no_q),
         "linear_token_stats_grad": (
             autograd.linear_token_stats_grad,
             linear | tiles | policy | ref | upstream | dict(needed=[True, False, True]),
@@ -94,7 +100,7 @@ def opcheck(case, utils):
 def test_opcheck(name):
     """Schema, fake implementation, autograd registration, and tracing with dynamic shapes."""
     utils = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    opcheck(CASES[name], utils[:3] if "no reference" in name else utils)  # the last indexes every result
+    opcheck(CASES[name], utils[:3] if "no " in name else utils)  # the last indexes every result
 
 
 @pytest.mark.parametrize("name", [name for name in LOW if "returns" not in name and "grad" not in name])
@@ -125,6 +131,17 @@ def compiled_linear_token_stats(h, w, b, tokens, mask, x):
     return weighted(linear_token_stats(h, w, tokens, 2 * h, w, bias=b, mask=mask, backend="torch"), x)
 
 
+def compiled_token_q(h, w, b, tokens, mask, x):
+    stats, q = token_q(h @ w.t() + b, tokens, 2 * h @ w.t(), h.sum(-1), tau=0.5, mask=mask, backend="torch")
+    return weighted(stats, x) + (q * x[3]).sum()
+
+
+def compiled_linear_token_q(h, w, b, tokens, mask, x, tau=0.5):
+    given = dict(tau=tau, bias=b, mask=mask, backend="torch")
+    stats, q = linear_token_q(h, w, tokens, 2 * h, w, h.sum(-1), **given)
+    return weighted(stats, x) + (q * x[3]).sum()
+
+
 def compiled_lambda_returns(h, w, b, tokens, mask, x):
     out = lambda_returns(*x[:4], mask, tau=0.5, trace_weights=x[4].sigmoid(), backend="torch")
     return (out.targets * (h @ w.t() + b).mean(-1) + out.advantages + out.td_errors).sum()
@@ -148,8 +165,8 @@ def compiled_linear_klq_loss(h, w, b, tokens, mask, x, tau=0.5, temperature=0.7)
 
 
 COMPILED = [
-    compiled_token_stats, compiled_linear_token_stats, compiled_lambda_returns, compiled_logits_klq_loss,
-    compiled_linear_klq_loss,
+    compiled_token_stats, compiled_linear_token_stats, compiled_token_q, compiled_linear_token_q,
+    compiled_lambda_returns, compiled_logits_klq_loss, compiled_linear_klq_loss,
 ]  # fmt: skip
 
 

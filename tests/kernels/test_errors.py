@@ -13,8 +13,10 @@ from klq_kernels import (
     checks,
     lambda_returns,
     linear_klq_loss,
+    linear_token_q,
     linear_token_stats,
     logits_klq_loss,
+    token_q,
     token_stats,
 )
 
@@ -34,10 +36,11 @@ def good(op, shape=(B, T)):
     return {name: made[name] for name in inspect.signature(op).parameters if name in made}
 
 
-OPS = (token_stats, linear_token_stats, lambda_returns, logits_klq_loss, linear_klq_loss)
+OPS = (token_stats, linear_token_stats, lambda_returns, logits_klq_loss, linear_klq_loss, token_q, linear_token_q)
 MODEL_OPS = tuple(op for op in OPS if op is not lambda_returns)
 LINEAR_OPS = (linear_token_stats, linear_klq_loss)
 LOSS_OPS = (logits_klq_loss, linear_klq_loss)
+Q_OPS = (token_q, linear_token_q)
 NARROW = torch.zeros(B, 1)  # would broadcast silently
 
 
@@ -114,6 +117,20 @@ WRONG = [
         (dict(loss="double_clipped", clip=-1.0, log_ratio_clip=0.1), ValueError, "clip must be"),
     ),
     *each(
+        Q_OPS,
+        *((dict(tau=x), ValueError, "tau must be a finite number > 0") for x in (0.0, -0.1, NAN, INF)),
+        (dict(values=NARROW), ValueError, "values must have the shape of tokens"),
+        (dict(values=torch.zeros(B, T).int()), TypeError, "values must be a floating-point"),
+        (dict(values=None), TypeError, "values must be a torch.Tensor"),
+    ),
+    *each((token_q,), (dict(ref_logits=None), TypeError, "ref_logits must be a torch.Tensor")),
+    *each(
+        (linear_token_q,),
+        (dict(ref_hidden=None), TypeError, "ref_hidden must be a torch.Tensor"),
+        (dict(ref_weight=None), TypeError, "ref_weight must be a torch.Tensor"),
+        (dict(workspace_bytes=0), ValueError, "workspace_bytes must be"),
+    ),
+    *each(
         (lambda_returns,),
         *((dict(tau=x), ValueError, "tau must be a finite number > 0") for x in (0.0, -0.1, NAN, INF)),
         *((dict(gamma=x), ValueError, r"gamma must lie in \[0, 1\]") for x in (-0.1, 1.1, NAN)),
@@ -139,7 +156,7 @@ def test_a_wrong_argument_is_named(op, change, exception, message):
 
 @pytest.mark.parametrize("op", MODEL_OPS)
 def test_a_model_output_of_another_length_names_tokens(op):
-    name = "logits" if op in (token_stats, logits_klq_loss) else "hidden"
+    name = "logits" if op in (token_stats, logits_klq_loss, token_q) else "hidden"
     given = good(op)
     with pytest.raises(ValueError, match=f"tokens must have the shape of {name} without its last axis"):
         op(**(given | {name: given[name][:, :-1]}))
