@@ -56,7 +56,7 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("bench", "--reps", "0"), "reps must be at least 1, got 0"),
         (("bench", "--workloads", "nothing"), "invalid choice"),
         (("inspect", "--kernels", "softmax"), "invalid choice 'softmax'"),
-        (("inspect", "--n", "0"), "n, v and h must be at least 1, got 0, 151936 and 4096"),
+        (("inspect", "--n", "0"), "n, v and h must be at least 1, got 0, 128256 and 4096"),
         (("sweep", "--variants", "ppo"), "invalid choice"),
         (("train", "grammar", "--temperature", "0.5", "--out"), "temperature must be 1 in the grammar world, got 0.5"),
         (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 5 in the grammar world"),
