@@ -16,7 +16,7 @@ WIDTH = {"2": 8, "4": 16, "64": 8, "128": 16}  # bytes per thread of LDSM.16.M88
 COUNTED = {"exponentials": re.compile(r"\bMUFU\.EX2|\bv_exp_"), "barriers": re.compile(r"\bBAR\.SYNC|\bs_barrier")}
 
 
-def parse(text: str) -> tuple[list[str], list[int]]:
+def _parse(text: str) -> tuple[list[str], list[int]]:
     """A disassembly's instructions up to its last exit (behind it wait the loops on barriers), and where each may jump
     to: the next, if nowhere."""
     code, labels, end = [], {}, 0
@@ -30,7 +30,7 @@ def parse(text: str) -> tuple[list[str], list[int]]:
     return code[:end], [labels.get(jump[1], i + 1) if jump else i + 1 for i, jump in jumps]
 
 
-def loops(jumps: list[int], inside: list[int]) -> tuple[list[range], range | None]:
+def _loops(jumps: list[int], inside: list[int]) -> tuple[list[range], range | None]:
     """(the innermost loops around these instructions, the loop around those); without any, the longest loop."""
     found = sorted(
         {j: range(j, i + 1) for i, j in enumerate(jumps) if j <= i}.values(), key=len
@@ -41,7 +41,7 @@ def loops(jumps: list[int], inside: list[int]) -> tuple[list[range], range | Non
     return inner, next(iter(outer if inner else found[::-1]), None)
 
 
-def shortest(jumps: list[int], outer: range, inner: list[range]) -> list[int]:
+def _shortest(jumps: list[int], outer: range, inner: list[range]) -> list[int]:
     """The instructions of one turn outside the inner loops: every jump is taken that misses none of them."""
     i, way, ends = outer.start, [], {loop.start: loop.stop for loop in inner}
     while i in outer:
@@ -57,10 +57,11 @@ def shortest(jumps: list[int], outer: range, inner: list[range]) -> list[int]:
 def work(text: str, threads: int, rows: int, vocab: int) -> dict[str, float]:
     """What a block does: per k-step instructions of a thread, matrix instructions, multiply-adds and bytes read from
     shared memory; per tile [rows, vocab] outside of it instructions and exponentials of a thread, and barriers. Without
-    matrix instructions a tile is a turn of the longest loop (or all of the code, if there is none)."""
-    code, jumps = parse(text)
-    inner, outer = loops(jumps, [i for i, instruction in enumerate(code) if MATRIX.search(instruction)])
-    outside = [code[i] for i in shortest(jumps, outer, inner)] if outer else code
+    matrix instructions a tile is a turn of the longest loop (or all of the code, if there is none). Source: lists of
+    instructions of NVIDIA's binary utilities and of AMD's CDNA 3 manual."""
+    code, jumps = _parse(text)
+    inner, outer = _loops(jumps, [i for i, instruction in enumerate(code) if MATRIX.search(instruction)])
+    outside = [code[i] for i in _shortest(jumps, outer, inner)] if outer else code
     step = [code[i] for loop in inner for i in loop]
     products = [_product(instruction, threads, rows, vocab) for instruction in step]
     found = {"step_instructions": _issued(step) / max(1, len(inner)), "tile_instructions": _issued(outside)}

@@ -143,7 +143,7 @@ def _blocks(target: str, registers: int, shared: int, threads: int) -> int:
 
 
 def problems(f: Finding, multiplies: bool, wide: bool = True) -> list[str]:
-    """What a default tile must not do."""
+    """What a default tile [rows, vocab] must not do."""
     needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
     spills = f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory"
     found = {spills: f.spill_bytes or f.local_accesses, needs: f.shared_bytes > f.shared_limit}

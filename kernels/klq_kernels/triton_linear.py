@@ -325,7 +325,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.lru_cache(4096)
 def vocabulary_split(row_tiles: int, tiles: int, slots: int) -> tuple[int, int]:
-    """(splits, tiles per split) of a vocabulary of so many tiles that leave the fewest of a device's slots idle: all
+    """(splits, tiles per split) of logits [N, V] in so many tiles that leave the fewest of a device's slots idle: all
     programs take equally long, so they come in waves. A group of row tiles fills the device, or its hidden rows would
     not be all there is in L2. Source: Flash-Decoding (Dao et al. 2023) splits where rows are too few."""
     least = min(tiles, max(1, slots // min(GROUP, row_tiles)))
