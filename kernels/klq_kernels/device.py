@@ -26,11 +26,14 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def empty_state(ROWS: tl.constexpr):
-    """(m, s, h, n, t, w, b, g) [ROWS] of no tokens."""
+def empty_state(ROWS: tl.constexpr, HAS_REF: tl.constexpr):
+    """(m, s, h) [ROWS] of no tokens; with a reference (m, s, h, n, t, w, b, g)."""
     low = tl.full([ROWS], LOWEST, tl.float32)
     zero = tl.zeros([ROWS], tl.float32)
-    return low, zero, zero, low, zero, zero, zero, zero
+    if HAS_REF:
+        return low, zero, zero, low, zero, zero, zero, zero
+    else:
+        return low, zero, zero
 
 
 @triton.jit
@@ -48,10 +51,10 @@ def bregman(p, q, d):
 
 
 @triton.jit
-def accumulate(z, m, s, h, k):
-    """Add a tile of policy logits z [rows, columns] to (m, s, h) [rows]; also what `accumulate_ref` needs: z − m, e,
-    the old s, its scale, the old m and the tile's relative to the new one. Source: online softmax (Milakov and
-    Gimelshein 2018), here of the entropy's sum too."""
+def accumulate(z, r, state, k):
+    """The state [rows] after one more tile of policy logits z and, if it has a reference, of that's logits r [rows,
+    columns]. Source: online softmax (Milakov and Gimelshein 2018), here of the other sums too."""
+    m, s, h = state[:3]
     top = tl.maximum(tl.max(z, 1), LOWEST)
     new = tl.maximum(m, top)
     z = z - new[:, None]
@@ -61,24 +64,22 @@ def accumulate(z, m, s, h, k):
     scale = tl.exp2(fall * k)
     h = scale * (h + s * (fall * k)) + tl.sum(e * tl.maximum(x, LOWEST), 1)
     s *= scale
-    return new, s + tl.sum(e, 1), h, z, e, s, scale, fall, top - new
-
-
-@triton.jit
-def accumulate_ref(r, z, e, s, scale, fall, top, n, t, w, b, g, k):
-    """Add a tile of reference logits r [rows, columns] to (n, t, w, b, g) [rows], given what `accumulate` returned of
-    the policy's tile."""
-    nats = k * LN2
-    top_ref = tl.maximum(tl.max(r, 1), LOWEST)
-    new = tl.maximum(n, top_ref)
-    old = g + (fall - (n - new))
-    g = tl.where(fall < 0.0, top - (top_ref - new), old)
-    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
-    r = r - new[:, None]
-    f = tl.exp2(r * k)
-    d = tl.where(e > 0.0, (z - r) * nats - (g * nats)[:, None], LOWEST)
-    terms = bregman(e, f * _power(g * k)[:, None], d)
-    return new, t + tl.sum(f, 1), w + tl.sum(e * d, 1), b + tl.sum(terms, 1) * _power(-g * k), g
+    policy = new, s + tl.sum(e, 1), h
+    if len(state) == 3:
+        return policy
+    else:
+        n, t, w, b, g = state[3:]
+        nats = k * LN2
+        top_ref = tl.maximum(tl.max(r, 1), LOWEST)
+        new_ref = tl.maximum(n, top_ref)
+        old = g + (fall - (n - new_ref))
+        g = tl.where(fall < 0.0, top - new - (top_ref - new_ref), old)
+        t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new_ref) * k), old, g, k)
+        r = r - new_ref[:, None]
+        f = tl.exp2(r * k)
+        d = tl.where(e > 0.0, (z - r) * nats - (g * nats)[:, None], LOWEST)
+        terms = bregman(e, f * _power(g * k)[:, None], d)
+        return policy + (new_ref, t + tl.sum(f, 1), w + tl.sum(e * d, 1), b + tl.sum(terms, 1) * _power(-g * k), g)
 
 
 @triton.jit
@@ -94,23 +95,23 @@ def _move(s, t, w, b, scale, scale_ref, old, new, k):
 
 
 @triton.jit
-def merge(m, s, h, k):
-    """(m, s, h) of parts [parts] together; also the parts' own s and m relative to it, and the scales of s."""
+def merge(state, k):
+    """The states of parts [parts] together."""
+    m, s, h = state[:3]
     new = tl.max(m, 0)
     fall = m - new
     scale = tl.exp2(fall * k)
     own = s * scale
-    return new, tl.sum(own, 0), tl.sum(scale * (h + s * (fall * k)), 0), own, scale, fall
-
-
-@triton.jit
-def merge_ref(s, scale, fall, n, t, w, b, g, k):
-    """(n, t, w, b, g) of parts [parts] together, given what `merge` returned of the policy's."""
-    new = tl.max(n, 0)
-    old = g + (fall - (n - new))
-    g = tl.max(tl.where(fall == 0.0, old, -INF), 0)
-    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
-    return new, tl.sum(t, 0), tl.sum(w, 0), tl.sum(b, 0), g
+    policy = new, tl.sum(own, 0), tl.sum(scale * (h + s * (fall * k)), 0)
+    if len(state) == 3:
+        return policy
+    else:
+        n, t, w, b, g = state[3:]
+        new_ref = tl.max(n, 0)
+        old = g + (fall - (n - new_ref))
+        g = tl.max(tl.where(fall == 0.0, old, -INF), 0)
+        t, w, b = _move(own, t, w, b, scale, tl.exp2((n - new_ref) * k), old, g, k)
+        return policy + (new_ref, tl.sum(t, 0), tl.sum(w, 0), tl.sum(b, 0), g)
 
 
 @triton.jit
@@ -125,17 +126,10 @@ def kl_divergence(s, t, w, b, g, k):
 
 
 @triton.jit
-def store_state(OUT, stride, live, m, s, h, n, t, w, b, g, HAS_REF: tl.constexpr):
-    """Write a state to OUT, OUT + stride, …; `PARTIALS` numbers per row."""
-    tl.store(OUT, m, mask=live)
-    tl.store(OUT + stride, s, mask=live)
-    tl.store(OUT + 2 * stride, h, mask=live)
-    if HAS_REF:
-        tl.store(OUT + 3 * stride, n, mask=live)
-        tl.store(OUT + 4 * stride, t, mask=live)
-        tl.store(OUT + 5 * stride, w, mask=live)
-        tl.store(OUT + 6 * stride, b, mask=live)
-        tl.store(OUT + 7 * stride, g, mask=live)
+def store_state(OUT, stride, live, state):
+    """Write a state to OUT, OUT + stride, …; at most `PARTIALS` numbers per row."""
+    for i in tl.static_range(len(state)):
+        tl.store(OUT + i * stride, state[i], mask=live)
 
 
 @triton.jit

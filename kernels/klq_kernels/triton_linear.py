@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from klq_kernels import triton_logits
-from klq_kernels.device import INF, LOG2E, accumulate, accumulate_ref, empty_state, store_state
+from klq_kernels.device import INF, LOG2E, accumulate, empty_state, store_state
 from klq_kernels.torch_linear import head_logits
 from klq_kernels.triton_logits import PARTIALS, merge_partials
 from klq_kernels.types import Head, Residuals, Upstream
@@ -95,30 +95,20 @@ def _load_tile(
 
 @triton.jit
 def _logits(
-    H, W, first, start, rows, V, D, h_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row, BOTH: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, VOCAB] logits in fp32 of the hidden states from row `first` on, for tokens from `start` on."""
-    z = tl.zeros([ROWS, VOCAB], tl.float32)
-    for d in range(0, D, HIDDEN):
-        h = _load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS)
-        w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS)
-        z = _multiply(h, w.T, z, PRECISION, UPCAST)
-    return z
-
-
-@triton.jit
-def _shared_logits(
-    H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """`_logits` of two models with one head, each tile of whose weight is loaded once."""
+    """[ROWS, VOCAB] logits in fp32 of the hidden states H from row `first` on, for tokens from `start` on; and, if
+    BOTH, of H2, for which each tile of the weight W is loaded once."""
     z = tl.zeros([ROWS, VOCAB], tl.float32)
     r = z
     for d in range(0, D, HIDDEN):
+        h = _load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS)
         w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS).T
-        z = _multiply(_load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS), w, z, PRECISION, UPCAST)
-        r = _multiply(_load_tile(H2, first, d, rows, D, h2_row, ROWS, HIDDEN, DESCRIPTORS), w, r, PRECISION, UPCAST)
+        z = _multiply(h, w, z, PRECISION, UPCAST)
+        if BOTH:
+            h2 = _load_tile(H2, first, d, rows, D, h2_row, ROWS, HIDDEN, DESCRIPTORS)
+            r = _multiply(h2, w, r, PRECISION, UPCAST)
     return z, r
 
 
@@ -203,36 +193,28 @@ def linear_stats_kernel(
     if tl.max(_mask(MASK, first + tl.arange(0, ROWS), rows).to(tl.int32), 0) == 0:
         return
     k = inv_temperature * LOG2E
-    m, s, h, n, t, w, b, g = empty_state(ROWS)
+    state = empty_state(ROWS, HAS_REF)
     end = tl.minimum((split + 1) * span, V)
     for start in range(split * span, end, VOCAB):
-        if SHARED:
-            z, r = _shared_logits(
-                H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row,
-                PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
+        z, r = _logits(
+            H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row,
+            SHARED, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
+        )  # fmt: skip
+        if HAS_REF and not SHARED:
+            r, _ = _logits(
+                H2, H2, W2, first, start, rows, V, D2, h2_row, h2_row, w2_row,
+                False, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
             )  # fmt: skip
-        else:
-            z = _logits(
-                H, W, first, start, rows, V, D, h_row, w_row, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS
-            )
-            r = z
-            if HAS_REF:
-                r = _logits(
-                    H2, W2, first, start, rows, V, D2, h2_row, w2_row,
-                    PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
-                )  # fmt: skip
         z, r = _biased(z, BIAS, start, V, HAS_BIAS), _biased(r, BIAS2, start, V, HAS_BIAS2)
         zs, rs = _parts(z, PARTS), _parts(r, PARTS)
         if start + VOCAB > V:
             zs, rs = _until(zs, V - start), _until(rs, V - start)
         for i in tl.static_range(PARTS):
-            m, s, h, z, e, s_old, scale, fall, top = accumulate(zs[i], m, s, h, k)
-            if HAS_REF:
-                n, t, w, b, g = accumulate_ref(rs[i], z, e, s_old, scale, fall, top, n, t, w, b, g, k)
+            state = accumulate(zs[i], rs[i], state, k)
     row = first.to(tl.int64) + tl.arange(0, ROWS)
     stride = tl.num_programs(1).to(tl.int64) * rows
     live = _mask(MASK, row, rows)
-    store_state(OUT + split.to(tl.int64) * rows + row, stride, live, m, s, h, n, t, w, b, g, HAS_REF)
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, live, state)
 
 
 def linear_stats(

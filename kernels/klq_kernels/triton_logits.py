@@ -4,9 +4,6 @@ One visit to each row pair for the statistics, one for the gradient. Offsets are
 constant, and masked rows are not read. The interface is that of `torch_logits`.
 """
 
-import os
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +16,9 @@ from klq_kernels.device import (
     LOWEST,
     SMALL_KL,
     accumulate,
-    accumulate_ref,
     empty_state,
     kl_divergence,
     merge,
-    merge_ref,
     softmax_gradient,
     store_state,
 )
@@ -32,19 +27,7 @@ from klq_kernels.types import LambdaReturns, Residuals, Upstream
 PARTIALS = 8  # m, s, h, n, t, w, b, g per row and split: see `device`
 LANE = tl.constexpr(32)  # elements of a tile that one lane folds into its own statistics
 ROWS_PER_SPLIT = 264  # fewer rows than this leave a GPU's 132 multiprocessors idle: split the vocabulary
-
-
-class Tile(NamedTuple):
-    """A kernel's compile-time sizes."""
-
-    block: int
-    warps: int
-
-
-# Each list starts with the default; KLQ_TILE=1, 2 tries the others (`klq inspect --all-tiles` compiles them).
-STATS_TILES = [Tile(4096, 4), Tile(2048, 2), Tile(8192, 8)]  # LANE elements per thread and round
-GRAD_TILES = [Tile(8192, 4), Tile(4096, 4), Tile(2048, 4)]
-SCAN_TILES = [Tile(1024, 4), Tile(512, 4), Tile(2048, 8)]
+STATS_BLOCK, GRAD_BLOCK, SCAN_BLOCK = 4096, 8192, 1024  # elements of a tile, for four warps: LANE per thread and round
 
 
 @triton.jit
@@ -58,17 +41,13 @@ def _load_lanes(X, first, end, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl
 
 @triton.jit
 def _add_tile(
-    Z, R, first, end, m, s, h, n, t, w, b, g, k,
-    HAS_REF: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
+    Z, R, first, end, state, k,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' state with one more tile of logits Z, and R [LANES · COLUMNS]."""
+    """The lanes' state with one more tile of logits Z and, if it has a reference, R [LANES · COLUMNS]."""
     z = _load_lanes(Z, first, end, TAIL, WIDE, LANES, COLUMNS)
-    if HAS_REF:
-        r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS)
-    m, s, h, z, e, s_old, scale, fall, top = accumulate(z, m, s, h, k)
-    if HAS_REF:
-        n, t, w, b, g = accumulate_ref(r, z, e, s_old, scale, fall, top, n, t, w, b, g, k)
-    return m, s, h, n, t, w, b, g
+    r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS) if len(state) > 3 else z
+    return accumulate(z, r, state, k)
 
 
 @triton.jit(do_not_specialize=("rows", "T", "splits"))
@@ -89,25 +68,16 @@ def stats_kernel(
     COLUMNS: tl.constexpr = min(BLOCK, LANE)
     LANES: tl.constexpr = BLOCK // COLUMNS
     WIDE: tl.constexpr = min(COLUMNS, 128 // Z.dtype.element_ty.primitive_bitwidth)  # 16 bytes; a lane is a thread
-    m, s, h, n, t, w, b, g = empty_state(LANES)
+    state = empty_state(LANES, HAS_REF)
     first = split * span
     end = tl.minimum(first + span, V)
     tail = first + (end - first) // BLOCK * BLOCK
     for start in range(first, tail, BLOCK):
-        m, s, h, n, t, w, b, g = _add_tile(
-            Z, R, start, end, m, s, h, n, t, w, b, g, k, HAS_REF, False, WIDE, LANES, COLUMNS
-        )
+        state = _add_tile(Z, R, start, end, state, k, False, WIDE, LANES, COLUMNS)
     if tail < end:
-        m, s, h, n, t, w, b, g = _add_tile(
-            Z, R, tail, end, m, s, h, n, t, w, b, g, k, HAS_REF, True, WIDE, LANES, COLUMNS
-        )
-    m, s, h, own, scale, fall = merge(m, s, h, k)
-    if HAS_REF:
-        n, t, w, b, g = merge_ref(own, scale, fall, n, t, w, b, g, k)
-    else:
-        n, t, w, b, g = m, s, s, s, s
+        state = _add_tile(Z, R, tail, end, state, k, True, WIDE, LANES, COLUMNS)
     stride = splits.to(tl.int64) * rows
-    store_state(OUT + split.to(tl.int64) * rows + row, stride, True, m, s, h, n, t, w, b, g, HAS_REF)
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, True, merge(state, k))
 
 
 @triton.jit(do_not_specialize=("rows", "V", "T", "z_batch", "z_time", "r_batch", "r_time", "splits"))
@@ -137,10 +107,11 @@ def merge_kernel(
     there = part < splits
     stride = splits.to(tl.int64) * rows
     PART += row + part.to(tl.int64) * rows
-    m_i = tl.load(PART, mask=there, other=LOWEST)
-    s_i = tl.load(PART + stride, mask=there, other=0.0)
-    h_i = tl.load(PART + 2 * stride, mask=there, other=0.0)
-    m, s, h, s_i, scale, fall = merge(m_i, s_i, h_i, k)
+    state = (tl.load(PART, mask=there, other=LOWEST),)
+    for i in tl.static_range(1, 8 if HAS_REF else 3):
+        state += (tl.load(PART + i * stride, mask=there, other=LOWEST if i == 3 else 0.0),)
+    state = merge(state, k)
+    m, s, h = state[:3]
     lse = tl.log(s)
     z = tl.load(Z, mask=known, other=float("nan")).to(tl.float32)
     logprob = _at_most_0((z - m) * inv_temperature - lse)
@@ -150,12 +121,7 @@ def merge_kernel(
     tl.store(SHIFT + row, shift)
     tl.store(LSE + row, lse - (shift - m) * inv_temperature)  # what rounding took from the shift
     if HAS_REF:
-        n_i = tl.load(PART + 3 * stride, mask=there, other=LOWEST)
-        t_i = tl.load(PART + 4 * stride, mask=there, other=0.0)
-        w_i = tl.load(PART + 5 * stride, mask=there, other=0.0)
-        b_i = tl.load(PART + 6 * stride, mask=there, other=0.0)
-        g_i = tl.load(PART + 7 * stride, mask=there, other=0.0)
-        n, t, w, b, g = merge_ref(s_i, scale, fall, n_i, t_i, w_i, b_i, g_i, k)
+        n, t, w, b, g = state[3:]
         ref_lse = tl.log(t)
         r = tl.load(R, mask=known, other=float("nan")).to(tl.float32)
         ref_logprob = _at_most_0((r - n) * inv_temperature - ref_lse)
@@ -261,14 +227,14 @@ def logits_stats(
     if rows == 0:
         return out
     z, time, z_batch, z_time = _grid_view(logits)
-    has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
+    has_ref = ref_logits is not None
     r, _, r_batch, r_time = _grid_view(ref_logits if has_ref else logits)
-    splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
+    splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, STATS_BLOCK)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     places = (rows, V, time, z_batch, z_time, r_batch, r_time, 1 / temperature)
     with torch.cuda.device_of(logits):
         stats_kernel[(rows, splits)](
-            z, r, mask, partials, *places, splits, span, HAS_REF=has_ref, BLOCK=_block(tile, V), num_warps=tile.warps
+            z, r, mask, partials, *places, splits, span, HAS_REF=has_ref, BLOCK=_block(STATS_BLOCK, V)
         )
         merge_partials(partials, tokens, mask, z, r if has_ref else None, places, out, values, tau, in_rows=True)
     return out
@@ -298,20 +264,15 @@ def logits_grad(
         return out
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(logits if upstream.kl is None else ref_logits)
-    tile = chosen(GRAD_TILES)
-    block = _block(tile, V)
+    block = _block(GRAD_BLOCK, V)
+    flags = {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
     with torch.cuda.device_of(logits):
         grad_kernel[(rows, triton.cdiv(V, block))](
             z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
             *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
-            out.stride(0), 1 / temperature, **upstream_flags(upstream), BLOCK=block, num_warps=tile.warps,
+            out.stride(0), 1 / temperature, **flags, BLOCK=block,
         )  # fmt: skip
     return out
-
-
-def upstream_flags(upstream: Upstream) -> dict[str, bool]:
-    """Which upstream gradients [N] a gradient kernel gets."""
-    return {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
 
 
 def lambda_returns(
@@ -325,12 +286,11 @@ def lambda_returns(
         return out
     given = [rewards, values, logprobs, ref_logprobs, mask, mask if trace_weights is None else trace_weights]
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in given]
-    tile = chosen(SCAN_TILES)
-    block = min(tile.block, triton.next_power_of_2(mask.shape[1]))
+    block = min(SCAN_BLOCK, triton.next_power_of_2(mask.shape[1]))
     with torch.cuda.device_of(mask):
         returns_kernel[(len(mask),)](
             *inputs, *out, mask.shape[1], *(x.stride(0) for x in inputs), tau, gamma, lam, alpha,
-            HAS_WEIGHTS=trace_weights is not None, BLOCK=block, num_warps=tile.warps,
+            HAS_WEIGHTS=trace_weights is not None, BLOCK=block,
         )  # fmt: skip
     return out
 
@@ -343,14 +303,9 @@ def vocabulary_splits(programs: int, rows: int, V: int, block: int) -> tuple[int
     return triton.cdiv(V, span), span
 
 
-def chosen(tiles: list):
-    """The tile to use: the first, or the one KLQ_TILE names."""
-    return tiles[int(os.environ.get("KLQ_TILE", 0)) % len(tiles)]
-
-
-def _block(tile: Tile, V: int) -> int:
-    """The tile's width, but no wider than the vocabulary needs."""
-    return min(tile.block, max(16, triton.next_power_of_2(V)))
+def _block(widest: int, V: int) -> int:
+    """A tile's width, but no wider than the vocabulary needs."""
+    return min(widest, max(16, triton.next_power_of_2(V)))
 
 
 def _grid_view(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -19,13 +19,12 @@ TARGETS = tuple(dict.fromkeys(device.target for device in DEVICES.values()))
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to compile, and the sizes that floors and predictions are for. A broken promise of a default tile is exit
-    status 1; the promised shares are always for N = 8192, V = 128256, H = 4096 in bf16."""
+    """What to compile, and the sizes that floors and predictions are for. A broken promise of a tile is exit status
+    1; the promised shares are always for N = 8192, V = 128256, H = 4096 in bf16."""
 
     targets: tuple[Literal[*TARGETS], ...] = TARGETS  # Architectures: A100, H100/H200, B200, MI300X.
     dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
     kernels: tuple[Literal[*COMPILED], ...] = COMPILED  # Kernels to compile, by name.
-    all_tiles: bool = False  # Candidate tile sizes too, not only the defaults.
     source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
     json: Path | None = None  # Write everything to this file too.
     n: int = SHAPE[0]  # Tokens.
@@ -57,7 +56,7 @@ def run_inspect(config: InspectConfig) -> bool:
     )
     if config.json:
         write_json(config.json, found)
-    good = f"{len(found['kernels'])} variants: every default keeps its promises."
+    good = f"{len(found['kernels'])} variants: every tile keeps its promises."
     console.print("\n".join(found["problems"]) or good)
     return not found["problems"]
 
@@ -65,13 +64,13 @@ def run_inspect(config: InspectConfig) -> bool:
 def everything(config: InspectConfig, track=iter) -> dict:
     """All that is shown, as `--json` writes it: records of `klq_kernels.offline.Finding` and of the losses, with the
     model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
-    loss = {"default": True, "dtype": "bf16", "per_logit": 0, "problems": []}
+    loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
     records = list(map(json.loads, track(roofline.compiled(*_options(config)))))
     for record in records + losses:
         devices = [name for name, device in DEVICES.items() if device.target == record["target"]]
         record["predictions"] = [roofline.predict(record, d, config.n, config.v, config.h) for d in devices]
-        record["problems"] = record["problems"] + (roofline.shortfalls(record) if record["default"] else [])
+        record["problems"] = record["problems"] + roofline.shortfalls(record)
     bad = [
         "{kernel} on {target} in {dtype}: ".format_map(r) + "; ".join(p)
         for r in records + losses
@@ -86,7 +85,7 @@ def everything(config: InspectConfig, track=iter) -> dict:
 def _options(config: InspectConfig) -> list[str]:
     """The compiling process's arguments."""
     options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
-    return options + ["--all-tiles"] * config.all_tiles + (["--source", config.source] if config.source else [])
+    return options + (["--source", config.source] if config.source else [])
 
 
 def _table(title: str, texts: str, numbers: str):
@@ -110,7 +109,7 @@ def _code(records: list[dict]):
         table.add_row(
             r["kernel"], r["target"], r["dtype"], r["tile"], r["precision"], matrix or "-", f"{loads} B", f"{stores} B",
             str(r["registers"]), str(r["spill_bytes"]), shared, f"{step:.0f}" if step else "-", f"{r['per_logit']:.1f}",
-            style="red" if r["problems"] else None if r["default"] else "dim",
+            style="red" if r["problems"] else None,
         )  # fmt: skip
     return table
 
