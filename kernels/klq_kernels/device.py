@@ -1,4 +1,4 @@
-"""Triton device code shared by the kernels: online softmax statistics of two distributions, and their gradient.
+"""Triton device code shared by the kernels: online softmax statistics of two distributions.
 
 Everything is in base 2, which is what the hardware has: k = log2(e)/T, e = 2^((z − m)k), f = 2^((r − n)k), with m and n
 running maxima of the raw logits z (policy) and r (reference), so that a common offset of ±1000 costs no digits. A state
@@ -115,14 +115,18 @@ def merge(state, k):
 
 
 @triton.jit
-def kl_divergence(s, t, w, b, g, k):
-    """KL [rows] ≥ 0 of finished sums: where it is small, log(1 + b/(s v)) = 2 artanh(y) with y = b/(2 s v + b)."""
-    mean = w / s
-    kl = g * (k * LN2) + mean - tl.log(s) + tl.log(t)
-    _, _, b = _move(s, t, w, b, 1.0, 1.0, g, g + mean / (k * LN2), k)
+def kl_divergence(s, t, w, b, g, inv_temperature):
+    """KL [rows] ≥ 0 of finished sums, and log t − log s as exactly: where it is small, KL = log(1 + b/(s v)) =
+    2 artanh(y) with y = b/(2 s v + b)."""
+    mean, k = w / s, inv_temperature * LOG2E
+    pivot = g * inv_temperature + mean
+    more = tl.log(t) - tl.log(s)
+    kl = pivot + more
+    _, _, b = _move(s, t, w, b, 1.0, 1.0, g, g + mean / inv_temperature, k)
     y = b / (2 * s * _power(-g * k - mean * LOG2E) + b)
-    small = 2 * y * (1 + y * y * (1.0 / 3 + y * y * (1.0 / 5)))
-    return tl.where(kl < SMALL_KL, tl.maximum(small, 0.0), kl)
+    small = tl.maximum(2 * y * (1 + y * y * (1.0 / 3 + y * y * (1.0 / 5))), 0.0)
+    near = kl < SMALL_KL
+    return tl.where(near, small, kl), tl.where(near, small - pivot, more)
 
 
 @triton.jit
@@ -130,28 +134,3 @@ def store_state(OUT, stride, live, state):
     """Write a state to OUT, OUT + stride, …; at most `PARTIALS` numbers per row."""
     for i in tl.static_range(len(state)):
         tl.store(OUT + i * stride, state[i], mask=live)
-
-
-@triton.jit
-def softmax_gradient(
-    z, r, chosen, a, b, c, entropy, kl, shift, lse, ref_shift, ref_lse, inv_temperature,
-    HAS_B: tl.constexpr, HAS_C: tl.constexpr,
-):  # fmt: skip
-    """dL/dz [columns] of logits z and r: arXiv 2508.17000, eq. (2), differentiated as in `torch_logits.logits_grad`. It
-    has log p − log q − KL as a difference of differences, which small ones survive."""
-    z, r = z - shift, r - ref_shift
-    if HAS_B or HAS_C:
-        z, r = tl.maximum(z, LOWEST), tl.maximum(r, LOWEST)
-    x = z * (inv_temperature * LOG2E) - lse * LOG2E
-    weight = -a
-    if HAS_B:
-        weight -= b * entropy
-    if HAS_C:
-        c = tl.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
-        weight -= c * (lse - ref_lse + tl.where(kl < INF, kl, 0.0))
-    g = tl.zeros_like(x) + weight * inv_temperature
-    if HAS_B:
-        g -= x * (b * inv_temperature * LN2)
-    if HAS_C:
-        g += (z - r) * (c * inv_temperature * inv_temperature)
-    return tl.exp2(x) * g + tl.where(chosen, a * inv_temperature, 0.0)

@@ -33,7 +33,6 @@ WIDTHS = {  # bytes of loads and stores; of all others 4
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NOT_DIVISIBLE = {"splits", "row_tiles", "blocks"}  # counts; all other integers are taken to be multiples of 16
 NARROW = {"token_stats, merge", "linear_token_stats, tokens"}  # move too little for the width of their loads to matter
 KINDS = {"TOKENS": "*i64", "MASK": "*i1"} | dict.fromkeys(("inv_temperature", "tau", "gamma", "lam", "alpha"), "fp32")
 KINDS |= dict.fromkeys(("V", "T", "D", "D2"), "i32")  # other parameters: *fp32 in capitals, else i32
@@ -152,7 +151,7 @@ def _compile(kernel, types: dict[str, str], constants: dict, target: GPUTarget, 
     """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into; or with all
     `ones`, since Triton compiles a size of 1 as a constant. What it is told not to specialise is neither."""
     signature = {p.name: KINDS.get(p.name, "*fp32" if p.name.isupper() else "i32") for p in kernel.params} | types
-    special = {p.name for p in kernel.params if not p.do_not_specialize} - NOT_DIVISIBLE
+    special = {p.name for p in kernel.params if not p.do_not_specialize}
     sizes = {name for name in special if signature[name] == "i32" and name not in constants}
     constants = constants | (dict.fromkeys(sizes, 1) if ones else {})
     signature |= dict.fromkeys(constants, "constexpr")

@@ -9,19 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels.device import (
-    INF,
-    LN2,
-    LOG2E,
-    LOWEST,
-    SMALL_KL,
-    accumulate,
-    empty_state,
-    kl_divergence,
-    merge,
-    softmax_gradient,
-    store_state,
-)
+from klq_kernels.device import INF, LN2, LOG2E, LOWEST, accumulate, empty_state, kl_divergence, merge, store_state
 from klq_kernels.types import LambdaReturns, Residuals, Upstream
 
 PARTIALS = 8  # m, s, h, n, t, w, b, g per row and split: see `device`
@@ -114,7 +102,8 @@ def merge_kernel(
     m, s, h = state[:3]
     lse = tl.log(s)
     z = tl.load(Z, mask=known, other=float("nan")).to(tl.float32)
-    logprob = _at_most_0((z - m) * inv_temperature - lse)
+    logprob = (z - m) * inv_temperature - lse
+    logprob = tl.where(logprob > 0.0, 0.0, logprob)  # which rounding may make it; NaN stays
     tl.store(LOGPROB + row, logprob)
     tl.store(ENTROPY + row, lse - h / s * LN2)
     shift = m + lse / inv_temperature
@@ -124,22 +113,16 @@ def merge_kernel(
         n, t, w, b, g = state[3:]
         ref_lse = tl.log(t)
         r = tl.load(R, mask=known, other=float("nan")).to(tl.float32)
-        ref_logprob = _at_most_0((r - n) * inv_temperature - ref_lse)
-        kl = kl_divergence(s, t, w, b, g, k)
+        ref_logprob = (r - n) * inv_temperature - ref_lse
+        ref_logprob = tl.where(ref_logprob > 0.0, 0.0, ref_logprob)
+        kl, more = kl_divergence(s, t, w, b, g, inv_temperature)
         tl.store(REF_LOGPROB + row, ref_logprob)
         tl.store(KL + row, kl)
-        more = tl.where(kl < SMALL_KL, kl - (g * inv_temperature + w / s), ref_lse - lse)  # ref_lse − lse, exactly
         ref_shift = n + (lse + more) / inv_temperature
         tl.store(REF_SHIFT + row, ref_shift)
         tl.store(REF_LSE + row, lse - (ref_shift - n) * inv_temperature + more)
         if HAS_Q:
             tl.store(Q + row, tau * (logprob - ref_logprob) + tl.load(VALUES + row).to(tl.float32))
-
-
-@triton.jit
-def _at_most_0(x):
-    """x, or 0 where rounding made it positive; NaN stays."""
-    return tl.where(x > 0.0, 0.0, x)
 
 
 @triton.jit(do_not_specialize=("T",))
@@ -148,8 +131,9 @@ def grad_kernel(
     V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022); OUT
-    may be Z itself. Masked rows become zero."""
+    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022):
+    arXiv 2508.17000, eq. (2), differentiated as in `torch_logits.logits_grad`, with log p − log q − KL as a difference
+    of differences, which small ones survive. OUT may be Z itself. Masked rows become zero."""
     row, first = tl.program_id(0), tl.program_id(1) * BLOCK
     columns = first + tl.arange(0, BLOCK)
     inside = columns < V
@@ -159,19 +143,28 @@ def grad_kernel(
         return
     batch, time = (row // T).to(tl.int64), (row % T).to(tl.int64)
     a = tl.load(A + row) if HAS_A else 0.0
-    b = tl.load(B + row) if HAS_B else 0.0
-    c = tl.load(C + row) if HAS_C else 0.0
-    entropy = tl.load(ENTROPY + row) if HAS_B else 0.0
-    kl = tl.load(KL + row) if HAS_C else 0.0
-    ref_shift = tl.load(REF_SHIFT + row) if HAS_C else 0.0
-    ref_lse = tl.load(REF_LSE + row) if HAS_C else 0.0
-    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside).to(tl.float32)
-    r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside).to(tl.float32) if HAS_C else z
+    lse = tl.load(LSE + row)
+    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside).to(tl.float32) - tl.load(SHIFT + row)
+    if HAS_B or HAS_C:
+        z = tl.maximum(z, LOWEST)
+    x = z * (inv_temperature * LOG2E) - lse * LOG2E
+    weight = -a
+    if HAS_B:
+        b = tl.load(B + row)
+        weight -= b * tl.load(ENTROPY + row)
+    if HAS_C:
+        r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside).to(tl.float32)
+        r = tl.maximum(r - tl.load(REF_SHIFT + row), LOWEST)
+        kl = tl.load(KL + row)
+        c = tl.where(kl < INF, tl.load(C + row), 0.0)  # an infinite KL passes no gradient
+        weight -= c * (lse - tl.load(REF_LSE + row) + tl.where(kl < INF, kl, 0.0))
+    g = tl.zeros_like(x) + weight * inv_temperature
+    if HAS_B:
+        g -= x * (b * inv_temperature * LN2)
+    if HAS_C:
+        g += (z - r) * (c * inv_temperature * inv_temperature)
     chosen = columns == tl.load(TOKENS + row).to(tl.int32)
-    dz = softmax_gradient(
-        z, r, chosen, a, b, c, entropy, kl, tl.load(SHIFT + row), tl.load(LSE + row), ref_shift, ref_lse,
-        inv_temperature, HAS_B, HAS_C,
-    )  # fmt: skip
+    dz = tl.exp2(x) * g + tl.where(chosen, a * inv_temperature, 0.0)
     tl.store(OUT + columns, dz.to(OUT.dtype.element_ty), mask=inside)
 
 
