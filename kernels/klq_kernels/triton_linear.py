@@ -141,12 +141,6 @@ def _parts(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _mask(MASK, row, rows):
-    """Which of these rows count."""
-    return tl.load(MASK + row, mask=row < rows, other=0) != 0
-
-
-@triton.jit
 def _token_logit(H, W, BIAS, row, token, known, D, h_row, w_row, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """One row's logit of one token in fp32; that of nothing (0) for an impossible one."""
     total = tl.zeros([BLOCK], tl.float32)
@@ -190,7 +184,8 @@ def linear_stats_kernel(
     other's: they reach no other row, and what comes of them is not stored. Source: Cut Cross-Entropy (Wijmans et al.
     2024)."""
     first, split = (tl.program_id(2) * GROUP + tl.program_id(0)) * ROWS, tl.program_id(1)
-    if tl.max(_mask(MASK, first + tl.arange(0, ROWS), rows).to(tl.int32), 0) == 0:
+    row = first.to(tl.int64) + tl.arange(0, ROWS)
+    if tl.max((tl.load(MASK + row, mask=row < rows, other=0) != 0).to(tl.int32), 0) == 0:
         return
     k = inv_temperature * LOG2E
     state = empty_state(ROWS, HAS_REF)
@@ -211,9 +206,8 @@ def linear_stats_kernel(
             zs, rs = _until(zs, V - start), _until(rs, V - start)
         for i in tl.static_range(PARTS):
             state = accumulate(zs[i], rs[i], state, k)
-    row = first.to(tl.int64) + tl.arange(0, ROWS)
     stride = tl.num_programs(1).to(tl.int64) * rows
-    live = _mask(MASK, row, rows)
+    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
     store_state(OUT + split.to(tl.int64) * rows + row, stride, live, state)
 
 

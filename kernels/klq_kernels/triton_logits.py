@@ -29,9 +29,8 @@ def _load_lanes(X, first, end, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl
 
 @triton.jit
 def _add_tile(
-    Z, R, first, end, state, k,
-    TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    Z, R, first, end, state, k, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The lanes' state with one more tile of logits Z and, if it has a reference, R [LANES · COLUMNS]."""
     z = _load_lanes(Z, first, end, TAIL, WIDE, LANES, COLUMNS)
     r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS) if len(state) > 3 else z

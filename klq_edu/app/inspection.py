@@ -48,16 +48,11 @@ def run_inspect(config: InspectConfig) -> bool:
         return True
     console = Console()
     found = everything(config, lambda records: track(records, "compiling", console=console, transient=True))
-    console.print(
-        _code(found["kernels"]),
-        _model(found["kernels"] + found["losses"]),
-        _calibration(found["calibration"]),
-        sep="\n\n",
-    )
+    kernels, losses = found["kernels"], found["losses"]
+    console.print(_code(kernels), _model(kernels + losses), _calibration(found["calibration"]), sep="\n\n")
     if config.json:
         write_json(config.json, found)
-    good = f"{len(found['kernels'])} variants: every tile keeps its promises."
-    console.print("\n".join(found["problems"]) or good)
+    console.print("\n".join(found["problems"]) or f"{len(kernels)} variants: every tile keeps its promises.")
     return not found["problems"]
 
 
@@ -66,20 +61,15 @@ def everything(config: InspectConfig, track=iter) -> dict:
     model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
     loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
-    records = list(map(json.loads, track(roofline.compiled(*_options(config)))))
+    records, bad = list(map(json.loads, track(roofline.compiled(*_options(config))))), []
     for record in records + losses:
         devices = [name for name, device in DEVICES.items() if device.target == record["target"]]
         record["predictions"] = [roofline.predict(record, d, config.n, config.v, config.h) for d in devices]
         record["problems"] = record["problems"] + roofline.shortfalls(record)
-    bad = [
-        "{kernel} on {target} in {dtype}: ".format_map(r) + "; ".join(p)
-        for r in records + losses
-        if (p := r["problems"])
-    ]
-    return {
-        "note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad,
-        "calibration": roofline.calibration(),
-    }  # fmt: skip
+        if record["problems"]:
+            bad.append("{kernel} on {target} in {dtype}: ".format_map(record) + "; ".join(record["problems"]))
+    found = {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
+    return found | {"calibration": roofline.calibration()}
 
 
 def _options(config: InspectConfig) -> list[str]:
@@ -98,9 +88,7 @@ def _table(title: str, texts: str, numbers: str):
 
 
 def _code(records: list[dict]):
-    title = (
-        "What the machine code shows (compiled here, run nowhere); instructions of a thread per k-step and per logit"
-    )
+    title = "What the machine code shows (compiled, not run); a thread's instructions per k-step and per logit"
     table = _table(title, "kernel target dtype tile dot matrix loads stores", "regs spill shared k-step logit")
     for r in records:
         counts = (" ".join(f"{n}×{kind}" for kind, n in r[what].items()) for what in ("matrix", "loads", "stores"))
@@ -115,9 +103,7 @@ def _code(records: list[dict]):
 
 
 def _model(records: list[dict]):
-    title = (
-        "A model, not a measurement. Bytes per clock needed at full matrix rate, of those there are; a block's clocks"
-    )
+    title = "A model, not a measurement. Bytes per clock needed at full matrix rate, of what there is; a block's clocks"
     table = _table(title, "kernel dtype device bound", "blocks L2 shared k-loop outside floor\\[ms] ms share\\[%]")
     for r, p in [(record, p) for record in records for p in record["predictions"]]:
         block = ["-"] * 5
