@@ -221,11 +221,13 @@ def linear_stats(
     if rows == 0:
         return out
     heads, sizes, flags = _arguments(policy, ref)
-    shared = ref is not None and _place(ref.weight) == _place(policy.weight)
+    shared = ref is not None and ref.weight.is_set_to(policy.weight)
     work = "shared" if shared else "one" if ref is None else "two"
     best = tile(capability(tokens.device), policy.weight.dtype, work)
     if best.descriptors and not all(map(_describable, (heads[i] for i in (0, 1, 3, 4)))):
         best = tile(POINTERS, policy.weight.dtype, work)
+    blocks = [[best.rows, best.hidden], [best.vocab, best.hidden], None] * 2 if best.descriptors else [None] * 6
+    operands = [TensorDescriptor.from_tensor(x, b) if b else x for x, b in zip(heads, blocks, strict=True)]
     row_tiles, tiles = triton.cdiv(rows, best.rows), triton.cdiv(V, best.vocab)
     splits, span = vocabulary_split(row_tiles, tiles, multiprocessors(tokens.device))
     together = min(GROUP, row_tiles)
@@ -234,7 +236,7 @@ def linear_stats(
     with torch.cuda.device_of(tokens):
         token_logits_kernel[(rows,)](*heads, tokens, mask, z, r, V, *sizes, **flags, BLOCK=TOKEN_BLOCK)
         linear_stats_kernel[(together, splits, triton.cdiv(row_tiles, together))](
-            *_described(heads, best), mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
+            *operands, mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
             SHARED=shared, GROUP=GROUP, **_constants(best),
         )  # fmt: skip
         merge_partials(
@@ -310,23 +312,10 @@ def vocabulary_split(row_tiles: int, tiles: int, slots: int) -> tuple[int, int]:
     return triton.cdiv(tiles, span), span
 
 
-def _place(x: Tensor) -> tuple:
-    """Where x [V, H] lies."""
-    return x.data_ptr(), x.shape, x.stride()
-
-
 def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can say where x [n, H] lies: rows of whole 16 bytes that don't overlap."""
     stride, size = x.stride(0), x.element_size()
     return x.data_ptr() % 16 == 0 and stride * size % 16 == 0 and stride >= x.shape[1] > 0
-
-
-def _described(heads: list[Tensor], tile: MatmulTile) -> list[Tensor | TensorDescriptor]:
-    """Hidden states and weights as tensor descriptors, if the tile wants them."""
-    if not tile.descriptors:
-        return heads
-    blocks = [[tile.rows, tile.hidden], [tile.vocab, tile.hidden], None] * 2
-    return [x if b is None else TensorDescriptor.from_tensor(x, b) for x, b in zip(heads, blocks, strict=True)]
 
 
 def _constants(tile: MatmulTile) -> dict:
