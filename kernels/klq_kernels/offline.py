@@ -104,7 +104,7 @@ def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -
     kernel, typed, flags, tile = _variants()[name]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
     sizes, options = _sizes_and_options(tile, given, target, dtype)
-    exact = triton_linear.fp32_precision(TARGETS[target].backend)
+    exact = triton_linear.FP32[TARGETS[target].backend]
     models = 0 if isinstance(tile, dict) else 1 if tile == "one" else 2
     constants |= {name.upper(): size for name, size in sizes.items()}
     constants |= {"PRECISION": exact, "UPCAST": False, "GROUP": triton_linear.GROUP} if models else {}

@@ -24,6 +24,7 @@ from klq_kernels.types import Head, Residuals, Upstream
 INTERPRETED = triton.knobs.runtime.interpret
 REF_SHARE = {2: 1 / 2, 4: 1 / 2}  # of the workspace, for a chunk's logits of the reference, by bytes per logit
 TOKEN_BLOCK = 1024  # hidden sizes of a token's own product taken at once: 16 bytes per thread
+FP32 = {"cuda": "tf32x3", "hip": "ieee"}  # products: as three in TF32 (Ootomo and Yokota 2022), on AMD as they are
 GROUP = 16  # row tiles that run together: their hidden rows (16 MiB of 128 × 4096 in bf16) stay in L2
 
 
@@ -81,9 +82,7 @@ def _multiply(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    X, first, d, count, D, stride, COUNT: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr
-):  # fmt: skip
+def _load_tile(X, first, d, count, D, stride, COUNT: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """[COUNT, HIDDEN] of X [count, D] from row `first` and column d on; zeros outside, which a descriptor adds."""
     if DESCRIPTORS:
         return X.load([first, d])
@@ -237,7 +236,9 @@ def linear_stats(
         token_logits_kernel[(rows,)](*heads, tokens, mask, z, r, V, *sizes, **flags, BLOCK=TOKEN_BLOCK)
         linear_stats_kernel[(together, splits, triton.cdiv(row_tiles, together))](
             *operands, mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
-            SHARED=shared, GROUP=GROUP, **_constants(best),
+            SHARED=shared, GROUP=GROUP, UPCAST=INTERPRETED, PRECISION=FP32["hip" if torch.version.hip else "cuda"],
+            ROWS=best.rows, VOCAB=best.vocab, HIDDEN=best.hidden, DESCRIPTORS=best.descriptors, PARTS=best.parts,
+            num_warps=best.warps, num_stages=best.stages,
         )  # fmt: skip
         merge_partials(
             partials, tokens, mask, z, None if ref is None else r, (rows, V, 1, 0, 0, 0, 0, 1 / temperature), out,
@@ -270,12 +271,6 @@ def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int,
     flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
     flags["HAS_REF"] = ref is not None
     return given, (w.shape[1], w2.shape[1], *(x.stride(0) for x in (h, w, h2, w2))), flags
-
-
-def fp32_precision(platform: str) -> str:
-    """How fp32 [N, H] and [H, V] are multiplied: as three TF32 products on NVIDIA ("cuda"; Ootomo and Yokota 2022), on
-    AMD ("hip") as they are."""
-    return "ieee" if platform == "hip" else "tf32x3"
 
 
 def tile(capability: str, dtype: torch.dtype, kind: str) -> MatmulTile:
@@ -316,11 +311,3 @@ def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can say where x [n, H] lies: rows of whole 16 bytes that don't overlap."""
     stride, size = x.stride(0), x.element_size()
     return x.data_ptr() % 16 == 0 and stride * size % 16 == 0 and stride >= x.shape[1] > 0
-
-
-def _constants(tile: MatmulTile) -> dict:
-    """What `linear_stats_kernel` is compiled for."""
-    sizes = tile._asdict()
-    options = {"num_warps": sizes.pop("warps"), "num_stages": sizes.pop("stages")}
-    precision = fp32_precision("hip" if torch.version.hip else "cuda")
-    return options | {name.upper(): x for name, x in sizes.items()} | {"PRECISION": precision, "UPCAST": INTERPRETED}
