@@ -220,7 +220,7 @@ def linear_stats(
     if rows == 0:
         return out
     heads, sizes, flags = _arguments(policy, ref)
-    shared = ref is not None and ref.weight.is_set_to(policy.weight)
+    shared = ref is not None and _place(ref.weight) == _place(policy.weight)
     work = "shared" if shared else "one" if ref is None else "two"
     best = tile(capability(tokens.device), policy.weight.dtype, work)
     if best.descriptors and not all(map(_describable, (heads[i] for i in (0, 1, 3, 4)))):
@@ -305,6 +305,11 @@ def vocabulary_split(row_tiles: int, tiles: int, slots: int) -> tuple[int, int]:
     spans = {triton.cdiv(tiles, n) for n in range(least, min(tiles, 4 * least) + 1)}
     span = min(sorted(spans, reverse=True), key=lambda n: triton.cdiv(row_tiles * triton.cdiv(tiles, n), slots) * n)
     return triton.cdiv(tiles, span), span
+
+
+def _place(x: Tensor) -> tuple:
+    """Where x [V, H] lies."""
+    return x.data_ptr(), x.shape, x.stride()
 
 
 def _describable(x: Tensor) -> bool:
