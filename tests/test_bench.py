@@ -11,9 +11,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from klq_edu import figures
-from klq_edu.bench import measure, point, run, workloads
+from klq_edu.bench import measure, run, workloads
 from klq_edu.bench.config import MAIN, QUICK, BenchConfig, Size
-from klq_edu.bench.measure import errors, exact, interleave, repeat, run_once
+from klq_edu.bench.measure import errors, exact, interleave, measure_point, repeat, run_once, stage_rows
 from klq_edu.bench.run import run_bench
 from klq_edu.bench.workloads import WORKLOADS, Contender, contenders, make_inputs
 
@@ -110,7 +110,7 @@ def test_contenders_take_turns_between_products(monkeypatch):
     times = interleave([one, two], {}, lambda: log.append("gemm") or 2.0, 2, lambda: None)
     assert log == ["gemm", "one", "gemm", "two", "gemm", "two", "gemm", "one", "gemm"]
     assert [r["gemm"] for r in times["one"] + times["two"]] == [2.0] * 4
-    rows = point.stage_rows(two, {"naive": [{"both": 2, "gemm": 2}], "two": [{"both": 6, "gemm": 1}]}, ("both",), True)
+    rows = stage_rows(two, {"naive": [{"both": 2, "gemm": 2}], "two": [{"both": 6, "gemm": 1}]}, ("both",), True)
     assert rows[0]["units"] == 6 and rows[0]["vs_naive"] == 6
 
 
@@ -183,7 +183,7 @@ def test_who_needs_too_much_memory_is_named_and_left_out():
         raise torch.OutOfMemoryError("no room")
 
     config = BenchConfig(memory=False, reps=1)
-    rows = point.measure_point("klq", size, [naive._replace(run=fail), ours], config, "cpu", said.append, lambda: None)
+    rows = measure_point("klq", size, [naive._replace(run=fail), ours], config, "cpu", said.append, lambda: None)
     assert {r["contender"] for r in rows} == {"ours (torch)"} and all(math.isnan(r["vs_naive"]) for r in rows)
     assert len(said) == 1 and re.search("naive does not run here.*no room", said[0])
 

@@ -1,4 +1,4 @@
-"""Triton device code shared by the kernels: online softmax statistics of two distributions, and their gradient.
+"""Triton device code shared by the kernels: online softmax statistics of two distributions.
 
 Everything is in base 2, which is what the hardware has: k = log2(e)/T, e = 2^((z − m)k), f = 2^((r − n)k), with m and n
 running maxima of the raw logits z (policy) and r (reference), so that a common offset of ±1000 costs no digits. A state
@@ -26,11 +26,14 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def empty_state(ROWS: tl.constexpr):
-    """(m, s, h, n, t, w, b, g) [ROWS] of no tokens."""
+def empty_state(ROWS: tl.constexpr, HAS_REF: tl.constexpr):
+    """(m, s, h) [ROWS] of no tokens; with a reference (m, s, h, n, t, w, b, g)."""
     low = tl.full([ROWS], LOWEST, tl.float32)
     zero = tl.zeros([ROWS], tl.float32)
-    return low, zero, zero, low, zero, zero, zero, zero
+    if HAS_REF:
+        return low, zero, zero, low, zero, zero, zero, zero
+    else:
+        return low, zero, zero
 
 
 @triton.jit
@@ -48,10 +51,10 @@ def bregman(p, q, d):
 
 
 @triton.jit
-def accumulate(z, m, s, h, k):
-    """Add a tile of policy logits z [rows, columns] to (m, s, h) [rows]; also what `accumulate_ref` needs: z − m, e,
-    the old s, its scale, the old m and the tile's relative to the new one. Source: online softmax (Milakov and
-    Gimelshein 2018), here of the entropy's sum too."""
+def accumulate(z, r, state, k):
+    """The state [rows] after one more tile of policy logits z and, if it has a reference, of that's logits r [rows,
+    columns]. Source: online softmax (Milakov and Gimelshein 2018), here of the other sums too."""
+    m, s, h = state[:3]
     top = tl.maximum(tl.max(z, 1), LOWEST)
     new = tl.maximum(m, top)
     z = z - new[:, None]
@@ -61,24 +64,22 @@ def accumulate(z, m, s, h, k):
     scale = tl.exp2(fall * k)
     h = scale * (h + s * (fall * k)) + tl.sum(e * tl.maximum(x, LOWEST), 1)
     s *= scale
-    return new, s + tl.sum(e, 1), h, z, e, s, scale, fall, top - new
-
-
-@triton.jit
-def accumulate_ref(r, z, e, s, scale, fall, top, n, t, w, b, g, k):
-    """Add a tile of reference logits r [rows, columns] to (n, t, w, b, g) [rows], given what `accumulate` returned of
-    the policy's tile."""
-    nats = k * LN2
-    top_ref = tl.maximum(tl.max(r, 1), LOWEST)
-    new = tl.maximum(n, top_ref)
-    old = g + (fall - (n - new))
-    g = tl.where(fall < 0.0, top - (top_ref - new), old)
-    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
-    r = r - new[:, None]
-    f = tl.exp2(r * k)
-    d = tl.where(e > 0.0, (z - r) * nats - (g * nats)[:, None], LOWEST)
-    terms = bregman(e, f * _power(g * k)[:, None], d)
-    return new, t + tl.sum(f, 1), w + tl.sum(e * d, 1), b + tl.sum(terms, 1) * _power(-g * k), g
+    policy = new, s + tl.sum(e, 1), h
+    if len(state) == 3:
+        return policy
+    else:
+        n, t, w, b, g = state[3:]
+        nats = k * LN2
+        top_ref = tl.maximum(tl.max(r, 1), LOWEST)
+        new_ref = tl.maximum(n, top_ref)
+        old = g + (fall - (n - new_ref))
+        g = tl.where(fall < 0.0, top - new - (top_ref - new_ref), old)
+        t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new_ref) * k), old, g, k)
+        r = r - new_ref[:, None]
+        f = tl.exp2(r * k)
+        d = tl.where(e > 0.0, (z - r) * nats - (g * nats)[:, None], LOWEST)
+        terms = bregman(e, f * _power(g * k)[:, None], d)
+        return policy + (new_ref, t + tl.sum(f, 1), w + tl.sum(e * d, 1), b + tl.sum(terms, 1) * _power(-g * k), g)
 
 
 @triton.jit
@@ -94,70 +95,42 @@ def _move(s, t, w, b, scale, scale_ref, old, new, k):
 
 
 @triton.jit
-def merge(m, s, h, k):
-    """(m, s, h) of parts [parts] together; also the parts' own s and m relative to it, and the scales of s."""
+def merge(state, k):
+    """The states of parts [parts] together."""
+    m, s, h = state[:3]
     new = tl.max(m, 0)
     fall = m - new
     scale = tl.exp2(fall * k)
     own = s * scale
-    return new, tl.sum(own, 0), tl.sum(scale * (h + s * (fall * k)), 0), own, scale, fall
+    policy = new, tl.sum(own, 0), tl.sum(scale * (h + s * (fall * k)), 0)
+    if len(state) == 3:
+        return policy
+    else:
+        n, t, w, b, g = state[3:]
+        new_ref = tl.max(n, 0)
+        old = g + (fall - (n - new_ref))
+        g = tl.max(tl.where(fall == 0.0, old, -INF), 0)
+        t, w, b = _move(own, t, w, b, scale, tl.exp2((n - new_ref) * k), old, g, k)
+        return policy + (new_ref, tl.sum(t, 0), tl.sum(w, 0), tl.sum(b, 0), g)
 
 
 @triton.jit
-def merge_ref(s, scale, fall, n, t, w, b, g, k):
-    """(n, t, w, b, g) of parts [parts] together, given what `merge` returned of the policy's."""
-    new = tl.max(n, 0)
-    old = g + (fall - (n - new))
-    g = tl.max(tl.where(fall == 0.0, old, -INF), 0)
-    t, w, b = _move(s, t, w, b, scale, tl.exp2((n - new) * k), old, g, k)
-    return new, tl.sum(t, 0), tl.sum(w, 0), tl.sum(b, 0), g
-
-
-@triton.jit
-def kl_divergence(s, t, w, b, g, k):
-    """KL [rows] ≥ 0 of finished sums: where it is small, log(1 + b/(s v)) = 2 artanh(y) with y = b/(2 s v + b)."""
-    mean = w / s
-    kl = g * (k * LN2) + mean - tl.log(s) + tl.log(t)
-    _, _, b = _move(s, t, w, b, 1.0, 1.0, g, g + mean / (k * LN2), k)
+def kl_divergence(s, t, w, b, g, inv_temperature):
+    """KL [rows] ≥ 0 of finished sums, and log t − log s as exactly: where it is small, KL = log(1 + b/(s v)) =
+    2 artanh(y) with y = b/(2 s v + b)."""
+    mean, k = w / s, inv_temperature * LOG2E
+    pivot = g * inv_temperature + mean
+    more = tl.log(t) - tl.log(s)
+    kl = pivot + more
+    _, _, b = _move(s, t, w, b, 1.0, 1.0, g, g + mean / inv_temperature, k)
     y = b / (2 * s * _power(-g * k - mean * LOG2E) + b)
-    small = 2 * y * (1 + y * y * (1.0 / 3 + y * y * (1.0 / 5)))
-    return tl.where(kl < SMALL_KL, tl.maximum(small, 0.0), kl)
+    small = tl.maximum(2 * y * (1 + y * y * (1.0 / 3 + y * y * (1.0 / 5))), 0.0)
+    near = kl < SMALL_KL
+    return tl.where(near, small, kl), tl.where(near, small - pivot, more)
 
 
 @triton.jit
-def store_state(OUT, stride, live, m, s, h, n, t, w, b, g, HAS_REF: tl.constexpr):
-    """Write a state to OUT, OUT + stride, …; `PARTIALS` numbers per row."""
-    tl.store(OUT, m, mask=live)
-    tl.store(OUT + stride, s, mask=live)
-    tl.store(OUT + 2 * stride, h, mask=live)
-    if HAS_REF:
-        tl.store(OUT + 3 * stride, n, mask=live)
-        tl.store(OUT + 4 * stride, t, mask=live)
-        tl.store(OUT + 5 * stride, w, mask=live)
-        tl.store(OUT + 6 * stride, b, mask=live)
-        tl.store(OUT + 7 * stride, g, mask=live)
-
-
-@triton.jit
-def softmax_gradient(
-    z, r, chosen, a, b, c, entropy, kl, shift, lse, ref_shift, ref_lse, inv_temperature,
-    HAS_B: tl.constexpr, HAS_C: tl.constexpr,
-):  # fmt: skip
-    """dL/dz [columns] of logits z and r: arXiv 2508.17000, eq. (2), differentiated as in `torch_logits.logits_grad`. It
-    has log p − log q − KL as a difference of differences, which small ones survive."""
-    z, r = z - shift, r - ref_shift
-    if HAS_B or HAS_C:
-        z, r = tl.maximum(z, LOWEST), tl.maximum(r, LOWEST)
-    x = z * (inv_temperature * LOG2E) - lse * LOG2E
-    weight = -a
-    if HAS_B:
-        weight -= b * entropy
-    if HAS_C:
-        c = tl.where(kl < INF, c, 0.0)  # an infinite KL passes no gradient
-        weight -= c * (lse - ref_lse + tl.where(kl < INF, kl, 0.0))
-    g = tl.zeros_like(x) + weight * inv_temperature
-    if HAS_B:
-        g -= x * (b * inv_temperature * LN2)
-    if HAS_C:
-        g += (z - r) * (c * inv_temperature * inv_temperature)
-    return tl.exp2(x) * g + tl.where(chosen, a * inv_temperature, 0.0)
+def store_state(OUT, stride, live, state):
+    """Write a state to OUT, OUT + stride, …; at most `PARTIALS` numbers per row."""
+    for i in tl.static_range(len(state)):
+        tl.store(OUT + i * stride, state[i], mask=live)

@@ -32,9 +32,8 @@ def _parse(text: str) -> tuple[list[str], list[int]]:
 
 def _loops(jumps: list[int], inside: list[int]) -> tuple[list[range], range | None]:
     """(the innermost loops around these instructions, the loop around those); without any, the longest loop."""
-    found = sorted(
-        {j: range(j, i + 1) for i, j in enumerate(jumps) if j <= i}.values(), key=len
-    )  # to the last jump back
+    last = {j: i for i, j in enumerate(jumps) if j <= i}  # jump back to each start
+    found = sorted((range(j, i + 1) for j, i in last.items()), key=len)
     around = {next((loop for loop in found if i in loop), range(0)) for i in inside} - {range(0)}
     inner = [a for a in around if not any(b != a and b.start in a and b[-1] in a for b in around)]
     outer = [loop for loop in found if inner and all(i.start in loop and i[-1] in loop and i != loop for i in inner)]

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not there, and read what the machine code says.
 
-`python -m klq_kernels.offline` prints JSON, one record per kernel × target × dtype × candidate tile. It must run
-without TRITON_INTERPRET: one process can't both interpret and compile. `klq inspect` calls it and shows the table.
+`python -m klq_kernels.offline` prints JSON, one record per kernel × target × dtype. It must run without
+TRITON_INTERPRET: one process can't both interpret and compile. `klq inspect` calls it and shows the table.
 """
 
 import argparse
@@ -12,10 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,24 +27,20 @@ LIMITS = {  # shared memory of a block; of a multiprocessor: shared memory, regi
     "sm_80": (166_912, 167_936, 65_536, 2048), "sm_90": (232_448, 233_472, 65_536, 2048),
     "sm_100": (232_448, 233_472, 65_536, 2048), "gfx942": (65_536, 65_536, 131_072, 2048),
 }  # fmt: skip
+WIDTHS = {  # bytes of loads and stores; of all others 4
+    ".U8": 1, ".U16": 2, ".64": 8, ".128": 16, "ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dwordx2": 8,
+    "dwordx4": 16,
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NOT_DIVISIBLE = {"splits", "row_tiles", "blocks"}  # counts; all other integers are taken to be multiples of 16
 NARROW = {"token_stats, merge", "linear_token_stats, tokens"}  # move too little for the width of their loads to matter
 KINDS = {"TOKENS": "*i64", "MASK": "*i1"} | dict.fromkeys(("inv_temperature", "tau", "gamma", "lam", "alpha"), "fp32")
 KINDS |= dict.fromkeys(("V", "T", "D", "D2"), "i32")  # other parameters: *fp32 in capitals, else i32
 
 
-class Merge(NamedTuple):
-    """What `merge_kernel` is compiled for: splits of the vocabulary, of one row."""
-
-    splits: int
-    warps: int
-
-
 @dataclass
 class Finding:
-    """One compiled kernel. `problems` is empty for a default tile that keeps the package's promises.
+    """One compiled kernel. `problems` is empty for a tile that keeps the package's promises.
 
     `per_logit`: instructions of a thread per element: outside the k-loop, or of the main loop where nothing is
     multiplied. `work`: of a kernel that multiplies, what a block does per k-step and tile (`klq_edu.bench.roofline`).
@@ -56,7 +50,6 @@ class Finding:
     target: str
     dtype: str
     tile: str
-    default: bool
     registers: int
     spill_bytes: int
     local_accesses: int
@@ -72,53 +65,55 @@ class Finding:
 
 
 def _variants() -> dict[str, tuple]:
-    """name -> (kernel, its element-typed pointers, flags, tiles by element size, models if it multiplies matrices); the
-    tiles of those depend on the target too: named is the kind of work."""
+    """name -> (kernel, its element-typed pointers (none: it is only for fp32), flags, tile); the tile of a kernel that
+    multiplies matrices depends on the target and the dtype too: named is the kind of work."""
     stats, merge, grad, returns = (getattr(triton_logits, f"{n}_kernel") for n in ("stats", "merge", "grad", "returns"))
     linear, tokens = triton_linear.linear_stats_kernel, triton_linear.token_logits_kernel
     logits, head = {"Z", "R"}, {"H", "W", "BIAS", "H2", "W2", "BIAS2"}
-    both = dict.fromkeys((2, 4), triton_logits.STATS_TILES)
-    token = dict.fromkeys((2, 4), (triton_logits.Tile(triton_linear.TOKEN_BLOCK, 4),))
-    one, two = ({"HAS_BIAS": False, "HAS_BIAS2": False, "HAS_REF": ref, "SHARED": False} for ref in (False, True))
+    blocks = triton_logits.STATS_BLOCK, triton_logits.GRAD_BLOCK, triton_logits.SCAN_BLOCK, triton_linear.TOKEN_BLOCK
+    row, slab, scan, token = ({"block": block, "warps": 4} for block in blocks)
+    one, two = ({"HAS_BIAS": False, "HAS_BIAS2": False, "HAS_REF": ref} for ref in (False, True))
     every = {"HAS_A": True, "HAS_B": True, "HAS_C": True}
     merged = {"HAS_REF": True, "HAS_Q": True, "IN_ROWS": True}
     return {
-        "token_stats, one model": (stats, logits, {"HAS_REF": False}, both, 0),
-        "token_stats": (stats, logits, {"HAS_REF": True}, both, 0),
-        "token_stats, merge": (merge, logits, merged, dict.fromkeys((2, 4), (Merge(8, 1),)), 0),
-        "token_stats, gradient": (grad, logits | {"OUT"}, every, both, 0),
-        "KLQ loss, gradient": (grad, logits | {"OUT"}, every | {"HAS_B": False, "HAS_C": False}, both, 0),
-        "lambda_returns": (returns, set(), {"HAS_WEIGHTS": False}, {4: triton_logits.SCAN_TILES}, 0),
-        "linear_token_stats, one model": (linear, head, one, "one", 1),
-        "linear_token_stats, shared head": (linear, head, two | {"SHARED": True}, "shared", 2),
-        "linear_token_stats": (linear, head, two, "two", 2),
-        "linear_token_stats, tokens": (tokens, head, {k: on for k, on in two.items() if k != "SHARED"}, token, 0),
+        "token_stats, one model": (stats, logits, {"HAS_REF": False}, row),
+        "token_stats": (stats, logits, {"HAS_REF": True}, row),
+        "token_stats, merge": (merge, logits, merged, {"splits": 8, "warps": 1}),
+        "token_stats, gradient": (grad, logits | {"OUT"}, every, slab),
+        "KLQ loss, gradient": (grad, logits | {"OUT"}, every | {"HAS_B": False, "HAS_C": False}, slab),
+        "lambda_returns": (returns, set(), {"HAS_WEIGHTS": False}, scan),
+        "linear_token_stats, one model": (linear, head, one | {"SHARED": False}, "one"),
+        "linear_token_stats, shared head": (linear, head, two | {"SHARED": True}, "shared"),
+        "linear_token_stats": (linear, head, two | {"SHARED": False}, "two"),
+        "linear_token_stats, tokens": (tokens, head, two, token),
     }
 
 
-def _tiles(name: str, target: str, dtype: str) -> list:
-    """The default tile of a kernel, then candidates."""
-    tiles = _variants()[name][3]
-    if isinstance(tiles, str):
-        return [triton_linear.tile(target, DTYPES[dtype], tiles)]
-    return list(tiles.get(DTYPES[dtype].itemsize, ()))
+def _sizes_and_options(tile: dict | str, given: list[int], target: str, dtype: str) -> tuple[dict, dict]:
+    """Sizes of the tile that a kernel has, or of a given one, and Triton's options `num_warps` and `num_stages`."""
+    if isinstance(tile, str):
+        best = triton_linear.MatmulTile(*given) if given else triton_linear.tile(target, DTYPES[dtype], tile)
+        sizes = best._asdict()
+    else:
+        sizes = tile | dict(zip(tile, given, strict=False))
+    return sizes, {f"num_{name}": sizes.pop(name) for name in ("warps", "stages") if name in sizes}
 
 
-def _examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool) -> tuple[Finding, dict[str, str]]:
+def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -> tuple[Finding, dict[str, str]]:
     """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
-    kernel, typed, flags, _, models = _variants()[name]
+    kernel, typed, flags, tile = _variants()[name]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
-    sizes, options = _sizes_and_options(tile)
-    exact = triton_linear.fp32_precision(TARGETS[target].backend)
+    sizes, options = _sizes_and_options(tile, given, target, dtype)
+    exact = triton_linear.FP32[TARGETS[target].backend]
+    models = 0 if isinstance(tile, dict) else 1 if tile == "one" else 2
     constants |= {name.upper(): size for name, size in sizes.items()}
     constants |= {"PRECISION": exact, "UPCAST": False, "GROUP": triton_linear.GROUP} if models else {}
     types = dict.fromkeys(typed, f"*{dtype}")
     if sizes.get("descriptors"):
         operands = {"H": "rows", "W": "vocab", "H2": "rows", "W2": "vocab"}
         types |= {x: f"tensordesc<{dtype}[{sizes[n]}, {sizes['hidden']}]>" for x, n in operands.items()}
-    precision = "-" if not models else dtype if dtype == "bf16" else exact
     compiled = _compile(kernel, types, constants, TARGETS[target], options, ones)
-    facts, sources = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled)
+    facts, sources = _read(compiled)
     threads, shared = TARGETS[target].warp_size * compiled.metadata.num_warps, compiled.metadata.shared
     rows, columns = sizes.get("rows", 1), sizes.get("vocab") or sizes.get("block", 1)
     work = machine_code.work(sources.get("sass") or sources["amdgcn"], threads, rows, columns)
@@ -128,11 +123,11 @@ def _examine(name: str, target: str, dtype: str, tile, default: bool, ones: bool
         work |= {"size": DTYPES[dtype].itemsize, "group": triton_linear.GROUP}
         work["blocks"] = _blocks(target, facts["registers"], shared, threads)
     finding = Finding(
-        kernel=name, target=target, dtype=dtype, tile=_label(tile), default=default, shared_bytes=shared,
-        shared_limit=LIMITS[target][0], precision=precision, per_logit=round(per_logit, 2), work=work, **facts,
+        kernel=name, target=target, dtype=dtype, tile=_label(sizes, options), shared_bytes=shared,
+        shared_limit=LIMITS[target][0], precision="-" if not models else dtype if dtype == "bf16" else exact,
+        per_logit=round(per_logit, 2), work=work, **facts,
     )  # fmt: skip
-    if default:
-        finding.problems = problems(finding, models > 0, wide=name not in NARROW)
+    finding.problems = problems(finding)
     return finding, sources
 
 
@@ -142,12 +137,13 @@ def _blocks(target: str, registers: int, shared: int, threads: int) -> int:
     return min(bank // (-(-registers // 8) * 8 * threads), memory // (shared + memory % 65_536 // 32), most // threads)
 
 
-def problems(f: Finding, multiplies: bool, wide: bool = True) -> list[str]:
-    """What a default tile [rows, vocab] must not do."""
+def problems(f: Finding) -> list[str]:
+    """What a kernel's tile must not do."""
     needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
     spills = f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory"
     found = {spills: f.spill_bytes or f.local_accesses, needs: f.shared_bytes > f.shared_limit}
-    found |= {"no 16-byte loads": wide and "16" not in f.loads, "no matrix instructions": multiplies and not f.matrix}
+    found["no 16-byte loads"] = f.kernel not in NARROW and "16" not in f.loads
+    found["no matrix instructions"] = f.precision != "-" and not f.matrix
     return [problem for problem, there in found.items() if there]
 
 
@@ -155,7 +151,7 @@ def _compile(kernel, types: dict[str, str], constants: dict, target: GPUTarget, 
     """Compile with all pointers and sizes divisible by 16, the class that large vocabularies fall into; or with all
     `ones`, since Triton compiles a size of 1 as a constant. What it is told not to specialise is neither."""
     signature = {p.name: KINDS.get(p.name, "*fp32" if p.name.isupper() else "i32") for p in kernel.params} | types
-    special = {p.name for p in kernel.params if not p.do_not_specialize} - NOT_DIVISIBLE
+    special = {p.name for p in kernel.params if not p.do_not_specialize}
     sizes = {name for name in special if signature[name] == "i32" and name not in constants}
     constants = constants | (dict.fromkeys(sizes, 1) if ones else {})
     signature |= dict.fromkeys(constants, "constexpr")
@@ -168,42 +164,34 @@ def _compile(kernel, types: dict[str, str], constants: dict, target: GPUTarget, 
     return triton.compile(source, target=target, options=options)
 
 
-def _read_nvidia(compiled) -> tuple[dict, dict[str, str]]:
-    """Registers and local memory (spills) of a thread, and instructions from the disassembly."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "k.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass, usage = _run("nvdisasm", "-c", cubin), _run("cuobjdump", "--dump-resource-usage", cubin)
-    widths = {"": 4, ".64": 8, ".128": 16, ".U16": 2, ".U8": 1}
-    loads = [widths[w] for w in re.findall(r"\bLDG\.E(?:\.\w+)*?(\.64|\.128|\.U16|\.U8)?\b", sass)]
-    loads += [16 for _ in re.findall(r"LDGSTS\.E[.\w]*\.128|UTMALDG", sass)]
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+def _read(compiled) -> tuple[dict, dict[str, str]]:
+    """Registers, spills and accesses to memory of a thread, and the sources; AMD's assembly has it all as text."""
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        sources, local = {"amdgcn": code}, r"\bscratch_(?:load|store)"
+        registers, words = (int(re.search(rf"\.vgpr_{x}:\s+(\d+)", code)[1]) for x in ("count", "spill_count"))
+        access, spilled = r"(?:global|buffer)_{}_(?:lds_)?(\w+?)(?:_d16\w*)?\b", 4 * words
+        loads, stores = (re.findall(access.format(kind), code) for kind in ("load", "store"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "k.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            code, usage = _run("nvdisasm", "-c", cubin), _run("cuobjdump", "--dump-resource-usage", cubin)
+        sources, local = {"ptx": compiled.asm["ptx"], "sass": code}, r"\b(?:STL|LDL)\b"
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        loads = re.findall(r"\bLDG\.E(?:\.\w+)*?(\.64|\.128|\.U16|\.U8)?\b", code)
+        loads += [".128" for _ in re.findall(r"LDGSTS\.E[.\w]*\.128|UTMALDG", code)]
+        stores = re.findall(r"\bSTG\.E(\.64|\.128|\.U16|\.U8)?", code)
     facts = dict(
-        registers=registers, spill_bytes=stack, local_accesses=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        loads=_counts(loads), stores=_counts(widths[w] for w in re.findall(r"\bSTG\.E(\.64|\.128|\.U16|\.U8)?", sass)),
-        matrix=dict(Counter(machine_code.MATRIX.findall(sass))),
-    )  # fmt: skip
-    return facts, {"ptx": compiled.asm["ptx"], "sass": sass}
-
-
-def _read_amd(compiled) -> tuple[dict, dict[str, str]]:
-    """The same from the assembly, where the compiler notes registers and spills."""
-    code = compiled.asm["amdgcn"]
-    widths = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
-    access = r"(?:global|buffer)_{}_(?:lds_)?(\w+?)(?:_d16\w*)?\b"
-    loads, stores = ([widths.get(w, 4) for w in re.findall(access.format(k), code)] for k in ("load", "store"))
-    facts = dict(
-        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1)),
-        spill_bytes=4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
-        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", code)), loads=_counts(loads),
+        registers=registers, spill_bytes=spilled, local_accesses=len(re.findall(local, code)), loads=_counts(loads),
         stores=_counts(stores), matrix=dict(Counter(machine_code.MATRIX.findall(code))),
     )  # fmt: skip
-    return facts, {"amdgcn": code}
+    return facts, sources
 
 
-def _counts(widths: Iterable[int]) -> dict[str, int]:
+def _counts(kinds: list[str]) -> dict[str, int]:
     """How many accesses of each width in bytes, the widest first."""
-    return {str(width): count for width, count in sorted(Counter(widths).items(), reverse=True)}
+    return {str(n): count for n, count in sorted(Counter(WIDTHS.get(k, 4) for k in kinds).items(), reverse=True)}
 
 
 def _run(tool: str, *options) -> str:
@@ -213,23 +201,12 @@ def _run(tool: str, *options) -> str:
     return out.stdout
 
 
-def _label(tile) -> str:
-    """Sizes and warps of a tile, as a table shows them.
-
-    >>> _label(triton_linear.MatmulTile(128, 256, 64, 8, 3, descriptors=True, parts=2))
-    '128×256×64, 8 warps, 3 stages, descriptors, 2 parts'
-    """
-    sizes, options = _sizes_and_options(tile)
-    loads, parts = sizes.pop("descriptors", False), sizes.pop("parts", 1)
-    label = ["×".join(map(str, sizes.values())), *(f"{n} {name[4:]}" for name, n in options.items())]
-    return ", ".join(label + ["descriptors"] * bool(loads) + [f"{parts} parts"] * (parts > 1))
-
-
-def _sizes_and_options(tile) -> tuple[dict[str, int], dict[str, int]]:
-    """A tile's sizes, and Triton's options `num_warps` and `num_stages`."""
-    sizes = tile._asdict()
-    options = {f"num_{name}": sizes.pop(name) for name in ("warps", "stages") if name in sizes}
-    return sizes, options
+def _label(sizes: dict, options: dict) -> str:
+    """Such as "128×256×64, 8 warps, 3 stages, descriptors, 2 parts"."""
+    lengths = [str(n) for name, n in sizes.items() if name not in ("descriptors", "parts")]
+    label = ["×".join(lengths), *(f"{n} {name[4:]}" for name, n in options.items())]
+    parts = sizes.get("parts", 1)
+    return ", ".join(label + ["descriptors"] * sizes.get("descriptors", False) + [f"{parts} parts"] * (parts > 1))
 
 
 def main() -> None:
@@ -237,24 +214,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": _variants()}.items():
         parser.add_argument(option, nargs="+", default=list(known), choices=list(known))
-    parser.add_argument("--all-tiles", action="store_true", help="candidate tiles too, not only the defaults")
-    parser.add_argument(
-        "--tile", nargs="+", type=int, help="judge this tile in place of the default: its sizes, warps …"
-    )
+    parser.add_argument("--tile", nargs="+", type=int, default=[], help="judge this tile instead: sizes, warps …")
     parser.add_argument("--ones", action="store_true", help="make every size 1, which Triton compiles differently")
     parser.add_argument("--source", choices=("ptx", "sass", "amdgcn"))
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: unset it to compile")
     for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
-        tiles = _tiles(name, target, dtype)
-        tiles = [type(tile)(*args.tile) for tile in tiles[:1]] if args.tile else tiles
-        for tile in tiles if args.all_tiles else tiles[:1]:
-            finding, sources = _examine(name, target, dtype, tile, tile is tiles[0], args.ones)
-            if args.source:
-                print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
-            else:
-                print(json.dumps(asdict(finding)), flush=True)
+        if not _variants()[name][1] and dtype != "fp32":
+            continue
+        finding, sources = _examine(name, target, dtype, args.tile, args.ones)
+        if args.source:
+            print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
+        else:
+            print(json.dumps(asdict(finding)), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from klq_kernels import triton_logits
-from klq_kernels.device import INF, LOG2E, accumulate, accumulate_ref, empty_state, store_state
+from klq_kernels.device import INF, LOG2E, accumulate, empty_state, store_state
 from klq_kernels.torch_linear import head_logits
 from klq_kernels.triton_logits import PARTIALS, merge_partials
 from klq_kernels.types import Head, Residuals, Upstream
@@ -24,6 +24,7 @@ from klq_kernels.types import Head, Residuals, Upstream
 INTERPRETED = triton.knobs.runtime.interpret
 REF_SHARE = {2: 1 / 2, 4: 1 / 2}  # of the workspace, for a chunk's logits of the reference, by bytes per logit
 TOKEN_BLOCK = 1024  # hidden sizes of a token's own product taken at once: 16 bytes per thread
+FP32 = {"cuda": "tf32x3", "hip": "ieee"}  # products: as three in TF32 (Ootomo and Yokota 2022), on AMD as they are
 GROUP = 16  # row tiles that run together: their hidden rows (16 MiB of 128 × 4096 in bf16) stay in L2
 
 
@@ -81,9 +82,7 @@ def _multiply(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    X, first, d, count, D, stride, COUNT: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr
-):  # fmt: skip
+def _load_tile(X, first, d, count, D, stride, COUNT: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """[COUNT, HIDDEN] of X [count, D] from row `first` and column d on; zeros outside, which a descriptor adds."""
     if DESCRIPTORS:
         return X.load([first, d])
@@ -95,30 +94,20 @@ def _load_tile(
 
 @triton.jit
 def _logits(
-    H, W, first, start, rows, V, D, h_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row, BOTH: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, VOCAB] logits in fp32 of the hidden states from row `first` on, for tokens from `start` on."""
-    z = tl.zeros([ROWS, VOCAB], tl.float32)
-    for d in range(0, D, HIDDEN):
-        h = _load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS)
-        w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS)
-        z = _multiply(h, w.T, z, PRECISION, UPCAST)
-    return z
-
-
-@triton.jit
-def _shared_logits(
-    H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """`_logits` of two models with one head, each tile of whose weight is loaded once."""
+    """[ROWS, VOCAB] logits in fp32 of the hidden states H from row `first` on, for tokens from `start` on; and, if
+    BOTH, of H2, for which each tile of the weight W is loaded once."""
     z = tl.zeros([ROWS, VOCAB], tl.float32)
     r = z
     for d in range(0, D, HIDDEN):
+        h = _load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS)
         w = _load_tile(W, start, d, V, D, w_row, VOCAB, HIDDEN, DESCRIPTORS).T
-        z = _multiply(_load_tile(H, first, d, rows, D, h_row, ROWS, HIDDEN, DESCRIPTORS), w, z, PRECISION, UPCAST)
-        r = _multiply(_load_tile(H2, first, d, rows, D, h2_row, ROWS, HIDDEN, DESCRIPTORS), w, r, PRECISION, UPCAST)
+        z = _multiply(h, w, z, PRECISION, UPCAST)
+        if BOTH:
+            h2 = _load_tile(H2, first, d, rows, D, h2_row, ROWS, HIDDEN, DESCRIPTORS)
+            r = _multiply(h2, w, r, PRECISION, UPCAST)
     return z, r
 
 
@@ -148,12 +137,6 @@ def _parts(x, PARTS: tl.constexpr):
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
         return _parts(left, PARTS // 2) + _parts(right, PARTS // 2)
-
-
-@triton.jit
-def _mask(MASK, row, rows):
-    """Which of these rows count."""
-    return tl.load(MASK + row, mask=row < rows, other=0) != 0
 
 
 @triton.jit
@@ -200,39 +183,31 @@ def linear_stats_kernel(
     other's: they reach no other row, and what comes of them is not stored. Source: Cut Cross-Entropy (Wijmans et al.
     2024)."""
     first, split = (tl.program_id(2) * GROUP + tl.program_id(0)) * ROWS, tl.program_id(1)
-    if tl.max(_mask(MASK, first + tl.arange(0, ROWS), rows).to(tl.int32), 0) == 0:
+    row = first.to(tl.int64) + tl.arange(0, ROWS)
+    if tl.max((tl.load(MASK + row, mask=row < rows, other=0) != 0).to(tl.int32), 0) == 0:
         return
     k = inv_temperature * LOG2E
-    m, s, h, n, t, w, b, g = empty_state(ROWS)
+    state = empty_state(ROWS, HAS_REF)
     end = tl.minimum((split + 1) * span, V)
     for start in range(split * span, end, VOCAB):
-        if SHARED:
-            z, r = _shared_logits(
-                H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row,
-                PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
+        z, r = _logits(
+            H, H2, W, first, start, rows, V, D, h_row, h2_row, w_row,
+            SHARED, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
+        )  # fmt: skip
+        if HAS_REF and not SHARED:
+            r, _ = _logits(
+                H2, H2, W2, first, start, rows, V, D2, h2_row, h2_row, w2_row,
+                False, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
             )  # fmt: skip
-        else:
-            z = _logits(
-                H, W, first, start, rows, V, D, h_row, w_row, PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS
-            )
-            r = z
-            if HAS_REF:
-                r = _logits(
-                    H2, W2, first, start, rows, V, D2, h2_row, w2_row,
-                    PRECISION, UPCAST, ROWS, VOCAB, HIDDEN, DESCRIPTORS,
-                )  # fmt: skip
         z, r = _biased(z, BIAS, start, V, HAS_BIAS), _biased(r, BIAS2, start, V, HAS_BIAS2)
         zs, rs = _parts(z, PARTS), _parts(r, PARTS)
         if start + VOCAB > V:
             zs, rs = _until(zs, V - start), _until(rs, V - start)
         for i in tl.static_range(PARTS):
-            m, s, h, z, e, s_old, scale, fall, top = accumulate(zs[i], m, s, h, k)
-            if HAS_REF:
-                n, t, w, b, g = accumulate_ref(rs[i], z, e, s_old, scale, fall, top, n, t, w, b, g, k)
-    row = first.to(tl.int64) + tl.arange(0, ROWS)
+            state = accumulate(zs[i], rs[i], state, k)
     stride = tl.num_programs(1).to(tl.int64) * rows
-    live = _mask(MASK, row, rows)
-    store_state(OUT + split.to(tl.int64) * rows + row, stride, live, m, s, h, n, t, w, b, g, HAS_REF)
+    live = tl.load(MASK + row, mask=row < rows, other=0) != 0
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, live, state)
 
 
 def linear_stats(
@@ -250,6 +225,8 @@ def linear_stats(
     best = tile(capability(tokens.device), policy.weight.dtype, work)
     if best.descriptors and not all(map(_describable, (heads[i] for i in (0, 1, 3, 4)))):
         best = tile(POINTERS, policy.weight.dtype, work)
+    blocks = [[best.rows, best.hidden], [best.vocab, best.hidden], None] * 2 if best.descriptors else [None] * 6
+    operands = [TensorDescriptor.from_tensor(x, b) if b else x for x, b in zip(heads, blocks, strict=True)]
     row_tiles, tiles = triton.cdiv(rows, best.rows), triton.cdiv(V, best.vocab)
     splits, span = vocabulary_split(row_tiles, tiles, multiprocessors(tokens.device))
     together = min(GROUP, row_tiles)
@@ -258,8 +235,10 @@ def linear_stats(
     with torch.cuda.device_of(tokens):
         token_logits_kernel[(rows,)](*heads, tokens, mask, z, r, V, *sizes, **flags, BLOCK=TOKEN_BLOCK)
         linear_stats_kernel[(together, splits, triton.cdiv(row_tiles, together))](
-            *_described(heads, best), mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
-            SHARED=shared, GROUP=GROUP, **_constants(best),
+            *operands, mask, partials, rows, V, *sizes, 1 / temperature, span * best.vocab, **flags,
+            SHARED=shared, GROUP=GROUP, UPCAST=INTERPRETED, PRECISION=FP32["hip" if torch.version.hip else "cuda"],
+            ROWS=best.rows, VOCAB=best.vocab, HIDDEN=best.hidden, DESCRIPTORS=best.descriptors, PARTS=best.parts,
+            num_warps=best.warps, num_stages=best.stages,
         )  # fmt: skip
         merge_partials(
             partials, tokens, mask, z, None if ref is None else r, (rows, V, 1, 0, 0, 0, 0, 1 / temperature), out,
@@ -292,12 +271,6 @@ def _arguments(policy: Head, ref: Head | None) -> tuple[list[Tensor], tuple[int,
     flags = {"HAS_BIAS": policy.bias is not None, "HAS_BIAS2": ref is not None and ref.bias is not None}
     flags["HAS_REF"] = ref is not None
     return given, (w.shape[1], w2.shape[1], *(x.stride(0) for x in (h, w, h2, w2))), flags
-
-
-def fp32_precision(platform: str) -> str:
-    """How fp32 [N, H] and [H, V] are multiplied: as three TF32 products on NVIDIA ("cuda"; Ootomo and Yokota 2022), on
-    AMD ("hip") as they are."""
-    return "ieee" if platform == "hip" else "tf32x3"
 
 
 def tile(capability: str, dtype: torch.dtype, kind: str) -> MatmulTile:
@@ -343,19 +316,3 @@ def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can say where x [n, H] lies: rows of whole 16 bytes that don't overlap."""
     stride, size = x.stride(0), x.element_size()
     return x.data_ptr() % 16 == 0 and stride * size % 16 == 0 and stride >= x.shape[1] > 0
-
-
-def _described(heads: list[Tensor], tile: MatmulTile) -> list[Tensor | TensorDescriptor]:
-    """Hidden states and weights as tensor descriptors, if the tile wants them."""
-    if not tile.descriptors:
-        return heads
-    blocks = [[tile.rows, tile.hidden], [tile.vocab, tile.hidden], None] * 2
-    return [x if b is None else TensorDescriptor.from_tensor(x, b) for x, b in zip(heads, blocks, strict=True)]
-
-
-def _constants(tile: MatmulTile) -> dict:
-    """What `linear_stats_kernel` is compiled for."""
-    sizes = tile._asdict()
-    options = {"num_warps": sizes.pop("warps"), "num_stages": sizes.pop("stages")}
-    precision = fp32_precision("hip" if torch.version.hip else "cuda")
-    return options | {name.upper(): x for name, x in sizes.items()} | {"PRECISION": precision, "UPCAST": INTERPRETED}

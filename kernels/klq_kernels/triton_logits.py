@@ -4,47 +4,18 @@ One visit to each row pair for the statistics, one for the gradient. Offsets are
 constant, and masked rows are not read. The interface is that of `torch_logits`.
 """
 
-import os
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels.device import (
-    INF,
-    LN2,
-    LOG2E,
-    LOWEST,
-    SMALL_KL,
-    accumulate,
-    accumulate_ref,
-    empty_state,
-    kl_divergence,
-    merge,
-    merge_ref,
-    softmax_gradient,
-    store_state,
-)
+from klq_kernels.device import INF, LN2, LOG2E, LOWEST, accumulate, empty_state, kl_divergence, merge, store_state
 from klq_kernels.types import LambdaReturns, Residuals, Upstream
 
 PARTIALS = 8  # m, s, h, n, t, w, b, g per row and split: see `device`
 LANE = tl.constexpr(32)  # elements of a tile that one lane folds into its own statistics
 ROWS_PER_SPLIT = 264  # fewer rows than this leave a GPU's 132 multiprocessors idle: split the vocabulary
-
-
-class Tile(NamedTuple):
-    """A kernel's compile-time sizes."""
-
-    block: int
-    warps: int
-
-
-# Each list starts with the default; KLQ_TILE=1, 2 tries the others (`klq inspect --all-tiles` compiles them).
-STATS_TILES = [Tile(4096, 4), Tile(2048, 2), Tile(8192, 8)]  # LANE elements per thread and round
-GRAD_TILES = [Tile(8192, 4), Tile(4096, 4), Tile(2048, 4)]
-SCAN_TILES = [Tile(1024, 4), Tile(512, 4), Tile(2048, 8)]
+STATS_BLOCK, GRAD_BLOCK, SCAN_BLOCK = 4096, 8192, 1024  # elements of a tile, for four warps: LANE per thread and round
 
 
 @triton.jit
@@ -58,17 +29,12 @@ def _load_lanes(X, first, end, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl
 
 @triton.jit
 def _add_tile(
-    Z, R, first, end, m, s, h, n, t, w, b, g, k,
-    HAS_REF: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The lanes' state with one more tile of logits Z, and R [LANES · COLUMNS]."""
+    Z, R, first, end, state, k, TAIL: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The lanes' state with one more tile of logits Z and, if it has a reference, R [LANES · COLUMNS]."""
     z = _load_lanes(Z, first, end, TAIL, WIDE, LANES, COLUMNS)
-    if HAS_REF:
-        r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS)
-    m, s, h, z, e, s_old, scale, fall, top = accumulate(z, m, s, h, k)
-    if HAS_REF:
-        n, t, w, b, g = accumulate_ref(r, z, e, s_old, scale, fall, top, n, t, w, b, g, k)
-    return m, s, h, n, t, w, b, g
+    r = _load_lanes(R, first, end, TAIL, WIDE, LANES, COLUMNS) if len(state) > 3 else z
+    return accumulate(z, r, state, k)
 
 
 @triton.jit(do_not_specialize=("rows", "T", "splits"))
@@ -89,25 +55,16 @@ def stats_kernel(
     COLUMNS: tl.constexpr = min(BLOCK, LANE)
     LANES: tl.constexpr = BLOCK // COLUMNS
     WIDE: tl.constexpr = min(COLUMNS, 128 // Z.dtype.element_ty.primitive_bitwidth)  # 16 bytes; a lane is a thread
-    m, s, h, n, t, w, b, g = empty_state(LANES)
+    state = empty_state(LANES, HAS_REF)
     first = split * span
     end = tl.minimum(first + span, V)
     tail = first + (end - first) // BLOCK * BLOCK
     for start in range(first, tail, BLOCK):
-        m, s, h, n, t, w, b, g = _add_tile(
-            Z, R, start, end, m, s, h, n, t, w, b, g, k, HAS_REF, False, WIDE, LANES, COLUMNS
-        )
+        state = _add_tile(Z, R, start, end, state, k, False, WIDE, LANES, COLUMNS)
     if tail < end:
-        m, s, h, n, t, w, b, g = _add_tile(
-            Z, R, tail, end, m, s, h, n, t, w, b, g, k, HAS_REF, True, WIDE, LANES, COLUMNS
-        )
-    m, s, h, own, scale, fall = merge(m, s, h, k)
-    if HAS_REF:
-        n, t, w, b, g = merge_ref(own, scale, fall, n, t, w, b, g, k)
-    else:
-        n, t, w, b, g = m, s, s, s, s
+        state = _add_tile(Z, R, tail, end, state, k, True, WIDE, LANES, COLUMNS)
     stride = splits.to(tl.int64) * rows
-    store_state(OUT + split.to(tl.int64) * rows + row, stride, True, m, s, h, n, t, w, b, g, HAS_REF)
+    store_state(OUT + split.to(tl.int64) * rows + row, stride, True, merge(state, k))
 
 
 @triton.jit(do_not_specialize=("rows", "V", "T", "z_batch", "z_time", "r_batch", "r_time", "splits"))
@@ -137,43 +94,34 @@ def merge_kernel(
     there = part < splits
     stride = splits.to(tl.int64) * rows
     PART += row + part.to(tl.int64) * rows
-    m_i = tl.load(PART, mask=there, other=LOWEST)
-    s_i = tl.load(PART + stride, mask=there, other=0.0)
-    h_i = tl.load(PART + 2 * stride, mask=there, other=0.0)
-    m, s, h, s_i, scale, fall = merge(m_i, s_i, h_i, k)
+    state = (tl.load(PART, mask=there, other=LOWEST),)
+    for i in tl.static_range(1, 8 if HAS_REF else 3):
+        state += (tl.load(PART + i * stride, mask=there, other=LOWEST if i == 3 else 0.0),)
+    state = merge(state, k)
+    m, s, h = state[:3]
     lse = tl.log(s)
     z = tl.load(Z, mask=known, other=float("nan")).to(tl.float32)
-    logprob = _at_most_0((z - m) * inv_temperature - lse)
+    logprob = (z - m) * inv_temperature - lse
+    logprob = tl.where(logprob > 0.0, 0.0, logprob)  # which rounding may make it; NaN stays
     tl.store(LOGPROB + row, logprob)
     tl.store(ENTROPY + row, lse - h / s * LN2)
     shift = m + lse / inv_temperature
     tl.store(SHIFT + row, shift)
     tl.store(LSE + row, lse - (shift - m) * inv_temperature)  # what rounding took from the shift
     if HAS_REF:
-        n_i = tl.load(PART + 3 * stride, mask=there, other=LOWEST)
-        t_i = tl.load(PART + 4 * stride, mask=there, other=0.0)
-        w_i = tl.load(PART + 5 * stride, mask=there, other=0.0)
-        b_i = tl.load(PART + 6 * stride, mask=there, other=0.0)
-        g_i = tl.load(PART + 7 * stride, mask=there, other=0.0)
-        n, t, w, b, g = merge_ref(s_i, scale, fall, n_i, t_i, w_i, b_i, g_i, k)
+        n, t, w, b, g = state[3:]
         ref_lse = tl.log(t)
         r = tl.load(R, mask=known, other=float("nan")).to(tl.float32)
-        ref_logprob = _at_most_0((r - n) * inv_temperature - ref_lse)
-        kl = kl_divergence(s, t, w, b, g, k)
+        ref_logprob = (r - n) * inv_temperature - ref_lse
+        ref_logprob = tl.where(ref_logprob > 0.0, 0.0, ref_logprob)
+        kl, more = kl_divergence(s, t, w, b, g, inv_temperature)
         tl.store(REF_LOGPROB + row, ref_logprob)
         tl.store(KL + row, kl)
-        more = tl.where(kl < SMALL_KL, kl - (g * inv_temperature + w / s), ref_lse - lse)  # ref_lse − lse, exactly
         ref_shift = n + (lse + more) / inv_temperature
         tl.store(REF_SHIFT + row, ref_shift)
         tl.store(REF_LSE + row, lse - (ref_shift - n) * inv_temperature + more)
         if HAS_Q:
             tl.store(Q + row, tau * (logprob - ref_logprob) + tl.load(VALUES + row).to(tl.float32))
-
-
-@triton.jit
-def _at_most_0(x):
-    """x, or 0 where rounding made it positive; NaN stays."""
-    return tl.where(x > 0.0, 0.0, x)
 
 
 @triton.jit(do_not_specialize=("T",))
@@ -182,8 +130,9 @@ def grad_kernel(
     V, T, z_batch, z_time, r_batch, r_time, out_row, inv_temperature,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022); OUT
-    may be Z itself. Masked rows become zero."""
+    """Gradient of one block of one row's logits Z [rows, V], p computed again from the residuals (Dao et al. 2022):
+    arXiv 2508.17000, eq. (2), differentiated as in `torch_logits.logits_grad`, with log p − log q − KL as a difference
+    of differences, which small ones survive. OUT may be Z itself. Masked rows become zero."""
     row, first = tl.program_id(0), tl.program_id(1) * BLOCK
     columns = first + tl.arange(0, BLOCK)
     inside = columns < V
@@ -193,19 +142,28 @@ def grad_kernel(
         return
     batch, time = (row // T).to(tl.int64), (row % T).to(tl.int64)
     a = tl.load(A + row) if HAS_A else 0.0
-    b = tl.load(B + row) if HAS_B else 0.0
-    c = tl.load(C + row) if HAS_C else 0.0
-    entropy = tl.load(ENTROPY + row) if HAS_B else 0.0
-    kl = tl.load(KL + row) if HAS_C else 0.0
-    ref_shift = tl.load(REF_SHIFT + row) if HAS_C else 0.0
-    ref_lse = tl.load(REF_LSE + row) if HAS_C else 0.0
-    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside).to(tl.float32)
-    r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside).to(tl.float32) if HAS_C else z
+    lse = tl.load(LSE + row)
+    z = tl.load(Z + batch * z_batch + time * z_time + columns, mask=inside).to(tl.float32) - tl.load(SHIFT + row)
+    if HAS_B or HAS_C:
+        z = tl.maximum(z, LOWEST)
+    x = z * (inv_temperature * LOG2E) - lse * LOG2E
+    weight = -a
+    if HAS_B:
+        b = tl.load(B + row)
+        weight -= b * tl.load(ENTROPY + row)
+    if HAS_C:
+        r = tl.load(R + batch * r_batch + time * r_time + columns, mask=inside).to(tl.float32)
+        r = tl.maximum(r - tl.load(REF_SHIFT + row), LOWEST)
+        kl = tl.load(KL + row)
+        c = tl.where(kl < INF, tl.load(C + row), 0.0)  # an infinite KL passes no gradient
+        weight -= c * (lse - tl.load(REF_LSE + row) + tl.where(kl < INF, kl, 0.0))
+    g = tl.zeros_like(x) + weight * inv_temperature
+    if HAS_B:
+        g -= x * (b * inv_temperature * LN2)
+    if HAS_C:
+        g += (z - r) * (c * inv_temperature * inv_temperature)
     chosen = columns == tl.load(TOKENS + row).to(tl.int32)
-    dz = softmax_gradient(
-        z, r, chosen, a, b, c, entropy, kl, tl.load(SHIFT + row), tl.load(LSE + row), ref_shift, ref_lse,
-        inv_temperature, HAS_B, HAS_C,
-    )  # fmt: skip
+    dz = tl.exp2(x) * g + tl.where(chosen, a * inv_temperature, 0.0)
     tl.store(OUT + columns, dz.to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -261,14 +219,14 @@ def logits_stats(
     if rows == 0:
         return out
     z, time, z_batch, z_time = _grid_view(logits)
-    has_ref, tile = ref_logits is not None, chosen(STATS_TILES)
+    has_ref = ref_logits is not None
     r, _, r_batch, r_time = _grid_view(ref_logits if has_ref else logits)
-    splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, tile.block)
+    splits, span = vocabulary_splits(ROWS_PER_SPLIT, rows, V, STATS_BLOCK)
     partials = torch.empty((PARTIALS, splits, rows), dtype=torch.float32, device=logits.device)
     places = (rows, V, time, z_batch, z_time, r_batch, r_time, 1 / temperature)
     with torch.cuda.device_of(logits):
         stats_kernel[(rows, splits)](
-            z, r, mask, partials, *places, splits, span, HAS_REF=has_ref, BLOCK=_block(tile, V), num_warps=tile.warps
+            z, r, mask, partials, *places, splits, span, HAS_REF=has_ref, BLOCK=_block(STATS_BLOCK, V)
         )
         merge_partials(partials, tokens, mask, z, r if has_ref else None, places, out, values, tau, in_rows=True)
     return out
@@ -298,20 +256,15 @@ def logits_grad(
         return out
     z, time, z_batch, z_time = _grid_view(logits)
     r, _, r_batch, r_time = _grid_view(logits if upstream.kl is None else ref_logits)
-    tile = chosen(GRAD_TILES)
-    block = _block(tile, V)
+    block = _block(GRAD_BLOCK, V)
+    flags = {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
     with torch.cuda.device_of(logits):
         grad_kernel[(rows, triton.cdiv(V, block))](
             z, r, tokens, mask, stats.entropy, stats.kl, stats.shift, stats.lse, stats.ref_shift, stats.ref_lse,
             *(stats.lse if x is None else x for x in upstream), out, V, time, z_batch, z_time, r_batch, r_time,
-            out.stride(0), 1 / temperature, **upstream_flags(upstream), BLOCK=block, num_warps=tile.warps,
+            out.stride(0), 1 / temperature, **flags, BLOCK=block,
         )  # fmt: skip
     return out
-
-
-def upstream_flags(upstream: Upstream) -> dict[str, bool]:
-    """Which upstream gradients [N] a gradient kernel gets."""
-    return {f"HAS_{name}": x is not None for name, x in zip("ABC", upstream, strict=True)}
 
 
 def lambda_returns(
@@ -325,12 +278,11 @@ def lambda_returns(
         return out
     given = [rewards, values, logprobs, ref_logprobs, mask, mask if trace_weights is None else trace_weights]
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in given]
-    tile = chosen(SCAN_TILES)
-    block = min(tile.block, triton.next_power_of_2(mask.shape[1]))
+    block = min(SCAN_BLOCK, triton.next_power_of_2(mask.shape[1]))
     with torch.cuda.device_of(mask):
         returns_kernel[(len(mask),)](
             *inputs, *out, mask.shape[1], *(x.stride(0) for x in inputs), tau, gamma, lam, alpha,
-            HAS_WEIGHTS=trace_weights is not None, BLOCK=block, num_warps=tile.warps,
+            HAS_WEIGHTS=trace_weights is not None, BLOCK=block,
         )  # fmt: skip
     return out
 
@@ -343,14 +295,9 @@ def vocabulary_splits(programs: int, rows: int, V: int, block: int) -> tuple[int
     return triton.cdiv(V, span), span
 
 
-def chosen(tiles: list):
-    """The tile to use: the first, or the one KLQ_TILE names."""
-    return tiles[int(os.environ.get("KLQ_TILE", 0)) % len(tiles)]
-
-
-def _block(tile: Tile, V: int) -> int:
-    """The tile's width, but no wider than the vocabulary needs."""
-    return min(tile.block, max(16, triton.next_power_of_2(V)))
+def _block(widest: int, V: int) -> int:
+    """A tile's width, but no wider than the vocabulary needs."""
+    return min(widest, max(16, triton.next_power_of_2(V)))
 
 
 def _grid_view(x: Tensor) -> tuple[Tensor, int, int, int]:

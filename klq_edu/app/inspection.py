@@ -19,13 +19,12 @@ TARGETS = tuple(dict.fromkeys(device.target for device in DEVICES.values()))
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to compile, and the sizes that floors and predictions are for. A broken promise of a default tile is exit
-    status 1; the promised shares are always for N = 8192, V = 128256, H = 4096 in bf16."""
+    """What to compile, and the sizes that floors and predictions are for. A broken promise of a tile is exit status
+    1; the promised shares are always for N = 8192, V = 128256, H = 4096 in bf16."""
 
     targets: tuple[Literal[*TARGETS], ...] = TARGETS  # Architectures: A100, H100/H200, B200, MI300X.
     dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
     kernels: tuple[Literal[*COMPILED], ...] = COMPILED  # Kernels to compile, by name.
-    all_tiles: bool = False  # Candidate tile sizes too, not only the defaults.
     source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
     json: Path | None = None  # Write everything to this file too.
     n: int = SHAPE[0]  # Tokens.
@@ -49,44 +48,34 @@ def run_inspect(config: InspectConfig) -> bool:
         return True
     console = Console()
     found = everything(config, lambda records: track(records, "compiling", console=console, transient=True))
-    console.print(
-        _code(found["kernels"]),
-        _model(found["kernels"] + found["losses"]),
-        _calibration(found["calibration"]),
-        sep="\n\n",
-    )
+    kernels, losses = found["kernels"], found["losses"]
+    console.print(_code(kernels), _model(kernels + losses), _calibration(found["calibration"]), sep="\n\n")
     if config.json:
         write_json(config.json, found)
-    good = f"{len(found['kernels'])} variants: every default keeps its promises."
-    console.print("\n".join(found["problems"]) or good)
+    console.print("\n".join(found["problems"]) or f"{len(kernels)} variants: every tile keeps its promises.")
     return not found["problems"]
 
 
 def everything(config: InspectConfig, track=iter) -> dict:
     """All that is shown, as `--json` writes it: records of `klq_kernels.offline.Finding` and of the losses, with the
     model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
-    loss = {"default": True, "dtype": "bf16", "per_logit": 0, "problems": []}
+    loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
-    records = list(map(json.loads, track(roofline.compiled(*_options(config)))))
+    records, bad = list(map(json.loads, track(roofline.compiled(*_options(config))))), []
     for record in records + losses:
         devices = [name for name, device in DEVICES.items() if device.target == record["target"]]
         record["predictions"] = [roofline.predict(record, d, config.n, config.v, config.h) for d in devices]
-        record["problems"] = record["problems"] + (roofline.shortfalls(record) if record["default"] else [])
-    bad = [
-        "{kernel} on {target} in {dtype}: ".format_map(r) + "; ".join(p)
-        for r in records + losses
-        if (p := r["problems"])
-    ]
-    return {
-        "note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad,
-        "calibration": roofline.calibration(),
-    }  # fmt: skip
+        record["problems"] = record["problems"] + roofline.shortfalls(record)
+        if record["problems"]:
+            bad.append("{kernel} on {target} in {dtype}: ".format_map(record) + "; ".join(record["problems"]))
+    found = {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
+    return found | {"calibration": roofline.calibration()}
 
 
 def _options(config: InspectConfig) -> list[str]:
     """The compiling process's arguments."""
     options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
-    return options + ["--all-tiles"] * config.all_tiles + (["--source", config.source] if config.source else [])
+    return options + (["--source", config.source] if config.source else [])
 
 
 def _table(title: str, texts: str, numbers: str):
@@ -99,9 +88,7 @@ def _table(title: str, texts: str, numbers: str):
 
 
 def _code(records: list[dict]):
-    title = (
-        "What the machine code shows (compiled here, run nowhere); instructions of a thread per k-step and per logit"
-    )
+    title = "What the machine code shows (compiled, not run); a thread's instructions per k-step and per logit"
     table = _table(title, "kernel target dtype tile dot matrix loads stores", "regs spill shared k-step logit")
     for r in records:
         counts = (" ".join(f"{n}×{kind}" for kind, n in r[what].items()) for what in ("matrix", "loads", "stores"))
@@ -110,15 +97,13 @@ def _code(records: list[dict]):
         table.add_row(
             r["kernel"], r["target"], r["dtype"], r["tile"], r["precision"], matrix or "-", f"{loads} B", f"{stores} B",
             str(r["registers"]), str(r["spill_bytes"]), shared, f"{step:.0f}" if step else "-", f"{r['per_logit']:.1f}",
-            style="red" if r["problems"] else None if r["default"] else "dim",
+            style="red" if r["problems"] else None,
         )  # fmt: skip
     return table
 
 
 def _model(records: list[dict]):
-    title = (
-        "A model, not a measurement. Bytes per clock needed at full matrix rate, of those there are; a block's clocks"
-    )
+    title = "A model, not a measurement. Bytes per clock needed at full matrix rate, of what there is; a block's clocks"
     table = _table(title, "kernel dtype device bound", "blocks L2 shared k-loop outside floor\\[ms] ms share\\[%]")
     for r, p in [(record, p) for record in records for p in record["predictions"]]:
         block = ["-"] * 5

@@ -178,17 +178,16 @@ def _traffic(work: dict, gpu: Device, rows: int, columns: int, v: int, h: int) -
 
 
 def chunked_seconds(
-    device: str, n: int, v: int, h: int, rows: int, models: int = 1, logit: int = 2, visits: int = 3, summed: int = 8,
-    copied: int = 0,
-) -> float:  # fmt: skip
+    device: str, n: int, v: int, h: int, rows: int, models: int = 1, logit: int = 2, summed: int = 8, copied: int = 0
+) -> float:
     """Seconds of a loss in bf16 by chunks of rows: each product (logits per model, dh, dW) takes as long as cuBLAS for
-    its operations or as its bytes; then come `visits` to the policy's logits of `logit` bytes, one to the reference's.
+    its operations or as its bytes; then come three visits to the policy's logits of `logit` bytes, one to the other's.
     Summing dW moves `summed` bytes per weight in the product (8: in fp32), `copied` after it, and 6 in the end."""
     gpu, c = DEVICES[device], min(rows, n)
     z, w, bandwidth = c * v, v * h, HBM * gpu.bandwidth
     moved = [2 * w + logit * z] * models + [2 * w + 2 * z, summed * w + 2 * z]
     products = sum(max(2 * c * w * THROTTLE / gpu.rate("bf16"), size / bandwidth) for size in moved)
-    others = (visits + models - 1) * logit * z + copied * w
+    others = (2 + models) * logit * z + copied * w
     return (products + others / bandwidth) * n / c + 6 * w / bandwidth
 
 

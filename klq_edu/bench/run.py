@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from klq_edu import figures
 from klq_edu.bench.config import BenchConfig, Size
-from klq_edu.bench.point import measure_point
+from klq_edu.bench.measure import measure_point
 from klq_edu.bench.workloads import PACKAGES, WORKLOADS, absent_peers, contenders
 from klq_edu.files import writable_folder, write_provenance
 from klq_edu.machine import resolve_device

@@ -166,7 +166,7 @@ def _output(*command: str) -> str | None:
 def bench(shape: str, folder: Path, dry: bool) -> None:
     """Every workload at one of the SHAPES, as `klq bench` measures it; the CSV is complete after each."""
     from klq_edu.bench.config import BenchConfig
-    from klq_edu.bench.point import measure_point
+    from klq_edu.bench.measure import measure_point
     from klq_edu.bench.workloads import absent_peers, contenders
 
     config = BenchConfig(workloads=WORKLOADS, dtypes=("bfloat16",), seed=SEED, device="cuda")

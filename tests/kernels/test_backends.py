@@ -193,8 +193,8 @@ def small_tiles(monkeypatch):
     """Triton's tiles are 16 wide, so that a vocabulary of 43 or 100 is walked over, split and cut into slabs."""
     from klq_kernels import triton_linear, triton_logits
 
-    for name in ("STATS_TILES", "GRAD_TILES", "SCAN_TILES"):
-        monkeypatch.setattr(triton_logits, name, [triton_logits.Tile(16, 1)])
+    for name in ("STATS_BLOCK", "GRAD_BLOCK", "SCAN_BLOCK"):
+        monkeypatch.setattr(triton_logits, name, 16)
     tile = triton_linear.MatmulTile(16, 16, 16, 1, 1)
     monkeypatch.setattr(triton_linear, "tile", lambda *_: tile)
     return triton_logits

@@ -26,7 +26,7 @@ from klq_kernels.machine_code import work
 from klq_kernels.offline import Finding, problems
 
 GOOD = Finding(
-    kernel="linear_token_stats", target="gfx942", dtype="bf16", tile="", default=True, registers=100, spill_bytes=0,
+    kernel="linear_token_stats", target="gfx942", dtype="bf16", tile="", registers=100, spill_bytes=0,
     local_accesses=0, shared_bytes=1000, shared_limit=65_536, loads={"16": 4}, stores={"4": 1},
     matrix={"v_mfma": 8}, precision="bf16", per_logit=7.0, work={},
 )  # fmt: skip
@@ -151,8 +151,8 @@ def test_the_loops_of_amd_code_are_read_as_by_hand():
      (dict(shared_bytes=70_000), "needs 70000"), (dict(loads={"8": 3}), "no 16-byte"), (dict(matrix={}), "no matrix")],
 )  # fmt: skip
 def test_each_broken_promise_is_named(change, complaint):
-    assert problems(GOOD, multiplies=True) == []
-    (found,) = problems(replace(GOOD, **change), multiplies=True)
+    assert problems(GOOD) == []
+    (found,) = problems(replace(GOOD, **change))
     assert complaint in found
 
 

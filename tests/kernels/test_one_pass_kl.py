@@ -28,7 +28,7 @@ def tiles(monkeypatch):
     """A function that sets the tile's width and the number of programs that a vocabulary is split for."""
 
     def choose(block=64, programs=1):
-        monkeypatch.setattr(triton_logits, "STATS_TILES", [triton_logits.Tile(block, 1)])
+        monkeypatch.setattr(triton_logits, "STATS_BLOCK", block)
         monkeypatch.setattr(triton_logits, "ROWS_PER_SPLIT", programs)
 
     choose()

@@ -66,8 +66,8 @@ def hidden(N, V, D, temperature, workspace=1 << 26):
 def returns(B, T, *coefficients):
     triton_logits.lambda_returns(*[empty(B, T)] * 4, empty(B, T).bool(), None, *coefficients)
 
-tiles = dict(tile=triton_logits.STATS_TILES[0].block, scan=triton_logits.SCAN_TILES[0].block)
-widest = max(tiles["tile"], triton_logits.GRAD_TILES[0].block)
+tiles = dict(tile=triton_logits.STATS_BLOCK, scan=triton_logits.SCAN_BLOCK)
+widest = max(tiles["tile"], triton_logits.GRAD_BLOCK)
 random.seed(0)
 sweep = "temperature"
 for temperature in (0.3, 0.7, 1.0, 2, 1):
@@ -102,7 +102,7 @@ json.dump(dict(notes=notes, **tiles), sys.stdout)
 @pytest.fixture(scope="module")
 def recorded():
     """All launches of the sweeps, from a process that doesn't interpret the kernels."""
-    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "KLQ_TILE")}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", RECORDER], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
