@@ -15,7 +15,7 @@ from klq_kernels import reference
 from klq_kernels.loss import add_q
 from klq_kernels.types import INF, LambdaReturns, Residuals, Rows, Upstream, result_dtype
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 21  # of float32 or float64 that are worked on at a time
 LOG2E = math.log2(math.e)
 FAR = 30.0  # log(q/p) above which q may sit where p is rounded to 0
 LOWEST = -1e30  # stands for −inf where it is multiplied by 0
@@ -32,7 +32,7 @@ def logits_stats(
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
         z, r = (None if x is None else _read_rows(x, rows, dtype) for x in (logits, ref_logits))
         out.store(rows, block_stats(z, tokens[rows].long(), r, temperature))
-    return add_q(finished(out, temperature, dtype), values, tau, mask)
+    return add_q(finished(out, temperature, mask, dtype), values, tau, mask)
 
 
 def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
@@ -41,10 +41,12 @@ def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: floa
     float64, as `join` wants them. Source: arXiv 2508.17000, eq. (2), on a tile as in Dao et al. 2022 (FlashAttention).
     """
     out, buffers, inside = Residuals.zeros(tokens, torch.float64, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
-    for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
-        part, reference_part = z[rows], None if r is None else r[rows]
-        scratch = _scratch(buffers, "logp", part)
-        out.store(rows, block_stats(part, inside[rows], reference_part, temperature, scratch))
+    dtype = result_dtype(z, r)
+    for rows in blocks(len(z), BLOCK_BYTES // max(1, z.shape[1] * dtype.itemsize)):
+        p, q = z[rows].to(dtype), None if r is None else r[rows].to(dtype)
+        out.store(rows, block_stats(p, inside[rows], q, temperature, _scratch(buffers, "logp", p)))
+        if p.dtype != z.dtype:
+            z[rows] = p
     return out
 
 
@@ -73,14 +75,15 @@ def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: fl
     return out._replace(ref_logprob=ref_logprob, kl=kl, ref_shift=ref_shift, ref_lse=ref_lse)
 
 
-def finished(stats: Residuals, temperature: float, dtype: torch.dtype) -> Residuals:
-    """Float64 residuals [n] in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution. The
-    shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has."""
+def finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
+    """Float64 residuals [n] in this dtype, 0 where masked, NaN for a row all of whose logits are −inf: it is no
+    distribution. The shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has.
+    """
     shift, lse = _two_floats(stats.shift, stats.lse, temperature, dtype)
     ref_shift, ref_lse = _two_floats(stats.ref_shift, stats.ref_lse, temperature, dtype)
     stats = stats._replace(shift=shift, lse=lse, ref_shift=ref_shift, ref_lse=ref_lse)
-    nothing = stats.shift <= LOWEST
-    return Residuals(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
+    lost = torch.where(stats.shift <= LOWEST, torch.nan, 0.0)
+    return Residuals(*(reference.zero_unless(mask, x + lost).to(dtype) if len(x) else x.to(dtype) for x in stats))
 
 
 def logits_grad(
@@ -166,16 +169,18 @@ def _powers(size: int, g: float, dtype: torch.dtype, device: torch.device) -> Te
     return torch.where(gap >= 0, g ** gap.clamp(min=0), 0.0)
 
 
-def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Rows]:
-    """Unmasked rows of mask [N] in equal blocks of at most `block_bytes` (or one row): slices where nothing is masked,
+def blocks(count: int, most: int) -> Iterator[slice]:
+    """Indices 0 … count − 1 in slices of nearly equal length, at most `most` (or one)."""
+    size = math.ceil(max(1, count) / math.ceil(max(1, count) / max(1, most)))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def row_blocks(mask: Tensor, bytes_per_row: int) -> Iterator[Rows]:
+    """Unmasked rows of mask [N] in equal blocks of at most `BLOCK_BYTES` (or one row): slices where nothing is masked,
     else index tensors [n]."""
-    most = max(1, block_bytes // max(1, bytes_per_row))
     count = int(mask.sum())
-    size = math.ceil(max(1, count) / math.ceil(max(1, count) / most))
-    if count == len(mask):
-        yield from (slice(start, min(start + size, len(mask))) for start in range(0, len(mask), size))
-    else:
-        yield from mask.nonzero().squeeze(1).split(size) if count else ()
+    index = None if count == len(mask) else mask.nonzero().squeeze(1)
+    return (rows if index is None else index[rows] for rows in blocks(count, BLOCK_BYTES // max(1, bytes_per_row)))
 
 
 def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
