@@ -97,10 +97,8 @@ def linear_klq(
     chunks = [*blocks(len(tokens), int(workspace * share) // (len(policy.weight) * working.itemsize))]
     some, dv, total = Residuals.zeros(tokens, stats.lse.dtype, ref is not None), dvalues[rows], dvalues.new_zeros(())
     count = inputs.mask.sum().clamp(min=1).to(total.dtype)
-    largest = settings.tau * (
-        _largest(every.mask, every.values - every.targets) + settings.tau
-    )  # some τ for log-ratios
-    factor, rest = _common_factor(working, largest / temperature, count)
+    slope = settings.tau * (_largest(every.mask, every.values - every.targets) + settings.tau)  # some τ for log-ratios
+    factor, rest = _common_factor(working, slope / temperature, count)
     sums = HeadSums(policy, needed, rest, kept_dtype(given.weight.dtype))
     buffer = policy.weight.new_empty(chunks[0].stop if chunks else 0, len(policy.weight))
     for chunk in chunks:

@@ -129,15 +129,14 @@ def lambda_returns(
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
     """`reference.lambda_returns` without a loop over time; all [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
-    weights = () if trace_weights is None else (trace_weights,)
-    v, r, logp, logq, *weights = reference.cast(values, rewards, logprobs, ref_logprobs, *weights)
+    v, r, logp, logq = reference.cast(values, rewards, logprobs, ref_logprobs)
     q = reference.zero_unless(mask, reference.q_values(logp, logq, v, tau))
     later = reference.shift_left(reference.zero_unless(mask, v))
     td_errors = reference.zero_unless(mask, torch.add(r, later, alpha=gamma).sub_(q))
     if trace_weights is None:
         advantages = _discounted_sums(td_errors, gamma * lam)
     else:
-        c = reference.zero_unless(mask, weights[0])
+        c = reference.zero_unless(mask, trace_weights.to(v.dtype))
         decay, advantages, step = gamma * lam * reference.shift_left(c), td_errors.clone(), 1
         while step < mask.shape[1]:  # after round k, (decay, Δ)_t covers 2^k steps (Hillis and Steele 1986)
             advantages[:, :-step] += decay[:, :-step] * advantages[:, step:].clone()

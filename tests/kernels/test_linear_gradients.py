@@ -131,7 +131,8 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.count = 0
-        for module, names in {triton_logits: ("stats", "merge", "grad"), triton_linear: ("linear_stats",)}.items():
+        kernels = {triton_logits: ("stats", "merge", "grad"), triton_linear: ("linear_stats", "token_logits")}
+        for module, names in kernels.items():
             for name in names:
                 monkeypatch.setattr(module, f"{name}_kernel", self)
 
