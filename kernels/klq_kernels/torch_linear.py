@@ -49,7 +49,7 @@ def linear_stats(
         for columns, _, (z, r) in logit_tiles((policy.take(block), ref and ref.take(block)), workspace):
             inside = chosen - columns.start
             tile = torch_logits.softmax_stats(z, inside, r, temperature)
-            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0)
         some.store(block, torch_logits.finished(whole, temperature, live[block], out.lse.dtype))
     out.store(rows, some)
     return add_q(out, values, tau, mask)
@@ -129,11 +129,10 @@ def chunk_stats(
         for columns, _, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), room):
             inside = tokens[rows] - columns.start
             tile = torch_logits.softmax_stats(zs[:, columns], inside, r, temperature)
-            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0)
             parts.append((columns, tile))
         for columns, tile in parts if len(parts) > 1 else ():
-            share = ((tile.shift - whole.shift) / temperature + tile.lse - whole.lse).exp_()
-            zs[:, columns].mul_(share.to(z.dtype).unsqueeze(1))
+            zs[:, columns].mul_((tile.lse - whole.lse).exp_().to(z.dtype).unsqueeze(1))
         out.store(rows, torch_logits.finished(whole, temperature, mask[rows], out.lse.dtype))
     return out
 

@@ -50,7 +50,7 @@ def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: floa
     return out
 
 
-def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: float) -> Residuals:
+def join(left: Residuals | None, right: Residuals, here: Tensor) -> Residuals:
     """Residuals over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
 
         H = Σ_i w_i (H_i − log w_i)        KL = D(w ‖ u) + Σ_i w_i KL_i
@@ -61,28 +61,31 @@ def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: fl
     """
     if left is None:
         return right
-    shift, lse, *log_w = _shares(left.shift, left.lse, right.shift, right.lse, temperature)
-    sides, w = (left, right), [x.exp() for x in log_w]
+    lse, ref_lse = (
+        torch.logaddexp(*x).clamp_(min=LOWEST) for x in ((left.lse, right.lse), (left.ref_lse, right.ref_lse))
+    )
+    sides, log_w = (left, right), (left.lse - lse, right.lse - lse)
+    w = [x.exp() for x in log_w]
     logprob = torch.where(here, right.logprob + log_w[1], left.logprob + log_w[0])
     entropy = sum(_weighted(wi, s.entropy - lw) for wi, lw, s in zip(w, log_w, sides, strict=True))
-    out = left._replace(logprob=logprob, entropy=entropy, shift=shift, lse=lse)
+    out = left._replace(logprob=logprob, entropy=entropy, lse=lse)
     if not len(left.kl):
         return out
-    ref_shift, ref_lse, *log_u = _shares(left.ref_shift, left.ref_lse, right.ref_shift, right.ref_lse, temperature)
+    log_u = left.ref_lse - ref_lse, right.ref_lse - ref_lse
     ref_logprob = torch.where(here, right.ref_logprob + log_u[1], left.ref_logprob + log_u[0])
     kl = reference.kl_divergence(torch.stack(log_w, 1), torch.stack(log_u, 1))
     kl = kl + sum(_weighted(wi, s.kl) for wi, s in zip(w, sides, strict=True))
-    return out._replace(ref_logprob=ref_logprob, kl=kl, ref_shift=ref_shift, ref_lse=ref_lse)
+    return out._replace(ref_logprob=ref_logprob, kl=kl, ref_lse=ref_lse)
 
 
 def finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
     """Float64 residuals [n] in this dtype, 0 where masked, NaN for a row all of whose logits are −inf: it is no
     distribution. The shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has.
     """
-    shift, lse = _two_floats(stats.shift, stats.lse, temperature, dtype)
-    ref_shift, ref_lse = _two_floats(stats.ref_shift, stats.ref_lse, temperature, dtype)
+    lost = torch.where(stats.lse <= LOWEST, torch.nan, 0.0)
+    shift, ref_shift = ((x * temperature).to(dtype).double() for x in (stats.lse, stats.ref_lse))
+    lse, ref_lse = stats.lse - shift / temperature, stats.ref_lse - ref_shift / temperature
     stats = stats._replace(shift=shift, lse=lse, ref_shift=ref_shift, ref_lse=ref_lse)
-    lost = torch.where(stats.shift <= LOWEST, torch.nan, 0.0)
     return Residuals(*(reference.zero_unless(mask, x + lost).to(dtype) if len(x) else x.to(dtype) for x in stats))
 
 
@@ -192,20 +195,21 @@ def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def block_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float, scratch=None) -> Residuals:
-    """Residuals [n], in float64, of rows with logits z and r [n, v] (arXiv 2508.17000, eq. (2)). With a scratch like z,
-    p overwrites z and r is used up."""
+    """Residuals [n], in float64 and with shifts of 0, of rows with logits z and r [n, v] (arXiv 2508.17000, eq. (2)).
+    With a scratch like z, p overwrites z and r is used up."""
     p, y = (None, None) if scratch is None else (z, r)
     x, shift = _below_top(z, temperature, scratch)
     p = torch.softmax(x, 1, out=p)
     lse = -p.amax(1).double().log()
     logprob, entropy = x.gather(1, tokens.unsqueeze(1)).squeeze(1) - lse, lse - _cross(p, x)
-    ref_logprob = kl = ref_shift = ref_lse = nothing = lse.new_empty(0)
+    ref_logprob = kl = ref_lse = nothing = lse.new_empty(0)
     if r is not None:
         y, ref_shift = _below_top(r, temperature, y)
         token_y = y.gather(1, tokens.unsqueeze(1)).squeeze(1)
         kl, ref_lse = _kl(p, x, y, lse)
-        ref_logprob = token_y - ref_lse
-    return Residuals(logprob, entropy, ref_logprob, kl, shift.double(), lse, ref_shift.double(), ref_lse, nothing)
+        ref_logprob, ref_lse = token_y - ref_lse, ref_lse + ref_shift.double() / temperature
+    shift, lse = torch.zeros_like(lse), lse + shift.double() / temperature
+    return Residuals(logprob, entropy, ref_logprob, kl, shift, lse, torch.zeros_like(ref_lse), ref_lse, nothing)
 
 
 def _below_top(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,22 +219,6 @@ def _below_top(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tenso
         z = z.masked_fill((shift == -INF).unsqueeze(1), 0.0)
     x = torch.sub(z, shift.masked_fill(shift == -INF, 0.0).unsqueeze(1), out=out)
     return x if temperature == 1 else x.mul_(1 / temperature), shift
-
-
-def _two_floats(shift: Tensor, lse: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(shift, lse) of the same log-normaliser of which the lse is only what this dtype rounds off the shift."""
-    most = (shift + temperature * lse).to(dtype).double()
-    return most, lse - (most - shift) / temperature
-
-
-def _shares(
-    shift: Tensor, lse: Tensor, other_shift: Tensor, other_lse: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(shift, lse) of two tiles together, and the logarithms of their shares."""
-    top = torch.maximum(shift, other_shift).clamp_(min=LOWEST)
-    lses = (shift - top) / temperature + lse, (other_shift - top) / temperature + other_lse
-    both = torch.logaddexp(*lses).clamp_(min=LOWEST)
-    return top, both, lses[0] - both, lses[1] - both
 
 
 def _weighted(w: Tensor, x: Tensor) -> Tensor:
