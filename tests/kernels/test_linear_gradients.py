@@ -37,22 +37,24 @@ def batch(dtype=torch.float16):
 
 
 def gradients(op, backend, model, rest, dtype=None):
-    """Gradients of hidden and weight: of the loss, or of the mean over tokens of random multiples of statistics."""
+    """Gradients of hidden, weight, bias: of the loss, or of the mean over tokens of random multiples of statistics."""
     hidden, weight = (model[k].to(dtype).requires_grad_() for k in ("hidden", "weight"))
+    bias = torch.zeros(V, dtype=hidden.dtype, requires_grad=True)
     if op is linear_klq_loss:
-        out = 2**12 * op(hidden, weight, model["tokens"], **rest, backend=backend)  # what a GradScaler does
+        out = 2**12 * op(hidden, weight, model["tokens"], bias=bias, **rest, backend=backend)  # what a GradScaler does
     else:
-        stats = op(hidden, weight, model["tokens"], hidden.detach().roll(1, 0), weight.detach(), backend=backend)
+        ref = hidden.detach().roll(1, 0), weight.detach()
+        stats = op(hidden, weight, model["tokens"], *ref, bias=bias, backend=backend)
         out = (
             2**4
             * TAU
             * sum((x.to(y) * y).mean() for x, y in zip((rest["values"], rest["targets"]), (stats[0], stats[3])))
         )
-    return torch.autograd.grad(out, (hidden, weight))
+    return torch.autograd.grad(out, (hidden, weight, bias))
 
 
 def largest_error(op, backend):
-    """Relative, in the Frobenius norm, of either gradient, against float64 on the same inputs."""
+    """Relative, in the Frobenius norm, of any gradient, against float64 on the same inputs."""
     model, rest = batch()
     exact = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in rest.items()}
     want = gradients(op, "reference", model, exact, torch.float64)
