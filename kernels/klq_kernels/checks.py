@@ -112,7 +112,7 @@ def common_device(**given: torch.Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device, got {found}")
 
 
-def logits(logits, tokens, ref_logits, mask) -> None:
+def logits(logits, tokens, mask, ref_logits=None) -> None:
     """Raise TypeError or ValueError unless logits [..., V], tokens [...] and, where given, the others fit."""
     tensors(logits=logits)
     _tokens(logits.shape[:-1], "logits", tokens, mask)

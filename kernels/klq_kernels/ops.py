@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from klq_kernels import autograd, checks, reference
-from klq_kernels.loss import check_settings, klq_loss, q_of
-from klq_kernels.torch_linear import workspace_size
+from klq_kernels.loss import check_settings, klq_loss
+from klq_kernels.torch_linear import WORKSPACE_BYTES
 from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
 
 MODEL = {"logits", "ref_logits", "weight", "ref_weight", "bias", "ref_bias"}  # not per token
 LEARN = {"logits", "hidden", "weight", "bias", "values"}
+HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 
 
 def token_stats(
@@ -36,10 +37,7 @@ def token_stats(
     >>> [round(x.item(), 4) for x in stats]
     [-1.3863, 1.3863, -1.3863, 0.0]
     """
-    checks.positive(temperature=temperature)
-    checks.logits(logits, tokens, ref_logits, mask)
-    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits, values=None)
-    return _statistics("token_stats", backend, given, temperature)[0]
+    return _statistics(dict(logits=logits, ref_logits=ref_logits), tokens, mask, temperature, backend)[0]
 
 
 def token_q(
@@ -61,12 +59,10 @@ def token_q(
     >>> round((stats.logprob - stats.ref_logprob).item(), 4), round(q.item(), 4)
     (0.6201, 1.3101)
     """
-    checks.positive(tau=tau, temperature=temperature)
+    checks.positive(tau=tau)
     checks.tensors(ref_logits=ref_logits, values=values)
-    checks.logits(logits, tokens, ref_logits, mask)
-    checks.alike(tokens=tokens, values=values)
-    backend, given = _prepare(backend, tokens, mask, logits=logits, ref_logits=ref_logits, values=values)
-    return _statistics("token_stats", backend, given, temperature, tau)
+    model = dict(logits=logits, ref_logits=ref_logits)
+    return _statistics(model, tokens, mask, temperature, backend, values=values, tau=tau)
 
 
 def linear_token_stats(
@@ -89,14 +85,8 @@ def linear_token_stats(
     >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4), stats.kl
     (-1.3863, 1.3863, None)
     """
-    checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
-    model = dict(hidden=hidden, weight=weight, bias=bias)
-    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(tokens=tokens, mask=mask, **model)
-    backend, given = _prepare(backend, tokens, mask, **model, values=None)
-    return _statistics(
-        "linear_token_stats", backend, given, temperature, workspace=workspace_size(workspace_bytes, weight)
-    )[0]
+    model = dict(zip(HEADS, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)))
+    return _statistics(model, tokens, mask, temperature, backend, workspace_bytes)[0]
 
 
 def linear_token_q(
@@ -113,16 +103,10 @@ def linear_token_q(
     >>> linear_token_q(hidden, weight, torch.tensor([2]), hidden, weight, torch.ones(1), tau=0.5)[1]
     tensor([1.])
     """
-    checks.positive(tau=tau, temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
+    checks.positive(tau=tau)
     checks.tensors(ref_hidden=ref_hidden, ref_weight=ref_weight, values=values)
-    model = dict(hidden=hidden, weight=weight, bias=bias)
-    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(tokens=tokens, mask=mask, **model)
-    checks.alike(tokens=tokens, values=values)
-    backend, given = _prepare(backend, tokens, mask, **model, values=values)
-    return _statistics(
-        "linear_token_stats", backend, given, temperature, tau, workspace=workspace_size(workspace_bytes, weight)
-    )
+    model = dict(zip(HEADS, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)))
+    return _statistics(model, tokens, mask, temperature, backend, workspace_bytes, values, tau)
 
 
 def lambda_returns(
@@ -176,23 +160,11 @@ def logits_klq_loss(
     >>> logits_klq_loss(torch.zeros(1, 4), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
     tensor(0.0187)
     """
-    checks.positive(temperature=temperature)
-    checks.logits(logits, tokens, None, mask)
     checks.tensors(ref_logprobs=ref_logprobs)
     settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    backend, given = _prepare_loss(backend, tokens, inputs, settings, logits=logits)
-    if backend == "reference":
-        stats = reference.token_stats(given["logits"], tokens, temperature=temperature, mask=mask)
-        out = _loss_of(stats, settings, **given)
-    elif inplace:
-        flat = _flat(given)
-        leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
-        out, *stats = autograd.InplaceLoss.apply(*leaves, flat, settings, temperature, backend)
-    else:
-        options = settings._asdict() | dict(temperature=temperature, backend=backend)
-        out, *stats = autograd.logits_klq_loss(**_flat(given), **options, needed=_learns(logits))[:3]
-    return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
+    out = _loss(dict(logits=logits), tokens, inputs, settings, temperature, backend, inplace=inplace)
+    return out if return_stats else out[0]
 
 
 def linear_klq_loss(
@@ -214,26 +186,14 @@ def linear_klq_loss(
     >>> linear_klq_loss(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), -one, one, one, one.bool(), tau=0.5)
     tensor(0.0187)
     """
-    checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
     if (ref_logprobs is None) == (ref_hidden is None):
         given = "both" if ref_logprobs is not None else "neither"
         raise ValueError(f"give either ref_logprobs or ref_hidden (with ref_weight), got {given}")
-    model = dict(hidden=hidden, weight=weight, bias=bias)
-    model |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.heads(tokens=tokens, mask=mask, **model)
+    model = dict(zip(HEADS, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)))
     settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    backend, given = _prepare_loss(backend, tokens, inputs, settings, **model)
-    if backend == "reference":
-        model = {name: given[name] for name in (*model, "tokens", "mask")}
-        stats = reference.linear_token_stats(**model, temperature=temperature)
-        out = _loss_of(stats, settings, **given)
-    else:
-        workspace = workspace_size(workspace_bytes, weight)
-        options = settings._asdict() | dict(temperature=temperature, workspace=workspace, backend=backend)
-        needed = _learns(hidden, weight, bias)
-        out, *stats = autograd.linear_klq_loss(**_flat(given), **options, needed=needed)[:5]
-    return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
+    out = _loss(model, tokens, inputs, settings, temperature, backend, workspace_bytes)
+    return out if return_stats else out[0]
 
 
 def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **floats: Tensor | None):
@@ -245,38 +205,66 @@ def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **
     return backend, dict(zip(floats, narrow(*floats.values())), **checks.optional(tokens=tokens, mask=mask))
 
 
+def _options(model: dict, tokens: Tensor, mask: Tensor | None, temperature: float, workspace_bytes: int | None) -> dict:
+    """What an op on this model (logits or heads, by name) is told, after checks of all these."""
+    checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
+    if "logits" in model:
+        checks.logits(tokens=tokens, mask=mask, **model)
+        return dict(temperature=temperature)
+    checks.heads(tokens=tokens, mask=mask, **model)
+    default = WORKSPACE_BYTES["cuda" if model["weight"].is_cuda else "cpu"]
+    return dict(temperature=temperature, workspace=default if workspace_bytes is None else workspace_bytes)
+
+
+def _by_definition(model: dict, given: dict, temperature: float) -> TokenStats:
+    """The reference's statistics of this model from prepared tensors."""
+    op = reference.token_stats if "logits" in model else reference.linear_token_stats
+    return op(**{name: given[name] for name in (*model, "tokens", "mask")}, temperature=temperature)
+
+
 def _statistics(
-    op: str, backend: str, given: dict[str, Tensor | None], temperature: float, tau: float = 0.0, **options
-) -> tuple[TokenStats, Tensor | None]:
-    """What the op of this name returns for the prepared tensors, and Q if there are values."""
-    values, tokens = given["values"], given["tokens"]
+    model: dict, tokens: Tensor, mask: Tensor | None, temperature: float, backend: str | None,
+    workspace_bytes: int | None = None, values: Tensor | None = None, tau: float = 0.0,
+) -> tuple[TokenStats, Tensor | None]:  # fmt: skip
+    """The statistics, and Q if there are values."""
+    options = _options(model, tokens, mask, temperature, workspace_bytes)
+    checks.alike(tokens=tokens, **checks.optional(values=values))
+    backend, given = _prepare(backend, tokens, mask, **model, values=values)
     if backend == "reference":
-        stats = getattr(reference, op)(**{k: x for k, x in given.items() if k != "values"}, temperature=temperature)
-        return stats, None if values is None else q_of(stats, values, tau, given["mask"])
-    with_ref = given.get("ref_logits", given.get("ref_hidden")) is not None
-    options |= dict(tau=tau, temperature=temperature, backend=backend)
-    *out, q = getattr(autograd, op)(**_flat(given), **options)
+        stats, v = _by_definition(model, given, temperature), given["values"]
+        v = v if v is None else reference.zero_unless(given["mask"], v)
+        return stats, v if v is None else reference.q_values(stats.logprob, stats.ref_logprob, v, tau)
+    op = autograd.token_stats if "logits" in model else autograd.linear_token_stats
+    *out, q = op(**_flat(given), **options, tau=tau, backend=backend)
+    with_ref = model.get("ref_logits", model.get("ref_hidden")) is not None
     return _shaped(out, tokens, with_ref), None if values is None else q.reshape(tokens.shape)
 
 
-def _prepare_loss(backend: str | None, tokens: Tensor, inputs: LossInputs, settings: LossSettings, **model):
-    """What `_prepare` returns, after the checks of either loss."""
+def _loss(
+    model: dict, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float, backend: str | None,
+    workspace_bytes: int | None = None, inplace: bool = False,
+) -> tuple[Tensor, TokenStats]:  # fmt: skip
+    """The loss, and the statistics without a graph."""
+    options = _options(model, tokens, inputs.mask, temperature, workspace_bytes)
     check_settings(settings, inputs)
-    checks.tensors(values=inputs.values, targets=inputs.targets)
-    given = inputs._asdict()
-    mask = given.pop("mask")
-    del given["logprobs"]
-    checks.alike(tokens=tokens, mask=mask, **checks.optional(**given))
-    return _prepare(backend, tokens, mask, **model, **given)
-
-
-def _loss_of(
-    stats: TokenStats, settings: LossSettings, *, ref_logprobs: Tensor | None, mask: Tensor, **given
-) -> Tensor:
-    """The loss by definition from statistics that hold the reference's log-probs where `ref_logprobs` is None."""
-    ref_logprobs = stats.ref_logprob if ref_logprobs is None else ref_logprobs
-    given = {name: given[name] for name in ("values", "targets", "old_logprobs", "old_values")}
-    return klq_loss(stats.logprob, ref_logprobs, mask=mask, **given, **settings._asdict())
+    checks.tensors(values=inputs.values, targets=inputs.targets, mask=inputs.mask)
+    rest = {name: x for name, x in inputs._asdict().items() if name != "logprobs"}
+    checks.alike(tokens=tokens, **checks.optional(**rest))
+    backend, given = _prepare(backend, tokens, **model, **rest)
+    if backend == "reference":
+        stats = _by_definition(model, given, temperature)
+        rest = {name: given[name] for name in rest}
+        rest["ref_logprobs"] = stats.ref_logprob if rest["ref_logprobs"] is None else rest["ref_logprobs"]
+        return klq_loss(stats.logprob, **rest, **settings._asdict()), stats.detached()
+    flat = _flat(given)
+    if inplace:
+        leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
+        out, *stats = autograd.InplaceLoss.apply(*leaves, flat, settings, temperature, backend)
+    else:
+        op = autograd.logits_klq_loss if "logits" in model else autograd.linear_klq_loss
+        learn = [x is not None and x.requires_grad and torch.is_grad_enabled() for k, x in model.items() if k in LEARN]
+        out, *stats = op(**flat, **settings._asdict(), **options, backend=backend, needed=learn)
+    return out, _shaped(stats, tokens, model.get("ref_hidden") is not None).detached()
 
 
 def _flat(given: dict) -> dict:
@@ -291,11 +279,6 @@ def _flat(given: dict) -> dict:
             x = x.reshape(-1).contiguous()
         out[name] = x.long() if name == "tokens" else x
     return out
-
-
-def _learns(*tensors: Tensor | None) -> list[bool]:
-    """Which of these need a gradient."""
-    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
 
 
 def _shaped(stats: Sequence[Tensor], tokens: Tensor, with_ref: bool) -> TokenStats:

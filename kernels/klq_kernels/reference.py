@@ -20,7 +20,7 @@ def token_stats(
     """`klq_kernels.token_stats` by its formulas, with every [..., V] tensor spelled out: softmax, log-prob, entropy and
     exact KL (source: arXiv 2508.17000, eq. (2))."""
     checks.positive(temperature=temperature)
-    checks.logits(logits, tokens, ref_logits, mask)
+    checks.logits(logits, tokens, mask, ref_logits)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     checks.token_ids(tokens, mask, logits.shape[-1])
     tokens = torch.where(mask, tokens, 0).long()

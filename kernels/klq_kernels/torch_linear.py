@@ -13,6 +13,7 @@ from torch import Tensor
 
 from klq_kernels import torch_logits
 from klq_kernels.loss import add_q, klq_terms
+from klq_kernels.torch_logits import BLOCK_BYTES, blocks
 from klq_kernels.types import (
     Gradients,
     Head,
@@ -30,7 +31,6 @@ WORKSPACE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # 1,048 and 8,388 rows of 3
 TALLEST = {"cpu": 2048, "cuda": 8192}  # rows of a tile; beyond that a product gains nothing
 REF_SHARE = {2: 1 / 4, 4: 1 / 8, 8: 1 / 8}  # of the workspace, for tiles of the reference's logits, by bytes per logit
 REF_ROWS = {2: 256, 4: 1 << 30, 8: 1 << 30}  # of such a tile; in float32 a product of few rows is slow
-CACHED = 1 << 21  # bytes of float32 in which 16-bit logits are worked on
 ALIGNED = 64  # columns: rows of a tile start at whole cache lines
 LARGEST = 64.0  # that float16 gradients are scaled to: 2¹⁰ below overflow, and a p of 1e−6 remains a normal number
 
@@ -48,8 +48,9 @@ def linear_stats(
         whole, chosen = None, tokens[block]
         for columns, _, (z, r) in logit_tiles((policy.take(block), ref and ref.take(block)), workspace):
             inside = chosen - columns.start
-            whole = torch_logits.join(whole, _tile_stats(z, inside, r, temperature), inside >= 0, temperature)
-        some.store(block, _finished(whole, temperature, live[block], out.lse.dtype))
+            tile = torch_logits.softmax_stats(z, inside, r, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0)
+        some.store(block, torch_logits.finished(whole, temperature, live[block], out.lse.dtype))
     out.store(rows, some)
     return add_q(out, values, tau, mask)
 
@@ -64,27 +65,17 @@ def linear_grad(
     given = policy
     rows, tokens, policy, ref = _live(mask, tokens, policy, None if upstream.kl is None else ref)
     mask, stats, upstream = mask[rows], select(stats, rows), select(upstream, rows)
-    working, exact, dw, buffer = policy.weight.dtype, kernels is not torch_logits, None, None
-    height = _height((policy, ref), workspace, exact)
+    working, exact, buffer = policy.weight.dtype, kernels is not torch_logits, None
     factor, rest = _common_factor(working, _largest(mask, *upstream) / temperature)
-    upstream = Upstream(*(x if x is None or factor is None else x * factor for x in upstream))
-    grads = _start(given, needed, len(tokens), given.weight.dtype)
-    dh = _sums(grads.hidden, working, once=False)
+    upstream = Upstream(*(x if x is None else x * factor for x in upstream))
+    sums, height = HeadSums(policy, needed, rest, given.weight.dtype), _height((policy, ref), workspace, exact)
     for columns, block, (z, r) in logit_tiles((policy, ref), workspace, height, exact, working.itemsize):
         buffer = z.new_empty(z.numel(), dtype=working) if buffer is None else buffer  # the first tile is the largest
         dz = z if z.dtype == working else buffer[: z.numel()].view(z.shape)
         some, ups = select(stats, block), select(upstream, block)
         kernels.logits_grad(z, tokens[block] - columns.start, r, temperature, mask[block], some, ups, dz)
-        part, top, bottom = policy.take(block, columns), block.start == 0, block.stop == len(tokens)
-        if grads.hidden is not None:
-            first, last = columns.start == 0, columns.stop == len(policy.weight)
-            add_product(grads.hidden[block], dh[block], dz, part.weight, first, last, rest)
-        if grads.weight is not None:
-            dw = _sums(grads.weight[columns], working, once=bottom) if top else dw
-            add_product(grads.weight[columns], dw, dz.t(), part.hidden, top, bottom, rest)
-        if grads.bias is not None:
-            grads.bias[columns] += _column_sums(dz, None)
-    return _finish(grads, given, rows, rest, given.weight.dtype)
+        sums.add(columns, block, dz)
+    return sums.gradients(rows, len(given.hidden))
 
 
 def linear_klq(
@@ -102,38 +93,27 @@ def linear_klq(
     dvalues = torch.zeros_like(inputs.values, dtype=result_dtype(inputs.values, stats.lse))
     rows, tokens, policy, ref = _live(inputs.mask, tokens, policy, ref)
     every, working = select(inputs, rows), policy.weight.dtype
-    grads = _start(given, needed, len(tokens), kept_dtype(given.weight.dtype))
     share = 1 if ref is None else 1 - kernels.REF_SHARE[working.itemsize]
     chunks = [*blocks(len(tokens), int(workspace * share) // (len(policy.weight) * working.itemsize))]
     some, dv, total = Residuals.zeros(tokens, stats.lse.dtype, ref is not None), dvalues[rows], dvalues.new_zeros(())
     count = inputs.mask.sum().clamp(min=1).to(total.dtype)
-    factor, rest = _common_factor(working, _largest_slope(every, settings) / temperature)
-    factor, rest = (1 / count, None) if rest is None else (factor, rest / count)
-    dw = _sums(grads.weight, working, once=len(chunks) == 1)
-    for chunk, z in logit_chunks(policy, chunks):
-        x, mine = select(every, chunk), policy.take(chunk)
+    slope = settings.tau * (_largest(every.mask, every.values - every.targets) + settings.tau)  # some τ for log-ratios
+    factor, rest = _common_factor(working, slope / temperature, count)
+    sums = HeadSums(policy, needed, rest, kept_dtype(given.weight.dtype))
+    buffer = policy.weight.new_empty(chunks[0].stop if chunks else 0, len(policy.weight))
+    for chunk in chunks:
+        x, z = select(every, chunk), head_logits(policy.take(chunk), buffer[: chunk.stop - chunk.start])
         part = kernels.chunk_stats(z, tokens[chunk], ref and ref.take(chunk), temperature, x.mask, workspace)
         some.store(chunk, part)
         x = x._replace(logprobs=part.logprob, ref_logprobs=part.ref_logprob if ref else x.ref_logprobs)
         loss, a, dv[chunk] = klq_terms(x, settings)
         total = total + loss
-        if not any(needed):
-            continue
-        dz, scale = kernels.chunk_grad(z, tokens[chunk], temperature, x.mask, part, a * factor)
-        hidden, of_rows = mine.hidden, rest
-        if scale is not None:  # costs no visit to dz on the hidden states and on their gradients
-            column = scale.unsqueeze(1)
-            hidden, of_rows = (hidden * column).to(working), column if rest is None else column * rest
-        if grads.hidden is not None:
-            out = grads.hidden[chunk]
-            add_product(out, _sums(out, working, once=True), dz, mine.weight, factor=of_rows)
-        if grads.weight is not None:
-            add_product(grads.weight, dw, dz.t(), hidden, chunk.start == 0, chunk.stop == len(tokens), rest)
-        if grads.bias is not None:
-            grads.bias.add_(_column_sums(dz, scale))
+        if any(needed):
+            dz, scale = kernels.chunk_grad(z, tokens[chunk], temperature, x.mask, part, a * factor)
+            sums.add(slice(0, len(policy.weight)), chunk, dz, scale)
     stats.store(rows, some)
     dvalues[rows] = dv / count
-    return total / count, stats, _finish(grads, given, rows, rest, kept_dtype(given.weight.dtype)), dvalues
+    return total / count, stats, sums.gradients(rows, len(given.hidden)), dvalues
 
 
 def chunk_stats(
@@ -148,13 +128,12 @@ def chunk_stats(
         room = int(workspace * REF_SHARE[size])
         for columns, _, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), room):
             inside = tokens[rows] - columns.start
-            tile = _tile_stats(zs[:, columns], inside, r, temperature)
-            whole = torch_logits.join(whole, tile, inside >= 0, temperature)
+            tile = torch_logits.softmax_stats(zs[:, columns], inside, r, temperature)
+            whole = torch_logits.join(whole, tile, inside >= 0)
             parts.append((columns, tile))
         for columns, tile in parts if len(parts) > 1 else ():
-            share = ((tile.shift - whole.shift) / temperature + tile.lse - whole.lse).exp_()
-            zs[:, columns].mul_(share.to(z.dtype).unsqueeze(1))
-        out.store(rows, _finished(whole, temperature, mask[rows], out.lse.dtype))
+            zs[:, columns].mul_((tile.lse - whole.lse).exp_().to(z.dtype).unsqueeze(1))
+        out.store(rows, torch_logits.finished(whole, temperature, mask[rows], out.lse.dtype))
     return out
 
 
@@ -166,24 +145,6 @@ def chunk_grad(
     from its log-prob and not from a p that 16 bits have rounded to 1. Source: Hsu et al. 2024."""
     z[torch.arange(len(z), device=z.device), tokens.long()] = torch.expm1(stats.logprob).to(z.dtype)
     return z, -a / temperature
-
-
-def workspace_size(given: int | None, weight: Tensor) -> int:
-    """How many bytes of logits may exist at a time: what was given, or what suits the device of weight [V, H]."""
-    return WORKSPACE_BYTES.get(weight.device.type, WORKSPACE_BYTES["cpu"]) if given is None else given
-
-
-def blocks(count: int, most: int) -> Iterator[slice]:
-    """Indices 0 … count − 1 in slices of nearly equal length, at most `most` (or one)."""
-    size = math.ceil(max(1, count) / math.ceil(max(1, count) / max(1, most)))
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def logit_chunks(policy: Head, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [n, V]) of each of these chunks, in one buffer that is overwritten (Hsu et al. 2024)."""
-    shape = chunks[0].stop if chunks else 0, len(policy.weight)
-    buffer = policy.weight.new_empty(shape)
-    return ((chunk, head_logits(policy.take(chunk), buffer[: chunk.stop - chunk.start])) for chunk in chunks)
 
 
 def logit_tiles(
@@ -240,7 +201,7 @@ def add_product(
     elif a.is_cuda:  # into itself: torch's bug #154086 is about a first argument that has to be expanded
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.dtype == out.dtype and native(a.dtype):  # few rows at a time, whose products stay in cache
-        for rows in blocks(len(out), CACHED // max(1, out[:1].nbytes)):
+        for rows in blocks(len(out), BLOCK_BYTES // max(1, out[:1].nbytes)):
             ab = torch.mm(a[rows], b, out=out[rows])
             total[rows].copy_(ab) if first else total[rows].add_(ab)
     else:
@@ -265,19 +226,14 @@ def _live(mask: Tensor, tokens: Tensor, policy: Head, ref: Head | None) -> tuple
     else:
         rows = slice(None) if mask.all() else mask.nonzero().squeeze(1)
         tokens, policy, ref = tokens[rows], policy.take(rows), ref and ref.take(rows)
-    return rows, tokens, _workable(policy), ref and _workable(ref)
-
-
-def _workable(head: Head) -> Head:
-    """The head in its working dtype."""
-    dtype = working_dtype(head.weight)
-    return Head(*(x if x is None else x.to(dtype) for x in head))
+    heads = (h and Head(*(x if x is None else x.to(working_dtype(h.weight)) for x in h)) for h in (policy, ref))
+    return rows, tokens, *heads
 
 
 def _height(heads: tuple[Head | None, ...], workspace: int, exact: bool = False) -> int:
     """Rows of a block so tall that square tiles of all heads' logits fill the workspace, within reason."""
     weights = [h.weight for h in heads if h]
-    most = TALLEST.get(weights[0].device.type, TALLEST["cpu"])
+    most = TALLEST["cuda" if weights[0].is_cuda else "cpu"]
     return min(most, math.isqrt(workspace // sum(_tile_dtype(w, exact).itemsize for w in weights)))
 
 
@@ -288,47 +244,21 @@ def _tile_dtype(weight: Tensor, exact: bool) -> torch.dtype:
     return weight.dtype if rounded else result_dtype(weight)
 
 
-def _tile_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
-    """`torch_logits.softmax_stats` of logits [n, v], which become the softmax: those of 16 bits are read a few rows at
-    a time into float32."""
-    dtype, parts = result_dtype(z, r), []
-    if z.dtype == dtype and (r is None or r.dtype == dtype):
-        return torch_logits.softmax_stats(z, tokens, r, temperature)
-    tokens, scratch = tokens.clamp(0, z.shape[1] - 1), None
-    for rows in blocks(len(z), CACHED // (dtype.itemsize * z.shape[1])):
-        p, q = z[rows].to(dtype), None if r is None else r[rows].to(dtype, copy=True)
-        scratch = torch.empty_like(p) if scratch is None else scratch[: len(p)]  # the first block is the largest
-        parts.append(torch_logits.block_stats(p, tokens[rows], q, temperature, scratch))
-        z[rows] = p
-    return Residuals(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
-    """`torch_logits.finished`, zero where masked [n]."""
-    whole = torch_logits.finished(stats, temperature, dtype)
-    return Residuals(*(zero_unless(mask, x) if len(x) else x for x in whole))
-
-
 def _largest(mask: Tensor, *tensors: Tensor | None) -> Tensor:
     """The largest |entry| [] of any of the tensors [N] where not masked."""
     given = [zero_unless(mask, x).abs() for x in tensors if x is not None]
     return torch.cat([mask.new_zeros(1, dtype=torch.float32), *(x.float() for x in given)]).amax()
 
 
-def _largest_slope(x: LossInputs, settings: LossSettings) -> Tensor:
-    """About how large [] the loss's derivatives in log-probs can get, before these are known: τ |V − Ĝ|, and some τ for
-    the log-ratio."""
-    return settings.tau * (_largest(x.mask, x.values - x.targets) + settings.tau)
-
-
-def _common_factor(dtype: torch.dtype, largest: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(a power of two [] that makes upstream gradients of this size about `LARGEST`, what undoes it after the products)
-    for float16, in which most gradients of a mean over tokens would underflow; else (None, None)."""
+def _common_factor(dtype: torch.dtype, largest: Tensor, count: Tensor | int = 1) -> tuple[Tensor, Tensor | None]:
+    """What upstream gradients of this size [] are multiplied by before the products, and these after them (None:
+    nothing), to be divided by the count. In float16, where most gradients of a mean over tokens would underflow, the
+    first is a power of two that makes them about `LARGEST`."""
     if dtype != torch.float16:
-        return None, None
+        return 1 / count, None
     largest = largest.clamp(1e-30, 1e30)
     factor = LARGEST * (torch.frexp(largest).mantissa / largest)
-    return factor, 1 / factor
+    return factor, 1 / factor / count
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -337,36 +267,51 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _start(head: Head, needed: tuple[bool, bool, bool], rows: int, dtype: torch.dtype) -> Gradients:
-    """Room for the gradients of this many rows of a head; the bias's are sums, from 0 on."""
-    hidden, weight, bias = head
-    return Gradients(
-        hidden.new_empty(rows, hidden.shape[1], dtype=dtype) if needed[0] else None,
-        (weight.new_empty if rows else weight.new_zeros)(weight.shape, dtype=dtype) if needed[1] else None,
-        bias.new_zeros(bias.shape, dtype=result_dtype(bias)) if needed[2] else None,
-    )
+class HeadSums:
+    """Gradients of a head from those of its logits, tile by tile, 16-bit products summed in float32."""
 
+    def __init__(self, head: Head, needed: tuple[bool, bool, bool], rest: Tensor | None, dtype: torch.dtype):
+        """Of a head in the dtype of the products; results in `dtype`, times the rest []."""
+        self.head, self.rest, self.dtype, self.partial = head, rest, dtype, {}
+        hidden, weight, bias = head
+        make = weight.new_empty if len(hidden) else weight.new_zeros
+        self.hidden = make(hidden.shape, dtype=dtype) if needed[0] else None
+        self.weight = make(weight.shape, dtype=dtype) if needed[1] else None
+        self.bias = bias.new_zeros(bias.shape, dtype=result_dtype(bias)) if needed[2] else None
 
-def _sums(out: Tensor | None, dtype: torch.dtype, once: bool) -> Tensor | None:
-    """Where `add_product` is to sum products of this dtype: in `out` if that is float32 or if one product of bfloat16
-    completes it (float16 would overflow before the common factor is undone), else in float32 of its own."""
-    if out is None or out.dtype == result_dtype(out) or (once and out.dtype == dtype == torch.bfloat16):
-        return out
-    return torch.empty_like(out, dtype=result_dtype(out))
+    def add(self, columns: slice, rows: slice, dz: Tensor, scale: Tensor | None = None) -> None:
+        """A tile's dz [n, v] times scale [n]: slabs of columns from the left, the blocks of each from the top."""
+        (hidden, weight, _), factor = self.head.take(rows, columns), self.rest
+        if scale is not None:  # costs no visit to dz on the hidden states and on their gradients
+            hidden = (hidden * scale.unsqueeze(1)).to(dz.dtype)
+            factor = scale.unsqueeze(1) if factor is None else scale.unsqueeze(1) * factor
+        if self.hidden is not None:
+            ends = columns.start == 0, columns.stop == len(self.head.weight)
+            self._add_product(self.hidden[rows], ("hidden", rows.start), dz, weight, *ends, factor)
+        if self.weight is not None:
+            ends = rows.start == 0, rows.stop == len(self.head.hidden)
+            self._add_product(self.weight[columns], "weight", dz.t(), hidden, *ends, self.rest)
+        if self.bias is not None and scale is None:
+            self.bias[columns] += dz.sum(0, dtype=self.bias.dtype)
+        elif self.bias is not None:
+            for few in blocks(len(dz), BLOCK_BYTES // dz[:1].nbytes):
+                self.bias[columns] += scale[few] @ dz[few].to(scale.dtype)
 
+    def _add_product(self, out: Tensor, name, a: Tensor, b: Tensor, first: bool, last: bool, factor) -> None:
+        """`add_product`, summed in `out` if that is float32 or if one product of bfloat16 completes it (float16 would
+        overflow before the factor is applied), else in float32 from the first product to the last."""
+        if first:
+            here = out.dtype == result_dtype(out) or (last and out.dtype == a.dtype == torch.bfloat16)
+            self.partial[name] = out if here else torch.empty_like(out, dtype=result_dtype(out))
+        add_product(out, self.partial[name], a, b, first, last, factor)
+        if last:
+            del self.partial[name]
 
-def _column_sums(dz: Tensor, scale: Tensor | None) -> Tensor:
-    """Σ over rows of dz [n, v], times scale [n] if given, in float32."""
-    if scale is None:
-        return dz.sum(0, dtype=result_dtype(dz))
-    return sum(scale[rows] @ dz[rows].to(scale.dtype) for rows in blocks(len(dz), CACHED // dz[:1].nbytes))
-
-
-def _finish(grads: Gradients, given: Head, rows: Rows, factor: Tensor | None, dtype: torch.dtype) -> Gradients:
-    """The gradients, hidden states' in their places among all rows, the bias's times the factor and in this dtype."""
-    hidden, _, bias = grads
-    if hidden is not None and isinstance(rows, Tensor):
-        hidden = hidden.new_zeros(given.hidden.shape).index_copy_(0, rows, hidden)
-    if bias is not None:
-        bias = (bias if factor is None else bias * factor).to(dtype)
-    return grads._replace(hidden=hidden, bias=bias)
+    def gradients(self, rows: Rows, count: int) -> Gradients:
+        """The gradients, hidden states' in their places among `count` rows."""
+        hidden, bias = self.hidden, self.bias
+        if hidden is not None and isinstance(rows, Tensor):
+            hidden = hidden.new_zeros(count, hidden.shape[1]).index_copy_(0, rows, hidden)
+        if bias is not None:
+            bias = (bias if self.rest is None else bias * self.rest).to(self.dtype)
+        return Gradients(hidden, self.weight, bias)

@@ -15,7 +15,7 @@ from klq_kernels import reference
 from klq_kernels.loss import add_q
 from klq_kernels.types import INF, LambdaReturns, Residuals, Rows, Upstream, result_dtype
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 21  # of float32 or float64 that are worked on at a time
 LOG2E = math.log2(math.e)
 FAR = 30.0  # log(q/p) above which q may sit where p is rounded to 0
 LOWEST = -1e30  # stands for −inf where it is multiplied by 0
@@ -32,7 +32,7 @@ def logits_stats(
     for rows in row_blocks(mask, logits.shape[-1] * dtype.itemsize):
         z, r = (None if x is None else _read_rows(x, rows, dtype) for x in (logits, ref_logits))
         out.store(rows, block_stats(z, tokens[rows].long(), r, temperature))
-    return add_q(finished(out, temperature, dtype), values, tau, mask)
+    return add_q(finished(out, temperature, mask, dtype), values, tau, mask)
 
 
 def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float) -> Residuals:
@@ -41,14 +41,16 @@ def softmax_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: floa
     float64, as `join` wants them. Source: arXiv 2508.17000, eq. (2), on a tile as in Dao et al. 2022 (FlashAttention).
     """
     out, buffers, inside = Residuals.zeros(tokens, torch.float64, r is not None), {}, tokens.clamp(0, z.shape[1] - 1)
-    for rows in row_blocks(torch.ones_like(tokens, dtype=torch.bool), z[:1].nbytes):
-        part, reference_part = z[rows], None if r is None else r[rows]
-        scratch = _scratch(buffers, "logp", part)
-        out.store(rows, block_stats(part, inside[rows], reference_part, temperature, scratch))
+    dtype = result_dtype(z, r)
+    for rows in blocks(len(z), BLOCK_BYTES // max(1, z.shape[1] * dtype.itemsize)):
+        p, q = z[rows].to(dtype), None if r is None else r[rows].to(dtype)
+        out.store(rows, block_stats(p, inside[rows], q, temperature, _scratch(buffers, "logp", p)))
+        if p.dtype != z.dtype:
+            z[rows] = p
     return out
 
 
-def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: float) -> Residuals:
+def join(left: Residuals | None, right: Residuals, here: Tensor) -> Residuals:
     """Residuals over two tiles of the vocabulary by the chain rules, w and u the tiles' shares of p and q:
 
         H = Σ_i w_i (H_i − log w_i)        KL = D(w ‖ u) + Σ_i w_i KL_i
@@ -59,28 +61,32 @@ def join(left: Residuals | None, right: Residuals, here: Tensor, temperature: fl
     """
     if left is None:
         return right
-    shift, lse, *log_w = _shares(left.shift, left.lse, right.shift, right.lse, temperature)
-    sides, w = (left, right), [x.exp() for x in log_w]
+    lse, ref_lse = (
+        torch.logaddexp(*x).clamp_(min=LOWEST) for x in ((left.lse, right.lse), (left.ref_lse, right.ref_lse))
+    )
+    sides, log_w = (left, right), (left.lse - lse, right.lse - lse)
+    w = [x.exp() for x in log_w]
     logprob = torch.where(here, right.logprob + log_w[1], left.logprob + log_w[0])
     entropy = sum(_weighted(wi, s.entropy - lw) for wi, lw, s in zip(w, log_w, sides, strict=True))
-    out = left._replace(logprob=logprob, entropy=entropy, shift=shift, lse=lse)
+    out = left._replace(logprob=logprob, entropy=entropy, lse=lse)
     if not len(left.kl):
         return out
-    ref_shift, ref_lse, *log_u = _shares(left.ref_shift, left.ref_lse, right.ref_shift, right.ref_lse, temperature)
+    log_u = left.ref_lse - ref_lse, right.ref_lse - ref_lse
     ref_logprob = torch.where(here, right.ref_logprob + log_u[1], left.ref_logprob + log_u[0])
     kl = reference.kl_divergence(torch.stack(log_w, 1), torch.stack(log_u, 1))
     kl = kl + sum(_weighted(wi, s.kl) for wi, s in zip(w, sides, strict=True))
-    return out._replace(ref_logprob=ref_logprob, kl=kl, ref_shift=ref_shift, ref_lse=ref_lse)
+    return out._replace(ref_logprob=ref_logprob, kl=kl, ref_lse=ref_lse)
 
 
-def finished(stats: Residuals, temperature: float, dtype: torch.dtype) -> Residuals:
-    """Float64 residuals [n] in this dtype, and NaN for a row all of whose logits are −inf: it is no distribution. The
-    shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has."""
-    shift, lse = _two_floats(stats.shift, stats.lse, temperature, dtype)
-    ref_shift, ref_lse = _two_floats(stats.ref_shift, stats.ref_lse, temperature, dtype)
+def finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
+    """Float64 residuals [n] in this dtype, 0 where masked, NaN for a row all of whose logits are −inf: it is no
+    distribution. The shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has.
+    """
+    lost = torch.where(stats.lse <= LOWEST, torch.nan, 0.0)
+    shift, ref_shift = ((x * temperature).to(dtype).double() for x in (stats.lse, stats.ref_lse))
+    lse, ref_lse = stats.lse - shift / temperature, stats.ref_lse - ref_shift / temperature
     stats = stats._replace(shift=shift, lse=lse, ref_shift=ref_shift, ref_lse=ref_lse)
-    nothing = stats.shift <= LOWEST
-    return Residuals(*(x.masked_fill(nothing[: len(x)], torch.nan).to(dtype) for x in stats))
+    return Residuals(*(reference.zero_unless(mask, x + lost).to(dtype) if len(x) else x.to(dtype) for x in stats))
 
 
 def logits_grad(
@@ -126,15 +132,14 @@ def lambda_returns(
     tau: float, gamma: float, lam: float, alpha: float,
 ) -> LambdaReturns:  # fmt: skip
     """`reference.lambda_returns` without a loop over time; all [B, T] (arXiv 2508.17000, eqs. (7), (14))."""
-    weights = () if trace_weights is None else (trace_weights,)
-    v, r, logp, logq, *weights = reference.cast(values, rewards, logprobs, ref_logprobs, *weights)
+    v, r, logp, logq = reference.cast(values, rewards, logprobs, ref_logprobs)
     q = reference.zero_unless(mask, reference.q_values(logp, logq, v, tau))
     later = reference.shift_left(reference.zero_unless(mask, v))
     td_errors = reference.zero_unless(mask, torch.add(r, later, alpha=gamma).sub_(q))
     if trace_weights is None:
         advantages = _discounted_sums(td_errors, gamma * lam)
     else:
-        c = reference.zero_unless(mask, weights[0])
+        c = reference.zero_unless(mask, trace_weights.to(v.dtype))
         decay, advantages, step = gamma * lam * reference.shift_left(c), td_errors.clone(), 1
         while step < mask.shape[1]:  # after round k, (decay, Δ)_t covers 2^k steps (Hillis and Steele 1986)
             advantages[:, :-step] += decay[:, :-step] * advantages[:, step:].clone()
@@ -166,16 +171,18 @@ def _powers(size: int, g: float, dtype: torch.dtype, device: torch.device) -> Te
     return torch.where(gap >= 0, g ** gap.clamp(min=0), 0.0)
 
 
-def row_blocks(mask: Tensor, bytes_per_row: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Rows]:
-    """Unmasked rows of mask [N] in equal blocks of at most `block_bytes` (or one row): slices where nothing is masked,
+def blocks(count: int, most: int) -> Iterator[slice]:
+    """Indices 0 … count − 1 in slices of nearly equal length, at most `most` (or one)."""
+    size = math.ceil(max(1, count) / math.ceil(max(1, count) / max(1, most)))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def row_blocks(mask: Tensor, bytes_per_row: int) -> Iterator[Rows]:
+    """Unmasked rows of mask [N] in equal blocks of at most `BLOCK_BYTES` (or one row): slices where nothing is masked,
     else index tensors [n]."""
-    most = max(1, block_bytes // max(1, bytes_per_row))
     count = int(mask.sum())
-    size = math.ceil(max(1, count) / math.ceil(max(1, count) / most))
-    if count == len(mask):
-        yield from (slice(start, min(start + size, len(mask))) for start in range(0, len(mask), size))
-    else:
-        yield from mask.nonzero().squeeze(1).split(size) if count else ()
+    index = None if count == len(mask) else mask.nonzero().squeeze(1)
+    return (rows if index is None else index[rows] for rows in blocks(count, BLOCK_BYTES // max(1, bytes_per_row)))
 
 
 def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -188,20 +195,21 @@ def _read_rows(x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def block_stats(z: Tensor, tokens: Tensor, r: Tensor | None, temperature: float, scratch=None) -> Residuals:
-    """Residuals [n], in float64, of rows with logits z and r [n, v] (arXiv 2508.17000, eq. (2)). With a scratch like z,
-    p overwrites z and r is used up."""
+    """Residuals [n], in float64 and with shifts of 0, of rows with logits z and r [n, v] (arXiv 2508.17000, eq. (2)).
+    With a scratch like z, p overwrites z and r is used up."""
     p, y = (None, None) if scratch is None else (z, r)
     x, shift = _below_top(z, temperature, scratch)
     p = torch.softmax(x, 1, out=p)
     lse = -p.amax(1).double().log()
     logprob, entropy = x.gather(1, tokens.unsqueeze(1)).squeeze(1) - lse, lse - _cross(p, x)
-    ref_logprob = kl = ref_shift = ref_lse = nothing = lse.new_empty(0)
+    ref_logprob = kl = ref_lse = nothing = lse.new_empty(0)
     if r is not None:
         y, ref_shift = _below_top(r, temperature, y)
         token_y = y.gather(1, tokens.unsqueeze(1)).squeeze(1)
         kl, ref_lse = _kl(p, x, y, lse)
-        ref_logprob = token_y - ref_lse
-    return Residuals(logprob, entropy, ref_logprob, kl, shift.double(), lse, ref_shift.double(), ref_lse, nothing)
+        ref_logprob, ref_lse = token_y - ref_lse, ref_lse + ref_shift.double() / temperature
+    shift, lse = torch.zeros_like(lse), lse + shift.double() / temperature
+    return Residuals(logprob, entropy, ref_logprob, kl, shift, lse, torch.zeros_like(ref_lse), ref_lse, nothing)
 
 
 def _below_top(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -211,22 +219,6 @@ def _below_top(z: Tensor, temperature: float, out: Tensor | None) -> tuple[Tenso
         z = z.masked_fill((shift == -INF).unsqueeze(1), 0.0)
     x = torch.sub(z, shift.masked_fill(shift == -INF, 0.0).unsqueeze(1), out=out)
     return x if temperature == 1 else x.mul_(1 / temperature), shift
-
-
-def _two_floats(shift: Tensor, lse: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(shift, lse) of the same log-normaliser of which the lse is only what this dtype rounds off the shift."""
-    most = (shift + temperature * lse).to(dtype).double()
-    return most, lse - (most - shift) / temperature
-
-
-def _shares(
-    shift: Tensor, lse: Tensor, other_shift: Tensor, other_lse: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(shift, lse) of two tiles together, and the logarithms of their shares."""
-    top = torch.maximum(shift, other_shift).clamp_(min=LOWEST)
-    lses = (shift - top) / temperature + lse, (other_shift - top) / temperature + other_lse
-    both = torch.logaddexp(*lses).clamp_(min=LOWEST)
-    return top, both, lses[0] - both, lses[1] - both
 
 
 def _weighted(w: Tensor, x: Tensor) -> Tensor:

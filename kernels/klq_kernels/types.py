@@ -95,10 +95,6 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
-    def like(self, head: Head) -> "Gradients":
-        """In the dtypes of what they are gradients of."""
-        return Gradients(*(None if g is None else g.to(x.dtype) for g, x in zip(self, head, strict=True)))
-
 
 class LossInputs(NamedTuple):
     """What the KLQ loss compares, all of one shape. In a fused pass the log-probs are None until the pass has them."""

@@ -204,7 +204,7 @@ def small_tiles(monkeypatch):
 def tiles(request, backend, monkeypatch):
     """What makes SHAPE and VOCAB large: the torch backend's cache holds two rows of logits, a split of Triton's two
     tiles."""
-    monkeypatch.setattr(torch_logits.row_blocks, "__defaults__", (360,))
+    monkeypatch.setattr(torch_logits, "BLOCK_BYTES", 360)
     if backend == "triton":
         from klq_kernels import triton_linear
 

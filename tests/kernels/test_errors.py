@@ -60,6 +60,7 @@ WRONG = [
         (dict(ref_weight=torch.zeros(V, H + 1).half()), TypeError, "ref_hidden and ref_weight must share a dtype"),
     ),
     *each(LOSS_OPS, (dict(values=torch.zeros(B, T).int()), TypeError, "values must be a floating-point")),
+    *each(LOSS_OPS, (dict(mask=None), TypeError, "mask must be a torch.Tensor")),
     *each(
         MODEL_OPS,
         (dict(tokens=torch.zeros(B, T)), TypeError, "tokens must hold integer ids"),

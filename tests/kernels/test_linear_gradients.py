@@ -37,22 +37,24 @@ def batch(dtype=torch.float16):
 
 
 def gradients(op, backend, model, rest, dtype=None):
-    """Gradients of hidden and weight: of the loss, or of the mean over tokens of random multiples of statistics."""
+    """Gradients of hidden, weight, bias: of the loss, or of the mean over tokens of random multiples of statistics."""
     hidden, weight = (model[k].to(dtype).requires_grad_() for k in ("hidden", "weight"))
+    bias = torch.zeros(V, dtype=hidden.dtype, requires_grad=True)
     if op is linear_klq_loss:
-        out = 2**12 * op(hidden, weight, model["tokens"], **rest, backend=backend)  # what a GradScaler does
+        out = 2**12 * op(hidden, weight, model["tokens"], bias=bias, **rest, backend=backend)  # what a GradScaler does
     else:
-        stats = op(hidden, weight, model["tokens"], hidden.detach().roll(1, 0), weight.detach(), backend=backend)
+        ref = hidden.detach().roll(1, 0), weight.detach()
+        stats = op(hidden, weight, model["tokens"], *ref, bias=bias, backend=backend)
         out = (
             2**4
             * TAU
             * sum((x.to(y) * y).mean() for x, y in zip((rest["values"], rest["targets"]), (stats[0], stats[3])))
         )
-    return torch.autograd.grad(out, (hidden, weight))
+    return torch.autograd.grad(out, (hidden, weight, bias))
 
 
 def largest_error(op, backend):
-    """Relative, in the Frobenius norm, of either gradient, against float64 on the same inputs."""
+    """Relative, in the Frobenius norm, of any gradient, against float64 on the same inputs."""
     model, rest = batch()
     exact = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in rest.items()}
     want = gradients(op, "reference", model, exact, torch.float64)
@@ -72,7 +74,7 @@ def test_float16_gradients_do_not_underflow(op, backend, half):
 @pytest.mark.parametrize("op, backend", CASES)
 def test_without_the_common_factor_they_would(op, backend, half, monkeypatch):
     """Guards the test above, which would protect little if nothing underflowed."""
-    monkeypatch.setattr(torch_linear, "_common_factor", lambda *_: (None, None))
+    monkeypatch.setattr(torch_linear, "_common_factor", lambda dtype, largest, count=1: (1 / count, None))
     assert largest_error(op, backend) > 2e-3
 
 
@@ -131,7 +133,8 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.count = 0
-        for module, names in {triton_logits: ("stats", "merge", "grad"), triton_linear: ("linear_stats",)}.items():
+        kernels = {triton_logits: ("stats", "merge", "grad"), triton_linear: ("linear_stats", "token_logits")}
+        for module, names in kernels.items():
             for name in names:
                 monkeypatch.setattr(module, f"{name}_kernel", self)
 
@@ -144,6 +147,7 @@ class Launches:
 def gpu(monkeypatch):
     """Fake tensors on a GPU, whose contents nobody knows."""
     launches = Launches(monkeypatch)
+    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     for name, function in BINDINGS.items():
         monkeypatch.setattr(Tensor, name, lambda *args, function=function: function(*args), raising=False)
