@@ -220,16 +220,12 @@ def model(folder: Path, dry: bool) -> None:
 
 def predicted(kernel: str, gpu: str, n: int, v: int, h: int) -> dict:
     """`klq inspect`'s floor and model of a kernel or loss on this GPU; nothing where it knows one of them not."""
-    try:
-        from klq_edu.bench import roofline
-    except ImportError:  # then there are only floors
-        from klq_edu.app import inspection as roofline
+    from klq_edu.bench import roofline
+
     device = next((known for known in roofline.DEVICES if known in gpu), None)
     if device is None or kernel not in roofline.KERNELS:
         return {}
     dtype = "fp32" if kernel == "lambda_returns" else "bf16"
-    if not hasattr(roofline, "predict"):
-        return {"device": device, "floor_ms": 1e3 * roofline.floor_seconds(kernel, device, dtype, n, v, h)}
     loss = kernel in roofline.LOSSES  # no kernel of its own
     record = {"kernel": kernel, "dtype": dtype} if loss else compiled(kernel, roofline.DEVICES[device].target, dtype)
     return roofline.predict(record, device, n, v, h)

@@ -132,9 +132,8 @@ def returns(x, backend):
     return k.lambda_returns(*x["padded"], x["rows"], tau=TAU, lam=0.97, backend=backend)._asdict()
 
 
-ONE_PASS = hasattr(k, "token_q")  # it came with the KL in one pass
-LINEAR = [linear_stats, shared_head, linear_loss, linear_loss_with_reference] + [linear_q] * ONE_PASS
-LOGITS = [logits_stats, logits_loss] + [logits_q] * ONE_PASS
+LINEAR = [linear_stats, shared_head, linear_loss, linear_loss_with_reference, linear_q]
+LOGITS = [logits_stats, logits_loss, logits_q]
 
 
 def compare(operation, x, backend, dtype, device=DEVICE):
@@ -205,8 +204,6 @@ def test_gradients_in_fp16_do_not_underflow(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_kl_of_1e_8_is_known_to_a_hundredth(backend, kind):
     """In fp32, with its gradient, where Σ p log(p/q) would err by 1e-7; never below 0, and 0 for equal models."""
-    if kind == "hidden" and not ONE_PASS:
-        pytest.xfail("from hidden states the error is 1e-6")
     x = draw(*sized((64, 4099, 64), small=(5, 300, 24))[0], torch.float32, masked=False)
     x["ref_hidden"] = x["hidden"] + 1.5e-4 * torch.randn(x["hidden"].shape, generator=torch.Generator().manual_seed(1))
     if kind == "logits":
