@@ -47,7 +47,9 @@ def run_inspect(config: InspectConfig) -> bool:
         sys.stdout.writelines(roofline.compiled(*_options(config)))
         return True
     console = Console()
-    found = everything(config, lambda records: track(records, "compiling", console=console, transient=True))
+    console = console if console.is_terminal else Console(width=max(console.width, 200))  # nothing cut off in a file
+    total = len(config.kernels) * len(config.targets) * len(config.dtypes)
+    found = everything(config, lambda x: track(x, "compiling", total=total, console=console, transient=True))
     kernels, losses = found["kernels"], found["losses"]
     console.print(_code(kernels), _model(kernels + losses), _calibration(found["calibration"]), sep="\n\n")
     if config.json:
