@@ -179,7 +179,7 @@ def check(op, inputs, backend, upstream=None, **tolerance):
 
 
 SHAPE, VOCAB, WIDTH = (5, 5), 43, 20
-WORKSPACE = {"torch": 1000, "triton": 1700}
+WORKSPACE = 1000
 JOBS = ("logprob entropy kl", "kl", "entropy", "logprob")
 HEADS = (
     "ref bias ref_bias", "bias", "shared bias", "ref ref_bias", "shared ref_bias", "", "ref", "ref bias", "shared",
@@ -218,13 +218,13 @@ def test_the_small_sizes_make_several_tiles_and_several_blocks(backend, tiles):
     head, mask = Head(torch.zeros(25, 1), torch.zeros(VOCAB, 1), None), torch.ones(25, dtype=torch.bool)
     assert len([*torch_logits.row_blocks(mask, 4 * VOCAB)]) > 2
     share = 1 - autograd.kernels(backend, "linear").REF_SHARE[4]
-    assert len([*torch_linear.blocks(25, int(WORKSPACE[backend] * share) // (4 * VOCAB))]) > 2
+    assert len([*torch_linear.blocks(25, int(WORKSPACE * share) // (4 * VOCAB))]) > 2
     if backend == "triton":
         kernels = autograd.kernels(backend, "logits")
         assert kernels.vocabulary_splits(kernels.ROWS_PER_SPLIT, 25, VOCAB, 16) == (2, 32)
     for heads in ((head, None), (head, head)):
-        height = torch_linear._height(heads, WORKSPACE[backend])
-        tiles = [*torch_linear.logit_tiles(heads, WORKSPACE[backend], height)]
+        height = torch_linear._height(heads, WORKSPACE)
+        tiles = [*torch_linear.logit_tiles(heads, WORKSPACE, height)]
         assert len({c.start for c, *_ in tiles}) > 2 and len({r.start for _, r, _ in tiles}) > 1
 
 
@@ -236,7 +236,7 @@ def check_tiles(op, case, inputs, backend, names="logprob entropy kl"):
         mask[2] = False
     tokens = torch.randperm(VOCAB)[: mask.numel()].reshape(SHAPE)
     inputs |= dict(tokens=tokens, mask=mask, temperature=case["temperature"])
-    inputs |= dict(workspace_bytes=WORKSPACE[backend]) if "hidden" in inputs else {}
+    inputs |= dict(workspace_bytes=WORKSPACE) if "hidden" in inputs else {}
     upstream, slack = upstream_for(SHAPE, names), 1e-12 if case["dtype"] == F64 else 2e-6
     check(op, poisoned(inputs, mask), backend, upstream if op in MODEL_OPS[:2] else None, slack=slack)
 
