@@ -1,6 +1,7 @@
 """The public operations: checks, choice of backend, autograd. What they compute is defined in `reference`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -163,8 +164,8 @@ def logits_klq_loss(
     checks.tensors(ref_logprobs=ref_logprobs)
     settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    out = _loss(dict(logits=logits), tokens, inputs, settings, temperature, backend, inplace=inplace)
-    return out if return_stats else out[0]
+    out, *stats = _loss(dict(logits=logits), tokens, inputs, settings, temperature, backend, inplace=inplace)()
+    return (out, _shaped(stats, tokens, False).detached()) if return_stats else out
 
 
 def linear_klq_loss(
@@ -192,8 +193,8 @@ def linear_klq_loss(
     model = dict(zip(HEADS, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)))
     settings = LossSettings(tau, loss, clip, log_ratio_clip, delta)
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    out = _loss(model, tokens, inputs, settings, temperature, backend, workspace_bytes)
-    return out if return_stats else out[0]
+    out, *stats = _loss(model, tokens, inputs, settings, temperature, backend, workspace_bytes)()
+    return (out, _shaped(stats, tokens, ref_hidden is not None).detached()) if return_stats else out
 
 
 def _prepare(backend: str | None, tokens: Tensor | None, mask: Tensor | None, **floats: Tensor | None):
@@ -243,8 +244,8 @@ def _statistics(
 def _loss(
     model: dict, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float, backend: str | None,
     workspace_bytes: int | None = None, inplace: bool = False,
-) -> tuple[Tensor, TokenStats]:  # fmt: skip
-    """The loss, and the statistics without a graph."""
+) -> Callable[[], Sequence[Tensor]]:  # fmt: skip
+    """What computes the loss and the statistics, checked and prepared: to be called without arguments."""
     options = _options(model, tokens, inputs.mask, temperature, workspace_bytes)
     check_settings(settings, inputs)
     checks.tensors(values=inputs.values, targets=inputs.targets, mask=inputs.mask)
@@ -252,19 +253,23 @@ def _loss(
     checks.alike(tokens=tokens, **checks.optional(**rest))
     backend, given = _prepare(backend, tokens, **model, **rest)
     if backend == "reference":
-        stats = _by_definition(model, given, temperature)
-        rest = {name: given[name] for name in rest}
-        rest["ref_logprobs"] = stats.ref_logprob if rest["ref_logprobs"] is None else rest["ref_logprobs"]
-        return klq_loss(stats.logprob, **rest, **settings._asdict()), stats.detached()
+        return partial(_loss_by_definition, model, given, rest, settings, temperature)
     flat = _flat(given)
     if inplace:
         leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
-        out, *stats = autograd.InplaceLoss.apply(*leaves, flat, settings, temperature, backend)
-    else:
-        op = autograd.logits_klq_loss if "logits" in model else autograd.linear_klq_loss
-        learn = [x is not None and x.requires_grad and torch.is_grad_enabled() for k, x in model.items() if k in LEARN]
-        out, *stats = op(**flat, **settings._asdict(), **options, backend=backend, needed=learn)
-    return out, _shaped(stats, tokens, model.get("ref_hidden") is not None).detached()
+        return partial(autograd.InplaceLoss.apply, *leaves, flat, settings, temperature, backend)
+    op = autograd.logits_klq_loss if "logits" in model else autograd.linear_klq_loss
+    learn = [x is not None and x.requires_grad and torch.is_grad_enabled() for k, x in model.items() if k in LEARN]
+    return partial(op, **flat, **settings._asdict(), **options, backend=backend, needed=learn)
+
+
+def _loss_by_definition(
+    model: dict, given: dict, names: Iterable[str], settings: LossSettings, temperature: float
+) -> tuple[Tensor | None, ...]:
+    """The loss and the reference's statistics, from prepared tensors."""
+    stats, rest = _by_definition(model, given, temperature), {name: given[name] for name in names}
+    rest["ref_logprobs"] = stats.ref_logprob if rest["ref_logprobs"] is None else rest["ref_logprobs"]
+    return klq_loss(stats.logprob, **rest, **settings._asdict()), *stats
 
 
 def _flat(given: dict) -> dict:
