@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import checks
-from klq_kernels.types import LossInputs, LossSettings, Residuals, cast, clean, zero_unless
+from klq_kernels.types import LossInputs, LossSettings, Residuals, TokenStats, cast, clean, zero_unless
 
 
 def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float) -> Tensor:
@@ -28,10 +28,14 @@ def q_values(logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, tau: float)
     return tau * (logprobs - ref_logprobs) + values
 
 
+def q_of(stats: TokenStats | Residuals, values: Tensor | None, tau: float, mask: Tensor) -> Tensor | None:
+    """Q (13) [...] of statistics that are 0 where masked, as Q then is; None without values."""
+    return None if values is None else q_values(stats.logprob, stats.ref_logprob, zero_unless(mask, values), tau)
+
+
 def add_q(stats: Residuals, values: Tensor | None, tau: float, mask: Tensor) -> Residuals:
     """The residuals [N] with Q (13), 0 where masked, if there are values [N]."""
-    q = None if values is None else q_values(stats.logprob, stats.ref_logprob, zero_unless(mask, values), tau)
-    return stats if q is None else stats._replace(q=q)
+    return stats if values is None else stats._replace(q=q_of(stats, values, tau, mask))
 
 
 def klq_loss(

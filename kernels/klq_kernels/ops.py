@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import autograd, checks, reference
-from klq_kernels.loss import check_settings, klq_loss
+from klq_kernels.loss import check_settings, klq_loss, q_of
 from klq_kernels.torch_linear import WORKSPACE_BYTES
 from klq_kernels.types import LambdaReturns, LossInputs, LossSettings, TokenStats, narrow
 
@@ -232,9 +232,8 @@ def _statistics(
     checks.alike(tokens=tokens, **checks.optional(values=values))
     backend, given = _prepare(backend, tokens, mask, **model, values=values)
     if backend == "reference":
-        stats, v = _by_definition(model, given, temperature), given["values"]
-        v = v if v is None else reference.zero_unless(given["mask"], v)
-        return stats, v if v is None else reference.q_values(stats.logprob, stats.ref_logprob, v, tau)
+        stats = _by_definition(model, given, temperature)
+        return stats, q_of(stats, given["values"], tau, given["mask"])
     op = autograd.token_stats if "logits" in model else autograd.linear_token_stats
     *out, q = op(**_flat(given), **options, tau=tau, backend=backend)
     with_ref = model.get("ref_logits", model.get("ref_hidden")) is not None

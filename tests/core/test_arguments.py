@@ -89,7 +89,7 @@ MANUAL = {
 }  # fmt: skip
 NOTHING_TO_CHECK = {  # checked by callers
     "tree.completions", "loss.klq_terms", "loss.check_settings", "types.select", "loss.plain_error",
-    "loss.value_clipped_error", "loss.ratio_clipped_error", "loss.add_q",
+    "loss.value_clipped_error", "loss.ratio_clipped_error", "loss.q_of", "loss.add_q",
 }  # fmt: skip
 ONE_TENSOR = {"estimators.k1", "estimators.k2", "estimators.k3", "reference.shift_left", "types.cast",
               "types.narrow", "types.result_dtype"}  # fmt: skip
