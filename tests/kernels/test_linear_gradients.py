@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from klq_kernels import autograd, linear_klq_loss, linear_token_stats, torch_linear, torch_logits
-from klq_kernels.types import LossSettings
+from klq_kernels.types import Head, LossSettings
 
 triton_linear = pytest.importorskip("klq_kernels.triton_linear")
 triton_logits = pytest.importorskip("klq_kernels.triton_logits")
@@ -76,6 +76,15 @@ def test_without_the_common_factor_they_would(op, backend, half, monkeypatch):
     """Guards the test above, which would protect little if nothing underflowed."""
     monkeypatch.setattr(torch_linear, "_common_factor", lambda dtype, largest, count=1: (1 / count, None))
     assert largest_error(op, backend) > 2e-3
+
+
+def test_float16_sums_beyond_its_range_come_back_into_it():
+    """Scaled gradients of many rows sum to more than float16 holds, until the factor is applied."""
+    head = Head(torch.full((4096, 2), 8.0).half(), torch.zeros(3, 2).half(), None)
+    sums = torch_linear.HeadSums(head, (False, True, False), torch.tensor(2.0**-10), torch.float16)
+    for rows in (slice(0, 2048), slice(2048, 4096)):
+        sums.add(slice(0, 3), rows, torch.full((2048, 3), 64.0).half())
+    torch.testing.assert_close(sums.gradients(slice(None), 4096).weight, torch.full((3, 2), 2048.0).half())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
