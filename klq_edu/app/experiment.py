@@ -54,7 +54,8 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         before = held_out_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
         exact = world.tree and world.tree.expected_reward(world.tree.ref).item()
-        policy.start_value(before["reward"].mean() if exact is None else exact)
+        if config.centre == "none":
+            policy.start_value(before["reward"].mean() if exact is None else exact)
         (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
         train(
             policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,

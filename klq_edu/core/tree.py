@@ -4,7 +4,7 @@ States are prefixes, actions are next tokens, transitions append the token (theo
 Everything is float64 and computed level by level, leaves first; there is no sampling except in `rollout`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klq_edu.core.improvement import boltzmann
+from klq_edu.core.improvement import action_values, boltzmann
 from klq_kernels import checks
 from klq_kernels.reference import kl_divergence
 
@@ -49,10 +49,10 @@ class TokenTree:
     @classmethod
     def grow(
         cls, vocab: int, depth: int, ref: Callable[[tuple[int, ...]], Tensor],
-        reward: Callable[[tuple[int, ...]], float], eos: int | None = None,
+        reward: Callable[[tuple[int, ...]], float], eos: int | Collection[int] | None = None,
         prompts: tuple[tuple[int, ...], ...] = ((),),
     ) -> "TokenTree":  # fmt: skip
-        """Enumerate every completion of up to `depth` tokens; `eos` ends one early, `depth` ends it anyway.
+        """Enumerate every completion of up to `depth` tokens; `eos` (or any of several) ends one early, `depth` anyway.
 
         `ref` maps a prefix (prompt included) to V probabilities, `reward` a whole completion to its score R(x, y).
         Tokens of probability 0 are not followed. Raises ValueError for sizes < 1, an eos outside the vocabulary or
@@ -64,7 +64,8 @@ class TokenTree:
         """
         if vocab < 1 or depth < 1 or not prompts:
             raise ValueError(f"need vocab, depth >= 1 and a prompt, got {vocab=}, {depth=}, {prompts=}")
-        if eos is not None and not 0 <= eos < vocab:
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        if not all(0 <= end < vocab for end in ends):
             raise ValueError(f"eos must lie in [0, {vocab}), got {eos}")
         prefixes, starts = list(prompts), [len(p) for p in prompts]
         children, probs, rewards = [], [], []
@@ -77,7 +78,7 @@ class TokenTree:
             rewards.append([0.0] * vocab)
             for token in probs[-1].nonzero().flatten().tolist():
                 longer = (*prefix, token)
-                if token == eos or len(longer) == starts[state] + depth:
+                if token in ends or len(longer) == starts[state] + depth:
                     rewards[state][token] = float(reward(longer))
                 else:
                     children[state][token] = len(prefixes)
@@ -150,6 +151,22 @@ class TokenTree:
         """
         q, v = self._backup(lambda s, q: boltzmann(q, self.ref[s], tau)[1], tau, gamma)
         return q, v, boltzmann(q, self.ref, tau)[0]
+
+    def td_errors(self, policy: Tensor, values: Tensor, tau: float, gamma: float = 1.0) -> Tensor:
+        """δ(s,a) = r + γ V(s') − Q(s,a) of Q = τ log π/π_b + V at every token (14); 0 where π_b forbids it.
+
+        policy [S, V], values [S] -> [S, V]. Theorem, as derived here, for γ = 1 and π with full support: δ = 0
+        everywhere, hence Δ = 0 along every path, if and only if (π, V) = (π*, V*). For along a path that completes s to
+        y the errors telescope to R(y) − τ log π(y|s)/π_b(y|s) − V(s); where all are 0, π(y|s) = π_b(y|s) e^{(R − V)/τ},
+        whose sum over y is 1 for V = V* alone. So the optimum is the fixed point whoever samples the paths, and its
+        targets Ĝ = Q* + αΔ do not vary (path consistency, Nachum et al. 2017). Noise ε in the reward, paid at the end
+        of a path, reaches the target k tokens before it as α (γλ)^k ε.
+        """
+        checks.positive(tau=tau)
+        checks.unit_interval(gamma=gamma)
+        q = action_values(self._distribution(policy=policy), values, self.ref, tau)
+        later = torch.cat([values, values.new_zeros(1)])[self.children]  # ENDS is the last
+        return torch.where(self.ref > 0, self.rewards + gamma * later - q, 0.0)
 
     def _backup(self, state_value: Callable[[Tensor, Tensor], Tensor], tau: float, gamma: float):
         """Q = r + γ V(next) from the leaves up, with V at each level from `state_value(states, Q[states])`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
-from klq_edu.core.returns import lambda_returns, whiten
+from klq_edu.core.returns import lambda_returns, retrace_weights, whiten
 from klq_edu.rlhf.config import AlgorithmConfig
 from klq_edu.rlhf.evaluate import regression, score
 from klq_edu.rlhf.policy import ActorCritic
@@ -32,10 +32,12 @@ class Step(NamedTuple):
 
 
 def make_targets(rollout: Rollout, config: AlgorithmConfig) -> Targets:
-    """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's."""
+    """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's; with
+    `retrace`, c = min(1, π/μ) cuts the traces of tokens that the present policy would rarely choose."""
+    cut = retrace_weights(rollout.logprobs, rollout.behaviour) if config.retrace else None
     out = lambda_returns(
         rollout.rewards, rollout.values, rollout.logprobs, rollout.ref_logprobs, rollout.mask,
-        tau=config.tau, gamma=config.gamma, lam=config.lam, alpha=config.alpha,
+        tau=config.tau, gamma=config.gamma, lam=config.lam, alpha=config.alpha, trace_weights=cut,
     )  # fmt: skip
     gains = whiten(out.advantages, rollout.mask) if config.whiten else out.advantages
     return Targets(out.targets + config.alpha * (gains - out.advantages), gains, rollout.values + out.advantages)

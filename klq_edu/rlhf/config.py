@@ -5,7 +5,7 @@ They are the command line and the documentation; standard library only, so that 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -39,6 +39,8 @@ class AlgorithmConfig:
     """Whiten the advantages Δ: PPO's habit; for KLQ an ablation that breaks the equivalence."""
     value_grad_scale: float | None = None
     """Factor on the value gradient that enters a trunk shared with the policy. None: τ for KLQ, 1 for PPO."""
+    retrace: bool = False
+    """Cut the traces of replayed completions by Retrace's c = min(1, π/μ); else they are taken as they are."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -99,6 +101,19 @@ class TrainConfig(AlgorithmConfig):
     """Updates over which the learning rate rises: Adam's first steps are its most reckless."""
     final_lr_fraction: float = 0.05
     """Learning rate at the end as a fraction of that at the start."""
+    tau_start: float | None = None
+    """Cooling: τ falls from here (if that is more) to `tau` over the first half of the run. None: no cooling."""
+    replay: int = 0
+    """Earlier completions added to each batch, with fresh log-probs, values and targets; no reward is asked twice."""
+    replay_batches: int = 40
+    """How many batches back replayed completions may come from."""
+    samples_per_prompt: int = 1
+    """Completions of each prompt in a batch."""
+    centre: Literal["none", "batch", "prompt"] = "none"
+    """What is subtracted from rewards (metrics show them as they are): nothing, the first batch's mean, or each
+    prompt's mean under the reference. At γ = 1 that changes no optimal policy and leaves V less to learn."""
+    centre_samples: int = 8
+    """Completions per prompt from which the reference's means are estimated at the start, for centre = "prompt"."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's)."""
     critic: Literal["shared", "separate"] = "shared"
@@ -122,11 +137,24 @@ class TrainConfig(AlgorithmConfig):
     def __post_init__(self):
         super().__post_init__()
         counts = ("updates", "batch_size", "epochs", "minibatches", "max_new_tokens", "eval_every", "checkpoint_every")
+        counts += ("replay_batches", "samples_per_prompt", "centre_samples")
         self._require("must be an integer >= 1", lambda x: x >= 1, *counts)
         self._require("must be a finite number > 0", lambda x: x > 0, "learning_rate", "max_grad_norm", "temperature")
         self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "final_lr_fraction")
-        self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed")
+        self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed", "replay")
+        self._require("must be None or > 0", lambda x: x is None or x > 0, "tau_start")
         self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
+        whole = f"must divide batch_size={self.batch_size}"
+        self._require(whole, lambda x: self.batch_size % x == 0, "samples_per_prompt")
+
+    def cooled(self, update: int) -> "TrainConfig":
+        """The settings in this update of U: τ_u = τ (τ_start/τ)^max(0, 1 − 2u/U).
+
+        >>> [round(TrainConfig(tau=0.1, tau_start=0.4, updates=4).cooled(u).tau, 3) for u in range(4)]
+        [0.4, 0.2, 0.1, 0.1]
+        """
+        ratio = max(1.0, (self.tau_start or self.tau) / self.tau)
+        return replace(self, tau=self.tau * ratio ** max(0.0, 1 - 2 * update / self.updates))
 
 
 THRESHOLDS = {  # and the variants of the KLQ loss that need them

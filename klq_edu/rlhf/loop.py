@@ -1,8 +1,10 @@
 """The RL loop: roll out, score, targets, epochs of minibatches, update, log. Read `train` top to bottom."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -15,6 +17,7 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
 from klq_edu.rlhf.optim import clip_gradients, learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.replay import Memory, join, refreshed
 from klq_edu.rlhf.rewards import Reward, score
 from klq_edu.rlhf.rollout import PROVIDED, Constraint, Rollout, check_prompts, collect
 from klq_edu.rlhf.runs import Run, TrainState
@@ -24,17 +27,19 @@ from klq_kernels.types import select
 
 METRICS = {
     "update": "number of this update, from 0; everything below is measured on its batch of rollouts",
-    "rollouts": "completions sampled so far",
+    "tau": "KL coefficient τ_u of this update's targets and losses: above τ while cooling",
+    "rollouts": "completions sampled so far, those for the reference's mean rewards included",
+    "row_steps": "completions times optimiser steps they took part in, so far: the compute of the fit",
     "reward": "mean score of the batch's completions",
     "reward_std": "standard deviation of the scores within the batch",
     "kl": "mean over completions of Σ_t D(π‖π_b)(s_t), exact over the vocabulary, in nats",
-    "objective": "reward − τ kl: a sample of J(π), what every algorithm here maximises (γ = 1)",
+    "objective": "reward − τ kl at the final τ: a sample of J(π), what every algorithm here maximises (γ = 1)",
     "entropy": "mean over tokens of H(π(·|s_t)), in nats",
     "length": "mean number of tokens per completion, EOS included",
     "unknown": "share of tokens beyond the tokenizer (the model's vocabulary is padded), which decode to nothing",
     "value": "mean over tokens of V(s_t) before the update",
     "advantage_rms": "root mean square of Δ_t (before whitening): how far Q is from its λ-return",
-    "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale",
+    "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale; replayed completions included",
     "grad_norm": "mean gradient norm of the policy over the update's optimiser steps, before clipping",
     "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, just before the update's last optimiser step",
     "learning_rate": "Adam's step size in this update",
@@ -45,30 +50,36 @@ METRICS = {
 def train(
     policy: ActorCritic, tokenizer, prompts: Dataset, reward: Reward, config: TrainConfig, *, run: Run,
     constraint: Constraint | None = None, evaluate: Callable[[ActorCritic], dict] | None = None,
-    on_update: Callable[[dict], None] = lambda row: None,
+    on_update: Callable[[dict], None] = lambda row: None, baselines: Sequence[float] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Train `policy` in place and return one row of metrics per update (see METRICS), logged to `run` as they come.
 
     `prompts` needs a column "prompt", checked before the first update; further columns are passed to the reward.
     `evaluate(policy)` adds columns every `config.eval_every` updates. A fresh value head starts at the mean reward of
-    the first batch, which the reference sampled. If `run` holds a checkpoint of the same run, training continues from
-    it with the same random numbers. Ctrl-C, SIGTERM and SIGHUP drop an update that has not changed the policy yet and
-    finish one that has (a second signal stops at once); then the state is saved. So it is after an error, unless that
-    came amid an update that has changed the policy or tells of divergence: then the last checkpoint counts.
+    the first batch, which the reference sampled, less what is subtracted from rewards. `baselines`, one number per
+    prompt, are that where it is known; otherwise the reference is sampled for them (see `config.centre`).
+
+    If `run` holds a checkpoint of the same run, training continues from it with the same random numbers. Ctrl-C,
+    SIGTERM and SIGHUP drop an update that has not changed the policy yet and finish one that has (a second signal stops
+    at once); then the state is saved. So it is after an error, unless that came amid an update that has changed the
+    policy or tells of divergence: then the last checkpoint counts.
 
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
-    prepare(policy, prompts, config)
+    prepare(policy, prompts, config, baselines)
     given = config.to_dict()
     if differ := {k: (v, given[k]) for k, v in run.settings.items() if k in given and v != given[k]}:
         raise ValueError(f"run and config have other settings (run, config): {differ}; make both of one config")
     check_prompts(tokenizer, prompts["prompt"], policy, config.max_new_tokens)
     optimizer = torch.optim.Adam(policy.trainable().values(), lr=config.learning_rate)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, memory = torch.Generator().manual_seed(config.seed), Memory(config.replay_batches)
     schedule = {name: given[name] for name in ("updates", "warmup_updates", "final_lr_fraction")}
-    state, value_was_set = TrainState(policy.trainable(), optimizer, generator), policy.value_is_set
+    state, value_was_set = TrainState(policy.trainable(), optimizer, generator, memory), policy.value_is_set
+    sample = partial(collect_scored, policy, tokenizer, prompts, reward, config, constraint, generator)
+    before = len(prompts) * config.centre_samples if config.centre == "prompt" and baselines is None else 0
     with run.writing(), StopSignals() as stop:
         rest = {"tokenizer": fingerprint(tokenizer), "constraint": fingerprint(constraint)}
+        rest |= {} if baselines is None else {"baselines": fingerprint(list(baselines))}
         run.claim(identity(prompts, reward, policy) | rest)
         policy.dtype = getattr(torch, run.keep("dtype", str(policy.dtype).removeprefix("torch.")))
         rows = run.resume(state)
@@ -78,29 +89,31 @@ def train(
         optimizer.register_step_pre_hook(lambda *_: stop.start())
         try:
             for update in range(len(rows), config.updates):
-                start = time.perf_counter()
+                start, now = time.perf_counter(), config.cooled(update)
+                policy.value_grad_scale = now.trunk_scale
                 for group in optimizer.param_groups:  # a function of the update, so nothing to save
                     group["lr"] = config.learning_rate * learning_rate_factor(update, **schedule)
-                batch = prompts[prompt_rows(len(prompts), config.batch_size, update, config.seed)]
-                rollout = collect(
-                    policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature, constraint=constraint, generator=generator,
-                )  # fmt: skip
-                scores = score(reward, rollout, **batch)
-                rollout = rollout.rewarded(scores)
-                if update == 0 and not policy.value_is_set:
-                    policy.start_value(scores.mean().item())
-                    rollout = replace(rollout, values=torch.where(rollout.mask, scores.mean(), 0.0))
-                targets = make_targets(rollout, config)
-                steps = fit(policy, rollout, targets, config, optimizer, generator)
+                index = batch_rows(len(prompts), config, update)
+                rollout, scores = sample(index)
+                if update == 0:
+                    memory.baselines = reference_means(len(prompts), config, scores, sample, baselines)
+                    rollout = start_values(policy, rollout, (scores - memory.baselines[index].to(scores)).mean())
+                rollout = rollout.rewarded(scores - memory.baselines[index].to(scores))
+                old = memory.draw(config.replay, generator)
+                batch = rollout if old is None else join(rollout, refreshed(policy, old))
+                targets = make_targets(batch, now)
+                steps = fit(policy, batch, targets, now, optimizer, generator)
 
-                row = {"update": update, "rollouts": (update + 1) * config.batch_size}
-                row |= summarise(rollout, scores, targets, steps, config.tau)
+                row = {"update": update, "tau": now.tau, "rollouts": before + (update + 1) * config.batch_size}
+                row["row_steps"] = (rows[-1]["row_steps"] if rows else 0) + config.epochs * len(batch)
+                new = torch.arange(len(rollout), device=policy.device)
+                row |= summarise(batch.rows(new), scores, select(targets, new), steps, config.tau)
                 row |= {"learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
                 if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
                     row |= measured(evaluate(policy))
                 rows.append(row)
                 run.log(row, rollout)
+                memory.add(rollout)
                 state.finish_update()
                 stop.done()
                 on_update(row)
@@ -115,6 +128,38 @@ def train(
         finally:
             run.claim({"reward": reward_identity(reward)}, again=True)
     return rows
+
+
+def collect_scored(
+    policy, tokenizer, prompts: Dataset, reward: Reward, config: TrainConfig, constraint, generator, index: list[int]
+) -> tuple[Rollout, Tensor]:  # fmt: skip
+    """A completion of each of these rows of the prompts, not rewarded yet, and its score."""
+    batch = prompts[index]
+    rollout = collect(
+        policy, tokenizer, batch.pop("prompt"), max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        constraint=constraint, generator=generator,
+    )  # fmt: skip
+    return rollout, score(reward, rollout, **batch)
+
+
+def reference_means(count: int, config: TrainConfig, scores: Tensor, sample, given: Sequence[float] | None) -> Tensor:
+    """What is subtracted from the rewards of each of `count` prompts, [P], while the policy still is the reference:
+    nothing, the mean of the first batch's `scores`, or each prompt's own (those given, or of new completions)."""
+    if config.centre != "prompt":
+        return torch.full((count,), 0.0 if config.centre == "none" else scores.mean().item())
+    if given is not None:
+        return torch.as_tensor(given, dtype=torch.float32)
+    rows = torch.arange(count).repeat_interleave(config.centre_samples)
+    found = [sample(part.tolist())[1].cpu() for part in rows.split(config.batch_size)]
+    return torch.cat(found).view(count, config.centre_samples).mean(1)
+
+
+def start_values(policy, rollout: Rollout, mean: Tensor) -> Rollout:
+    """A value head that is still fresh starts at the first batch's mean reward, and so does V in that batch."""
+    if policy.value_is_set:
+        return rollout
+    policy.start_value(mean.item())
+    return replace(rollout, values=torch.where(rollout.mask, mean, 0.0))
 
 
 def measured(columns: dict) -> dict[str, float]:
@@ -144,7 +189,7 @@ def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimiz
     return torch.stack(steps)
 
 
-def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
+def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig, baselines=None) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
@@ -153,6 +198,10 @@ def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     critic = "shared" if policy.critic_body is None else "separate"
     if critic != config.critic:
         raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
+    if baselines is not None and config.centre != "prompt":
+        raise ValueError(f"baselines are for config.centre = 'prompt', which is {config.centre!r}")
+    if baselines is not None and (len(baselines) != len(prompts) or not all(map(math.isfinite, baselines))):
+        raise ValueError(f"baselines must be {len(prompts)} finite numbers, one per prompt, got {baselines!r:.100}")
     policy.to(resolve_device(config.device))
     policy.value_grad_scale, policy.dtype = config.trunk_scale, resolve_dtype(config.dtype, policy.device)
 
@@ -174,6 +223,12 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
         "grad_norm": steps[:, 1].mean().item(),
         "kl_old": steps[-1, 2].item(),
     }
+
+
+def batch_rows(count: int, config: TrainConfig, update: int) -> list[int]:
+    """Rows of the prompts for this update, each as often as `samples_per_prompt` says."""
+    rows = prompt_rows(count, config.batch_size // config.samples_per_prompt, update, config.seed)
+    return [row for row in rows for _ in range(config.samples_per_prompt)]
 
 
 def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:

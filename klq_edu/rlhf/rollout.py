@@ -10,7 +10,7 @@ top-p, no penalties. At the borders of a text the model's own `generate` is foll
   counted in the metrics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -56,6 +56,7 @@ class Rollout:
         temperature: what divided the logits.
         ended: [B] boolean, True where EOS was sampled, False where the length limit cut the completion off; or None.
         unknown: [B, T] boolean, True on real tokens that the tokenizer does not have; or None.
+        behaviour: [B, T] the log-probs at which the tokens were sampled; in replay `logprobs` are a newer policy's.
 
     Raises ValueError for an empty row or a mask with holes.
     """
@@ -77,6 +78,7 @@ class Rollout:
     temperature: float = 1.0
     ended: Tensor | None = None
     unknown: Tensor | None = None
+    behaviour: Tensor | None = None
 
     def __post_init__(self):
         right_padded(self.mask)
@@ -89,7 +91,14 @@ class Rollout:
     def rows(self, index: Tensor) -> "Rollout":
         """The sub-batch with these rows."""
         texts = {name: [x[i] for i in index.tolist()] for name, x in vars(self).items() if isinstance(x, list)}
-        return replace(self, **texts, **{name: x[index] for name, x in vars(self).items() if isinstance(x, Tensor)})
+        return replace(self, **texts, **self._tensors(lambda x: x[index]))
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same with its tensors on this device."""
+        return replace(self, **self._tensors(lambda x: x.to(device)))
+
+    def _tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def rewarded(self, scores: Tensor) -> "Rollout":
         """The same with each completion's score [B] on its last real token."""
@@ -123,7 +132,7 @@ def collect(
     )  # fmt: skip
     stats, values = score(policy, sampled, reference=True)
     logs = {"logprobs": stats.logprob, "ref_logprobs": stats.ref_logprob, "kl": stats.kl, "entropy": stats.entropy}
-    return replace(sampled, **logs, values=torch.where(mask, values, 0.0))
+    return replace(sampled, **logs, behaviour=stats.logprob, values=torch.where(mask, values, 0.0))
 
 
 @lru_cache(maxsize=2)

@@ -30,10 +30,11 @@ START = "initial weights"  # what a run without a checkpoint must start from aga
 
 
 class TrainState:
-    """What training changes: trainable parameters, optimiser, and the random state after the last finished update."""
+    """What training changes: trainable parameters, optimiser, memory, and the random state after the last finished
+    update."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer, generator: torch.Generator):
-        self.parameters, self.optimizer, self.generator = parameters, optimizer, generator
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer, generator: torch.Generator, memory):
+        self.parameters, self.optimizer, self.generator, self.memory = parameters, optimizer, generator, memory
         self.updates, self.random = 0, generator.get_state()
 
     def finish_update(self) -> None:
@@ -43,6 +44,7 @@ class TrainState:
     def to_dict(self) -> dict:
         """The state after the last finished update; valid unless an optimiser step has been taken since."""
         state = {"updates": self.updates, "optimizer": self.optimizer.state_dict(), "random": self.random}
+        state["memory"] = self.memory.state_dict()
         return state | {"parameters": {name: p.detach() for name, p in self.parameters.items()}}
 
     def restore(self, saved: dict) -> None:
@@ -50,6 +52,7 @@ class TrainState:
         for name, p in self.parameters.items():
             p.data.copy_(saved["parameters"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.memory.load_state_dict(saved["memory"])
         self.updates, self.random = saved["updates"], saved["random"]
         self.generator.set_state(self.random)
 

@@ -1,9 +1,10 @@
 """A two-layer GPT-2 of about 100,000 parameters, trained on a small grammar, learns to please a lexicon.
 
-A completion is [adjective] noun verb [adverb] and a full stop; people and things take different verbs. Decoding is
-restricted to the grammar, for policy and reference alike, so enumerating it is enumerating the model: the optimum J*
-and every policy's objective J = E[reward] − τ KL are exact. Rewards have mean 0 and standard deviation 1 under the
-reference.
+A completion is [adjective] noun verb, ended by an adverb or a full stop; people and things take different verbs.
+Decoding is restricted to the grammar, for policy and reference alike, so enumerating it is enumerating the model: the
+optimum J* and every policy's objective J = E[reward] − τ KL are exact. The reward is what a lexicon says of the words
+and their neighbours, plus a taste of each prompt for each sentence: no sentence is the best after all prompts. Rewards
+have mean 0 and standard deviation 1 under the reference.
 """
 
 import hashlib
@@ -28,7 +29,10 @@ from klq_edu.rlhf.sampling import Decoder
 from klq_edu.worlds.weights import cached_folder
 from klq_edu.worlds.world import World
 
-PROMPTS = ("at dawn the", "in deep winter the", "by moonlight the", "one fine day the")
+PROMPTS = tuple(f"{time} the" for time in (
+    "at dawn", "at noon", "at dusk", "at night", "in spring", "in summer", "in autumn", "in winter", "by moonlight",
+    "by starlight", "after rain", "before sunrise", "one day", "one morning", "long ago", "far away",
+))  # fmt: skip
 ADJECTIVES = ("kind", "old", "quiet", "proud", "cruel", "lost")
 PEOPLE = ("queen", "baker", "sailor", "thief", "child", "soldier")
 THINGS = ("river", "candle", "garden", "tower", "storm", "ship")
@@ -37,8 +41,10 @@ EVENTS = ("shines", "grows", "rests", "falls", "burns", "breaks")
 ADVERBS = ("gently", "bravely", "again", "alone", "slowly", "bitterly", "together", "forever")
 END = "."
 FIRST = ADJECTIVES + PEOPLE + THINGS
-AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: (*ADVERBS, END), ADVERBS: (END,)}
-LONGEST = 5
+LAST = (*ADVERBS, END)  # each of them ends a completion
+AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: LAST, LAST: ()}
+LONGEST = 4
+TASTE = 0.4  # standard deviation of a prompt's taste for a sentence, where the lexicon's is 1
 PAD = "<pad>"
 VOCABULARY = (PAD, END, *dict.fromkeys(" ".join(PROMPTS).split()))
 VOCABULARY += ADJECTIVES + PEOPLE + THINGS + DEEDS + EVENTS + ADVERBS
@@ -63,7 +69,8 @@ PAIRS = {
 METRICS = {
     "J": "exact objective E[R] − τ KL of the policy, by enumeration of the grammar",
     "attained": "exact (J − J(π_b)) / (J* − J(π_b)): 0 at the reference, 1 at the optimum",
-    "regret": "exact J* − J",
+    "kl_optimum": "exact KL(π ‖ π*) = (J* − J)/τ in nats: how far the policy is from the optimum",
+    "mode_mass": "exact probability of the sentence that π* likes best, mean over prompts",
     "exact_reward": "exact E[R] (standardised: mean 0, standard deviation 1 under the reference)",
     "exact_kl": "exact KL(π ‖ π_b) over completions, in nats",
 }
@@ -107,7 +114,8 @@ def build_tree() -> TokenTree:
         return torch.zeros(len(IDS), dtype=torch.float64).index_fill(0, allowed, 1 / len(allowed))
 
     prompts = tuple(tuple(IDS[w] for w in p.split()) for p in PROMPTS)
-    return TokenTree.grow(len(IDS), LONGEST, uniform, lambda prefix: raw_score(words_of(prefix)), IDS[END], prompts)
+    ends = [IDS[w] for w in LAST]
+    return TokenTree.grow(len(IDS), LONGEST, uniform, lambda prefix: raw_score(words_of(prefix)), ends, prompts)
 
 
 class GrammarRule:
@@ -134,25 +142,29 @@ class GrammarRule:
 
 @torch.no_grad()
 def policy_table(tree: TokenTree, tokenizer, policy: ActorCritic) -> Tensor:
-    """The policy as a table [S, V], float64, zero off the grammar: one pass over all states where there is a choice."""
-    possible = tree.ref > 0
-    states = (possible.sum(1) > 1).nonzero().flatten()
-    texts = [" ".join(words_of(tree.prefixes[s])) for s in states]
-    logits = Decoder(policy)(*encode_prompts(tokenizer, texts, policy, 0))
-    table = possible.double()
-    table[states] = logits.cpu().double().masked_fill(~possible[states], -torch.inf).softmax(-1)
+    """The policy as a table [S, V], float64, zero off the grammar: level by level, each state read once."""
+    decode, table, level = Decoder(policy), torch.zeros_like(tree.ref), tree.roots
+    ids, attention = encode_prompts(tokenizer, PROMPTS, policy, 0)
+    while len(level):
+        logits = decode(ids, attention).cpu().double()
+        table[level] = logits.masked_fill(tree.ref[level] == 0, -torch.inf).softmax(-1)
+        parents, tokens = (tree.children[level] != ENDS).nonzero(as_tuple=True)
+        level = tree.children[level][parents, tokens]
+        decode.keep(parents.to(policy.device))
+        ids = tokens.to(policy.device).unsqueeze(1)
+        attention = torch.cat([attention[parents], torch.ones_like(ids)], dim=1)
     return table
 
 
 def corpus(size: int, seed: int) -> list[str]:
     """Random sentences in which each prompt prefers some words: what the reference model is trained on."""
     rng = random.Random(seed)
-    taste = {p: {w: rng.lognormvariate(0, 0.7) for w in (*LEXICON, *ADJECTIVES, *ADVERBS, END)} for p in PROMPTS}
+    taste = {p: {w: rng.lognormvariate(0, 0.7) for w in (*LEXICON, *ADJECTIVES, *LAST)} for p in PROMPTS}
     sentences = []
     for _ in range(size):
         prompt = rng.choice(PROMPTS)
         words = prompt.split()
-        while words[-1] != END:
+        while words[-1] not in LAST:
             options = successors(tuple(words))
             words += rng.choices(options, [taste[prompt].get(w, 1.0) for w in options])
         sentences.append(" ".join(words))
@@ -163,7 +175,8 @@ def pretrain(tokenizer, folder: Path, *, steps: int = 300, batch: int = 128, see
     """Train the reference, a two-layer GPT-2 of about 100,000 parameters, from scratch and save it."""
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=16, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=None,
+        eos_token_id=[IDS[w] for w in LAST], pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -188,29 +201,62 @@ def standardise(tree: TokenTree) -> TokenTree:
     """The tree with terminal rewards shifted and scaled to mean 0 and standard deviation 1 under its reference."""
     weights, scores = tree.sequence_distribution(tree.ref), tree.rewards[tree.leaves]
     centred = scores - (weights * scores).sum()
-    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, centred / (weights * centred**2).sum().sqrt()))
+    return with_scores(tree, centred / (weights * centred**2).sum().sqrt())
+
+
+def with_scores(tree: TokenTree, scores: Tensor) -> TokenTree:
+    """The tree with these scores of its completions, in their order."""
+    return replace(tree, rewards=tree.rewards.index_put(tree.leaves, scores))
+
+
+def with_tastes(tree: TokenTree, seed: int) -> TokenTree:
+    """Standardised scores plus TASTE times standardised tastes, standardised: each prompt has a taste for each word."""
+    taste = torch.randn(len(PROMPTS), len(IDS), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    words = torch.zeros(len(tree.leaves[0]), len(IDS), dtype=torch.float64)
+    prompts = torch.empty(len(words), dtype=torch.long)
+    for i, completion in enumerate(tree.completions()):
+        text = " ".join(words_of(completion))
+        prompts[i] = next(k for k, p in enumerate(PROMPTS) if text.startswith(p))
+        words[i, list(completion[3:])] = 1
+    liked = with_scores(tree, (words * taste[prompts]).sum(1))
+    lexicon, liked = (standardise(x).rewards[tree.leaves] for x in (tree, liked))
+    return standardise(with_scores(tree, lexicon + TASTE * liked))
 
 
 def lexicon_reward(tree: TokenTree, identity: str):
     """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop."""
-    scores = dict(zip(map(words_of, tree.completions()), tree.rewards[tree.leaves].tolist(), strict=True))
+    texts = (" ".join(words_of(c)).removesuffix(f" {END}") for c in tree.completions())
+    scores = dict(zip(texts, tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
-        return [scores[(*p.split(), *c.removesuffix(END).split(), END)] for p, c in zip(prompts, completions)]
+        texts = (f"{p} {c.removesuffix(END).rstrip()}" for p, c in zip(prompts, completions))
+        return [scores[text] for text in texts]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
     return lexicon
 
 
+def modes(tree: TokenTree, tau: float) -> list[int]:
+    """For each prompt the completion that π* likes best, as an index into `completions()`."""
+    completions, width = tree.completions(), len(tree.prefixes[0])
+    rising = tree.sequence_distribution(tree.optimum(tau)[2]).argsort().tolist()
+    return list({completions[i][:width]: i for i in rising}.values())
+
+
 def exact_metrics(tree: TokenTree, tokenizer, tau: float):
     """A function of the policy: METRICS, by enumeration."""
     best, start = tree.optimum(tau)[1][tree.roots].mean().item(), tree.objective(tree.ref, tau).item()
+    liked = modes(tree, tau)
 
     def measure(policy: ActorCritic) -> dict[str, float]:
         table = policy_table(tree, tokenizer, policy)
         reward, kl = tree.expected_reward(table).item(), tree.sequence_kl(table).item()
         j = reward - tau * kl
-        return dict(J=j, attained=(j - start) / (best - start), regret=best - j, exact_reward=reward, exact_kl=kl)
+        mass = tree.sequence_distribution(table)[liked].sum().item()
+        return {
+            "J": j, "attained": (j - start) / (best - start), "kl_optimum": (best - j) / tau, "mode_mass": mass,
+            "exact_reward": reward, "exact_kl": kl,
+        }  # fmt: skip
 
     return measure
 
@@ -223,7 +269,8 @@ def load(seed: int = 0) -> World:
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     tree = build_tree()
-    tree = standardise(tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder))))
+    tree = tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder)))
+    tree = with_tastes(tree, seed)
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:

@@ -80,6 +80,9 @@ MANUAL = {
     "tree.optimum": (lambda **kw: TREE.optimum(**kw), dict(tau=0.5, gamma=0.9)),
     "tree.evaluate": policy_method(tree.TokenTree.evaluate, tau=0.5, gamma=0.9),
     "tree.objective": policy_method(tree.TokenTree.objective, tau=0.5, gamma=0.9),
+    "tree.td_errors": policy_method(
+        tree.TokenTree.td_errors, values=torch.zeros(len(TREE.ref), dtype=torch.float64), tau=0.5, gamma=0.9
+    ),
     "tree.attained": policy_method(tree.TokenTree.attained, tau=0.5),
     "tree.rollout": (lambda policy: TREE.rollout(policy, 4), dict(policy=TREE.ref)),
     "tree.with_ref": (lambda ref: TREE.with_ref(ref), dict(ref=TREE.ref)),

@@ -22,8 +22,12 @@ class Case(NamedTuple):
     reward: dict
     vocab: int
     depth: int
-    eos: int | None
+    eos: int | tuple | None
     prompts: tuple
+
+
+def ends(case):
+    return (case.eos,) if isinstance(case.eos, int) else case.eos or ()
 
 
 def build(vocab, depth, eos=None, forbidden=None, prompts=((),), seed=0):
@@ -50,6 +54,7 @@ CASES = {
     "eos": build(3, 3, eos=0),
     "forbidden token": build(4, 3, eos=3, forbidden=1),
     "two prompts": build(3, 2, eos=2, prompts=((7,), (8, 9))),
+    "two ends": build(4, 3, eos=(3, 1)),
     "one step": build(5, 1),
     "one token": build(1, 3),
 }
@@ -61,7 +66,7 @@ def completions_of(case, prompt):
     """Every completion of a prompt, found among all V^depth strings: cut at the first eos, keep what is allowed."""
     found = set()
     for y in itertools.product(range(case.vocab), repeat=case.depth):
-        cut = y.index(case.eos) + 1 if case.eos in y else case.depth
+        cut = next((i + 1 for i, token in enumerate(y) if token in ends(case)), case.depth)
         found.add((*prompt, *y[:cut]))
     allowed = [y for y in found if all(case.ref[y[:k]][y[k]] > 0 for k in range(len(prompt), len(y)))]
     return sorted(allowed)
@@ -93,8 +98,8 @@ def brute_value(case, table, prefix, left, gamma, backup):
     q = []
     for a in allowed:
         y = (*prefix, a)
-        ends = a == case.eos or left == 1
-        q.append(case.reward[y] if ends else gamma * brute_value(case, table, y, left - 1, gamma, backup))
+        last = a in ends(case) or left == 1
+        q.append(case.reward[y] if last else gamma * brute_value(case, table, y, left - 1, gamma, backup))
     return backup([table[prefix][a].item() for a in allowed], [case.ref[prefix][a].item() for a in allowed], q)
 
 
@@ -261,6 +266,7 @@ BAD_TREES = {
     "no prompt": (dict(prompts=()), "a prompt"),
     "eos = vocab": (dict(eos=2), "eos must lie in"),
     "negative eos": (dict(eos=-1), "eos must lie in"),
+    "one eos of two": (dict(eos=(0, 2)), "eos must lie in"),
     "sum above 1": (dict(ref=constant(0.5, 0.6)), r"ref\(\) must be 2 probabilities"),
     "negative probability": (dict(ref=constant(-0.5, 1.5)), r"ref\(\) must be 2 probabilities"),
     "NaN probability": (dict(ref=constant(math.nan, 1.0)), r"ref\(\) must be 2 probabilities"),

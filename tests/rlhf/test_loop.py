@@ -53,26 +53,35 @@ def test_same_seed_same_metrics_bit_for_bit(tmp_path, tiny_lm, tokenizer):
     assert timeless(first) == timeless(second) != timeless(other)
 
 
+EVERYTHING = {
+    "replay": 5, "replay_batches": 2, "tau_start": 1.0, "retrace": True, "centre": "prompt", "centre_samples": 2,
+    "samples_per_prompt": 2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("when", ["scoring", "after an update"])
-def test_an_interrupted_run_continues_bit_for_bit(tmp_path, tiny_lm, tokenizer, failure, when):
-    """Ctrl-C at any moment loses at most the update under way, and resuming changes nothing."""
-    whole = run(tmp_path / "whole", tiny_lm, tokenizer)
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "replay, cooled and centred"])
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, tiny_lm, tokenizer, failure, when, changes):
+    """Ctrl-C at any moment loses at most the update under way, and resuming changes nothing: what is replayed, and
+    what is subtracted from rewards, is the same as without the interruption."""
+    config, before = settings(**changes), 3 if changes and when == "scoring" else 0  # calls for the prompts' means
+    whole = run(tmp_path / "whole", tiny_lm, tokenizer, config)
     calls = []
 
     def stop(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 + before:
             raise failure("stopped")
         return even_words(**kwargs) if kwargs else None
 
     hooks = {"reward": stop} if when == "scoring" else {"on_update": stop}
     with pytest.raises((failure, RuntimeError), match="stopped"):
-        run(tmp_path / "cut", tiny_lm, tokenizer, **hooks)
+        run(tmp_path / "cut", tiny_lm, tokenizer, config, **hooks)
     kept = 2 if when == "scoring" else 3
     done = []
     reward = {"reward": stop} if when == "scoring" else {}  # it counts its calls, and is still the same reward
-    resumed = run(tmp_path / "cut", tiny_lm, tokenizer, on_update=done.append, **reward)
+    resumed = run(tmp_path / "cut", tiny_lm, tokenizer, config, on_update=done.append, **reward)
     assert timeless(resumed) == timeless(whole) and len(done) == 4 - kept
     assert len((tmp_path / "cut" / "samples.jsonl").read_text().splitlines()) == 4
 
@@ -94,6 +103,58 @@ def test_an_error_inside_the_first_update_after_resuming_tears_nothing(tmp_path,
         patch.setattr(loop, "clip_gradients", fail_at_the_second_step)
         run(tmp_path / "cut", tiny_lm, tokenizer)
     assert timeless(run(tmp_path / "cut", tiny_lm, tokenizer)) == timeless(whole)
+
+
+def test_replay_adds_rows_to_every_fit_and_asks_no_reward_twice(tmp_path, tiny_lm, tokenizer, monkeypatch):
+    scored, fitted, fit = [], [], loop.fit
+
+    def reward(prompts, completions, target):
+        scored.append(len(completions))
+        return even_words(prompts, completions, target)
+
+    monkeypatch.setattr(
+        loop, "fit", lambda policy, batch, *rest: fitted.append(len(batch)) or fit(policy, batch, *rest)
+    )
+    rows = run(tmp_path, tiny_lm, tokenizer, settings(replay=8, replay_batches=2, updates=5), reward=reward)
+    assert scored == [6] * 5 and fitted == [6, 12, 14, 14, 14]
+    assert [row["row_steps"] for row in rows] == [12, 36, 64, 92, 120]
+
+
+def test_means_of_the_prompts_are_sampled_once_and_subtracted(tmp_path, tiny_lm, tokenizer, monkeypatch):
+    """The metrics show rewards as they are; what is fitted is less the reference's mean of the same prompt."""
+    fitted, asked, fit = [], [], loop.fit
+
+    def worth(prompts, completions, target):
+        asked.append(prompts)
+        return [10.0 * t + len(c) for t, c in zip(target, completions, strict=True)]
+
+    monkeypatch.setattr(loop, "fit", lambda policy, batch, *rest: fitted.append(batch) or fit(policy, batch, *rest))
+    config = settings(centre="prompt", centre_samples=3, learning_rate=1e-9)
+    rows = run(tmp_path, tiny_lm, tokenizer, config, reward=worth)
+    samples = [p for call in asked[1:5] for p in call]  # the first call is the first batch's
+    assert sorted(samples) == sorted(PROMPTS["prompt"][:] * 3)
+    assert [row["rollouts"] for row in rows] == [21 + 6 * (u + 1) for u in range(4)]
+    assert max(abs(b.rewards.sum(1)).max() for b in fitted) < 15 < 25 < min(row["reward"] for row in rows)
+
+
+def test_means_may_be_handed_in_and_are_part_of_the_run(tmp_path, tiny_lm, tokenizer, monkeypatch):
+    fitted, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda policy, batch, *rest: fitted.append(batch) or fit(policy, batch, *rest))
+
+    def go(baselines, **changes):
+        config = settings(**({"centre": "prompt", "updates": 1} | changes))
+        policy, folder = ActorCritic(tiny_lm(), trainable_blocks=1), Run(tmp_path / config.centre, config.to_dict())
+        return train(policy, tokenizer, PROMPTS, lambda **k: k["target"], config, run=folder, baselines=baselines)
+
+    rows = go([float(t) for t in PROMPTS["target"]])
+    assert (fitted[0].rewards == 0).all() and rows[0]["reward"] > 0 and rows[0]["rollouts"] == 6
+    with pytest.raises(ValueError, match="holds another run, it differs in baselines"):
+        go([0.0] * 7)
+    for bad in ([0.0], [0.0] * 6 + [float("nan")]):
+        with pytest.raises(ValueError, match="baselines must be 7 finite numbers, one per prompt, got"):
+            go(bad)
+    with pytest.raises(ValueError, match="baselines are for config.centre = 'prompt', which is 'batch'"):
+        go([0.0] * 7, centre="batch")
 
 
 def interrupt(row):

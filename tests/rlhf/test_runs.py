@@ -30,6 +30,7 @@ from klq_edu.rlhf.identity import fingerprint, reward_identity
 from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.optim import learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.replay import Memory
 from klq_edu.rlhf.runs import Run, TrainState, load_checkpoint
 from klq_edu.rlhf.signals import SIGNALS, Interrupted
 from klq_edu.worlds.registry import preset
@@ -472,7 +473,7 @@ def test_each_checkpoint_is_written_once(tmp_path, go, monkeypatch):
 
 def small_checkpoint(folder):
     parameter = torch.nn.Parameter(torch.arange(6.0))
-    state = TrainState({"p": parameter}, torch.optim.Adam([parameter]), torch.Generator())
+    state = TrainState({"p": parameter}, torch.optim.Adam([parameter]), torch.Generator(), Memory(1))
     parameter.sum().backward()
     state.optimizer.step()
     state.finish_update()

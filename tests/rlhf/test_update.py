@@ -8,6 +8,7 @@ algorithm it concerns: the run must follow the oracle, and must differ from the 
 import copy
 import functools
 import itertools
+import math
 import shutil
 from dataclasses import fields
 from types import SimpleNamespace
@@ -34,12 +35,17 @@ KLQ, CLIP, PENALTY = "klq", "ppo_clip", "ppo_penalty"
 FOR_ALL = LINEAR | {
     "updates": 3, "batch_size": 2, "epochs": 3, "learning_rate": 1e-3, "warmup_updates": 1, "final_lr_fraction": 0.1,
     "tau": 0.1, "gamma": 0.5, "lam": 0.3, "value_grad_scale": 0.1, "temperature": 1.5,
-    "max_new_tokens": 3, "seed": 1,
+    "max_new_tokens": 3, "seed": 1, "tau_start": 0.9, "replay": 8, "centre": "batch",
 }  # fmt: skip
 CASES = [(field, value, ALGORITHMS, {}) for field, value in FOR_ALL.items()] + [
     # field, its new value, the algorithms it concerns, what else is set before and after the change
     ("whiten", True, ALGORITHMS, LINEAR),  # whitened gains have no mean, so the gradient of V's bias has no sign
     ("critic", "separate", ALGORITHMS, LINEAR),  # weights that hardly reach V have gradients without a sign
+    ("centre", "prompt", [KLQ], {"value_is_set": False}),
+    ("centre", "batch", [KLQ], {"value_is_set": False}),
+    ("centre_samples", 3, [KLQ], {"centre": "prompt"}),
+    ("replay_batches", 1, [CLIP], {"replay": 99, "updates": 4}),
+    ("retrace", True, [KLQ, PENALTY], {"replay": 99, "updates": 3, "learning_rate": 6e-3}),
     ("alpha", 0.3, [KLQ, PENALTY], {}),
     ("vf_coef", 2.0, [CLIP, PENALTY], {}),
     ("clip", 0.05, [CLIP, PENALTY], {}),
@@ -135,16 +141,28 @@ def oracle(given, orders=None):
     """Every update from the texts sampled in it; `orders` [update][step] are the rows of each optimiser step."""
     c, policy, moments, rows = given.config, copy.deepcopy(given.policy), {}, []
     params = policy.trainable()
-    worth = dict(zip(PROMPTS["prompt"], PROMPTS["worth"], strict=True))
-    for u, (prompts, completions) in enumerate(given.batches):
+    batches, means, before = centred(given)
+    remembered = []  # (token ids, reward less its prompt's mean, log-probs when sampled) of each completion, by batch
+    for u, (prompts, completions) in enumerate(batches):
+        final = given.config.tau
+        tau = final * (max(c.tau_start or 0, final) / final) ** max(0, 1 - 2 * u / c.updates)
+        c = SimpleNamespace(**vars(given.config) | {"tau": tau})
         pairs = [read(given.tokenizer, *texts, c.max_new_tokens) for texts in zip(prompts, completions, strict=True)]
-        scores = torch.tensor(score(prompts, completions, [worth[p] for p in prompts]), dtype=torch.float64)
+        scores = scores_of(prompts, completions)
+        rewards = scores - torch.tensor([means[p] for p in prompts], dtype=torch.float64)
         if u == 0 and not given.policy.value_is_set:
             policy.value_head.weight.data.zero_()
-            policy.value_head.bias.data.fill_(scores.mean())
+            policy.value_head.bias.data.fill_(rewards.mean())
         with torch.no_grad():
+            sampled = [look(policy, given.reference, pair, c).logp for pair in pairs]
+            new = list(zip(pairs, rewards, sampled, strict=True))
+            older = list(itertools.chain(*remembered[-c.replay_batches :]))
+            assert not c.replay or c.replay >= len(older)  # else which ones are drawn is left to chance
+            used = new + older if c.replay else new
+            remembered.append(new)
+            pairs = [pair for pair, _, _ in used]
             old = [look(policy, given.reference, pair, c) for pair in pairs]
-            fixed = targets(old, scores, c)
+            fixed = targets(old, [r for _, r, _ in used], c, [mu for _, _, mu in used])
         lr = c.learning_rate * min(1, (u + 1) / (c.warmup_updates + 1))
         lr *= 1 + (c.final_lr_fraction - 1) * u / max(c.updates - 1, 1)
         steps = []
@@ -156,8 +174,34 @@ def oracle(given, orders=None):
             norm = step(params, torch.autograd.grad(mean, list(params.values())), moments, lr, c.max_grad_norm)
             ratio = torch.cat([n.logp.detach() - old[i].logp for n, i in zip(new, index, strict=True)])  # log π/π_old
             steps.append((mean.item(), norm, (ratio.exp() - 1 - ratio).mean().item()))
-        rows.append(metrics(u, old, fixed, scores, steps, c) | {"learning_rate": lr})
+        count = sum(row["row_steps"] for row in rows[-1:]) + (
+            sum(map(len, orders[u])) if orders else len(used) * c.epochs
+        )
+        now = len(scores)
+        row = metrics(u, old[:now], fixed[:now], scores, steps, given.config) | {"learning_rate": lr, "tau": tau}
+        rows.append(row | {"rollouts": before + row["rollouts"], "row_steps": count})
     return outcome(rows, given.policy.trainable(), params)
+
+
+def scores_of(prompts, completions):
+    worth = dict(zip(PROMPTS["prompt"], PROMPTS["worth"], strict=True))
+    return torch.tensor(score(prompts, completions, [worth[p] for p in prompts]), dtype=torch.float64)
+
+
+def centred(given):
+    """The batches of the updates, what is subtracted from each prompt's rewards, and how many completions that cost."""
+    c, batches = given.config, list(given.batches)
+    if c.centre == "none":
+        return batches, dict.fromkeys(PROMPTS["prompt"], 0.0), 0
+    if c.centre == "batch":
+        return batches, dict.fromkeys(PROMPTS["prompt"], scores_of(*batches[0]).mean()), 0
+    extra = batches[1 : 1 + -(-len(PROMPTS) * c.centre_samples // c.batch_size)]
+    prompts, completions = (list(itertools.chain(*column)) for column in zip(*extra, strict=True))
+    scores, found = scores_of(prompts, completions), {p: [] for p in PROMPTS["prompt"]}
+    for p, s in zip(prompts, scores, strict=True):
+        found[p].append(s)
+    assert {len(f) for f in found.values()} == {c.centre_samples}
+    return [batches[0], *batches[1 + len(extra) :]], {p: sum(f) / len(f) for p, f in found.items()}, len(prompts)
 
 
 def read(tokenizer, prompt, completion, limit):
@@ -177,7 +221,7 @@ def look(policy, reference, pair, c):
         seen = policy.critic_body(ids).last_hidden_state[0, here]
     else:
         default = c.tau if c.algorithm == KLQ else 1
-        scale = default if c.value_grad_scale is None else c.value_grad_scale
+        scale = default if c.value_grad_scale is None else c.value_grad_scale  # τ is this update's
         seen = scale * hidden + (1 - scale) * hidden.detach()
     taken = range(len(completion)), completion
     return SimpleNamespace(
@@ -186,13 +230,16 @@ def look(policy, reference, pair, c):
     )  # fmt: skip
 
 
-def targets(old, scores, c):
-    """Per row: Q_old, Δ; Ĝ for Q, Â for the policy gradient, V_old + Δ for V."""
+def targets(old, scores, c, sampled):
+    """Per row: Q_old, Δ; Ĝ for Q, Â for the policy gradient, V_old + Δ for V. `sampled` are log μ of the tokens."""
     rows = []
-    for o, final in zip(old, scores, strict=True):
+    for o, final, mu in zip(old, scores, sampled, strict=True):
         q, T = c.tau * (o.logp - o.logq) + o.v, len(o.v)
         td = [(c.gamma * o.v[t + 1] if t + 1 < T else final) - q[t] for t in range(T)]
-        delta = torch.stack([sum((c.gamma * c.lam) ** (k - t) * td[k] for k in range(t, T)) for t in range(T)])
+        cut = (o.logp - mu).exp().clamp(max=1) if c.retrace else torch.ones(T)
+        trace = [[math.prod(cut[t + 1 : k + 1].tolist()) for k in range(T)] for t in range(T)]
+        delta = [sum((c.gamma * c.lam) ** (k - t) * trace[t][k] * td[k] for k in range(t, T)) for t in range(T)]
+        delta = torch.stack(delta)
         rows.append(SimpleNamespace(q=q, delta=delta, gain=delta, v=o.v + delta))
     every = torch.cat([row.delta for row in rows])
     for row in rows:
@@ -279,10 +326,12 @@ def test_algorithm_follows_its_formulas_and_no_other(run, algorithm):
     [pytest.param(f, v, a, rest, id=f"{f}={v}-{a}") for f, v, algorithms, rest in CASES for a in algorithms],
 )
 def test_each_field_does_what_the_formulas_say(run, field, value, algorithm, rest):
-    got, given = run({"algorithm": algorithm, **rest, field: value})
+    options = {k: rest[k] for k in rest.keys() & {"value_is_set"}}
+    rest = {k: v for k, v in rest.items() if k not in options}
+    got, given = run({"algorithm": algorithm, **rest, field: value}, **options)
     assert agree(got, oracle(given))
     before = {} if field == "loss" else rest  # a threshold without its loss is refused
-    assert differ(got, run({"algorithm": algorithm} | before)[0])
+    assert differ(got, run({"algorithm": algorithm} | before, **options)[0])
 
 
 def test_every_field_has_a_case_or_a_test_of_its_own():
@@ -331,6 +380,16 @@ def test_a_constraint_that_allows_everything_changes_nothing(run, changes):
     fused, sampled = run(changes)
     constrained, again = run(changes, constraint=Everything())
     assert sampled.batches == again.batches and agree(fused, constrained)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_samples_per_prompt_come_from_the_same_prompt(run, samples):
+    """Four completions per batch, twice: each prompt is used equally often in the end, and sampled afresh each time."""
+    _, given = run({"samples_per_prompt": samples, "updates": 4, "learning_rate": 1e-12})
+    for prompts, completions in given.batches:
+        assert prompts == [p for p in prompts[::samples] for _ in range(samples)]
+        assert len(set(prompts)) == 4 // samples and (samples == 1 or len(set(completions)) > 1)
+    assert {sum(p == q for ps, _ in given.batches for q in ps) for p in PROMPTS["prompt"]} == {4}
 
 
 def test_each_update_and_each_seed_samples_afresh(run):

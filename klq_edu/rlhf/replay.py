@@ -1,0 +1,88 @@
+"""What a run remembers: its latest batches, to be learnt from again, and what is subtracted from rewards.
+
+Replay is licensed by the Q view: at γ = 1 the optimum has Δ = 0 along every path (`TokenTree.td_errors`), so it is a
+fixed point whoever sampled the path. Replayed completions therefore get log-probs, values and targets under the present
+policy, and no importance weights. Away from the optimum an uncorrected λ-return follows the old policy's continuation;
+`retrace` cuts it where the present policy would rarely go.
+"""
+
+from collections import deque
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from klq_edu.rlhf.evaluate import score
+from klq_edu.rlhf.policy import ActorCritic
+from klq_edu.rlhf.rollout import Rollout
+
+
+class Memory:
+    """The last `batches` rewarded batches, and `baselines` [P], subtracted from the rewards of each prompt."""
+
+    def __init__(self, batches: int):
+        self.batches: deque[Rollout] = deque(maxlen=batches)
+        self.baselines = torch.zeros(0)
+
+    def add(self, rollout: Rollout) -> None:
+        """Remember a batch, on the CPU and without its trunk activations, which are the largest part of it."""
+        self.batches.append(replace(rollout, trunk=None).to("cpu"))
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Rollout | None:
+        """`count` different completions of the batches remembered, each as likely as any other; all if there are no
+        more, None if there are none."""
+        if not count or not self.batches:
+            return None
+        remembered = join(*self.batches)
+        return remembered.rows(torch.randperm(len(remembered), generator=generator)[:count])
+
+    def state_dict(self) -> dict:
+        """Tensors, texts and numbers only, for a checkpoint."""
+        return {"batches": [vars(b) for b in self.batches], "baselines": self.baselines}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` returned."""
+        self.batches.clear()
+        self.batches.extend(Rollout(**b) for b in state["batches"])
+        self.baselines = state["baselines"]
+
+
+@torch.no_grad()
+def refreshed(policy: ActorCritic, rollout: Rollout) -> Rollout:
+    """The same completions and rewards as the present policy sees them: its log-probs, entropy and values, and its
+    frozen trunk's activations. (log π_b never changes; the exact KL stays that of the policy that sampled.)"""
+    rollout = rollout.to(policy.device)
+    if policy.frozen_blocks is not None:
+        trunk = policy.encode(rollout.input_ids, rollout.attention_mask)["hidden"]
+        rollout = replace(rollout, trunk=trunk)
+    new, values = score(policy, rollout)
+    return replace(rollout, logprobs=new.logprob, entropy=new.entropy, values=torch.where(rollout.mask, values, 0.0))
+
+
+def join(*parts: Rollout) -> Rollout:
+    """All rows in one batch, in this order: prompts padded on the left, completions on the right."""
+    width = max(p.mask.shape[1] for p in parts)
+    front = max(p.input_ids.shape[1] - p.mask.shape[1] for p in parts)
+    wide = [_widened(p, width, front) for p in parts]
+    return Rollout(**{name: _stacked([w[name] for w in wide]) for name in wide[0]})
+
+
+def _stacked(columns: list):
+    """One field of several rollouts: tensors and lists end to end, what is the same for all once."""
+    if isinstance(columns[0], Tensor):
+        return torch.cat(columns)
+    return list(chain(*columns)) if isinstance(columns[0], list) else columns[0]
+
+
+def _widened(part: Rollout, width: int, front: int) -> dict:
+    """The fields of a rollout for completions of `width` tokens after prompts (less one token) of `front`."""
+    right = width - part.mask.shape[1]
+    left = front + part.mask.shape[1] - part.input_ids.shape[1]
+    fields = dict(vars(part))
+    for name, x in fields.items():
+        if isinstance(x, Tensor) and x.ndim > 1:
+            place = (left if name in ("input_ids", "attention_mask", "trunk") else 0, right)
+            fields[name] = pad(x, (0, 0) * (x.ndim - 2) + place, value=name == "allowed")
+    return fields
