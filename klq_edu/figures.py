@@ -93,13 +93,13 @@ def reward_kl_plane(runs: pd.DataFrame, frontier: pd.DataFrame | None = None, sm
     return Picture(figure, caption, f"Paths in the KL-reward plane for {_names(runs)}.")
 
 
-def regret_curves(runs: pd.DataFrame, tau: float) -> Picture:
-    """Exact regret J* − J(π) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
+def optimum_curves(runs: pd.DataFrame, tau: float) -> Picture:
+    """Exact KL(π ‖ π*) on a logarithmic axis against rollouts (worlds that can be enumerated)."""
     remark = (
-        f"The regret is the distance to the exact optimum J* at τ = {tau:g}, computed by enumerating every completion: "
-        "no sampling noise is left in these curves but that of training itself. Lower is better; 0 cannot be crossed."
+        f"This is the distance to the exact optimum at τ = {tau:g}, (J* − J)/τ, computed by enumerating every "
+        "completion: no sampling noise is left in these curves but that of training itself. Lower is better."
     )
-    picture = learning_curves(runs, {"regret": "regret J* − J(π) [reward]"}, remark)
+    picture = learning_curves(runs, {"kl_optimum": "KL(π ‖ π*) per completion [nats]"}, remark)
     picture.figure.axes[0].set_yscale("log")
     return picture._replace(alt=f"{picture.alt[:-1]}, on a logarithmic axis.")
 

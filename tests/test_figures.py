@@ -12,7 +12,7 @@ def runs():
     columns = {
         "reward": 1.0,
         "kl": 2.0,
-        "regret": 0.5,
+        "kl_optimum": 0.5,
         "attained": 0.5,
         "kl_old": 0.1,
         "exact_kl": 2.0,
@@ -28,7 +28,7 @@ def drawings(runs):
     return [
         figures.learning_curves(runs, {"reward": "reward", "kl": "KL [nats]"}, "Rises."),
         figures.reward_kl_plane(runs, figures.frontier(tree)),
-        figures.regret_curves(runs, 0.2),
+        figures.optimum_curves(runs, 0.2),
         figures.exact_steps(),
     ]
 

@@ -77,15 +77,13 @@ def run_demo(config: DemoConfig) -> None:
 
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:
     """Train once, in a world of your choice, with every setting at your disposal."""
+    from klq_edu.app.experiment import trained_policy
     from klq_edu.app.report import run_all
     from klq_edu.files import writable_folder
-    from klq_edu.rlhf.runs import load_checkpoint
 
     folder = command.save_model and writable_folder(command.save_model)
     world, _ = run_all(command.world, {command.out: command.config})
     if folder:
-        policy = world.make_policy(command.config)
-        policy.load_state_dict(load_checkpoint(command.out / "checkpoint.pt")["parameters"], strict=False)
-        policy.save_pretrained(folder)
+        trained_policy(world, command.config, command.out).save_pretrained(folder)
         world.tokenizer.save_pretrained(folder)
         print(f"model: {folder}")

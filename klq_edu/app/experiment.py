@@ -14,7 +14,7 @@ from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run
+from klq_edu.rlhf.runs import Run, load_checkpoint
 from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
@@ -65,6 +65,13 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         run.claim({"reward": reward_identity(world.reward)}, again=True)
         write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
         return read_result(run)
+
+
+def trained_policy(world: World, config: TrainConfig, folder: Path) -> ActorCritic:
+    """The policy of a finished run, from its last checkpoint."""
+    policy = world.make_policy(config)
+    policy.load_state_dict(load_checkpoint(folder / "checkpoint.pt")["parameters"], strict=False)
+    return policy
 
 
 def read_result(run: Run) -> Result | None:

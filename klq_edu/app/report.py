@@ -113,7 +113,9 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
         ("plane", "Reward against KL", figures.reward_kl_plane(runs, *plane)),
     ]
     if world.tree:
-        shown += [("regret", "Regret to the exact optimum", figures.regret_curves(runs, results[0].settings["tau"]))]
+        shown += [
+            ("optimum", "Distance to the exact optimum", figures.optimum_curves(runs, results[0].settings["tau"]))
+        ]
     shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
     if world.tree and pair["algorithm"].nunique() == 2:

@@ -44,7 +44,8 @@ FIRST = ADJECTIVES + PEOPLE + THINGS
 LAST = (*ADVERBS, END)  # each of them ends a completion
 AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: LAST, LAST: ()}
 LONGEST = 4
-TASTE = 0.4  # standard deviation of a prompt's taste for a sentence, where the lexicon's is 1
+TASTE = 0.4  # standard deviation of a prompt's taste for a sentence, where the lexicon's is 1 …
+PROXY = 0.593  # … and of a proxy's error, where the reward's is 1: they correlate by 1/√(1 + 0.593²) = 0.86
 PAD = "<pad>"
 VOCABULARY = (PAD, END, *dict.fromkeys(" ".join(PROMPTS).split()))
 VOCABULARY += ADJECTIVES + PEOPLE + THINGS + DEEDS + EVENTS + ADVERBS
@@ -209,18 +210,16 @@ def with_scores(tree: TokenTree, scores: Tensor) -> TokenTree:
     return replace(tree, rewards=tree.rewards.index_put(tree.leaves, scores))
 
 
-def with_tastes(tree: TokenTree, seed: int) -> TokenTree:
-    """Standardised scores plus TASTE times standardised tastes, standardised: each prompt has a taste for each word."""
-    taste = torch.randn(len(PROMPTS), len(IDS), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    words = torch.zeros(len(tree.leaves[0]), len(IDS), dtype=torch.float64)
-    prompts = torch.empty(len(words), dtype=torch.long)
-    for i, completion in enumerate(tree.completions()):
-        text = " ".join(words_of(completion))
-        prompts[i] = next(k for k, p in enumerate(PROMPTS) if text.startswith(p))
-        words[i, list(completion[3:])] = 1
-    liked = with_scores(tree, (words * taste[prompts]).sum(1))
-    lexicon, liked = (standardise(x).rewards[tree.leaves] for x in (tree, liked))
-    return standardise(with_scores(tree, lexicon + TASTE * liked))
+def with_tastes(tree: TokenTree, scale: float, seed: int) -> TokenTree:
+    """The tree's rewards plus `scale` times a taste, standardised: each prompt likes each word by a number from
+    N(0, 1), and a completion by the sum over its words, standardised."""
+    width = len(tree.prefixes[0])
+    taste = torch.randn(len(tree.roots), len(IDS), generator=torch.Generator().manual_seed(seed)).tolist()
+    owners = prompt_of(tree).tolist()
+    liked = [sum(taste[i][token] for token in c[width:]) for i, c in zip(owners, tree.completions(), strict=True)]
+    trees = tree, with_scores(tree, torch.tensor(liked, dtype=torch.float64))
+    scores, tastes = (standardise(x).rewards[tree.leaves] for x in trees)
+    return standardise(with_scores(tree, scores + scale * tastes))
 
 
 def lexicon_reward(tree: TokenTree, identity: str):
@@ -236,11 +235,16 @@ def lexicon_reward(tree: TokenTree, identity: str):
     return lexicon
 
 
+def prompt_of(tree: TokenTree) -> Tensor:
+    """The prompt's number for each completion, in their order."""
+    numbers, width = {tree.prefixes[r]: i for i, r in enumerate(tree.roots)}, len(tree.prefixes[0])
+    return torch.tensor([numbers[c[:width]] for c in tree.completions()])
+
+
 def modes(tree: TokenTree, tau: float) -> list[int]:
     """For each prompt the completion that π* likes best, as an index into `completions()`."""
-    completions, width = tree.completions(), len(tree.prefixes[0])
-    rising = tree.sequence_distribution(tree.optimum(tau)[2]).argsort().tolist()
-    return list({completions[i][:width]: i for i in rising}.values())
+    rising = tree.sequence_distribution(tree.optimum(tau)[2]).argsort()
+    return list(dict(zip(prompt_of(tree)[rising].tolist(), rising.tolist())).values())
 
 
 def exact_metrics(tree: TokenTree, tokenizer, tau: float):
@@ -261,16 +265,33 @@ def exact_metrics(tree: TokenTree, tokenizer, tau: float):
     return measure
 
 
+def win_rate(tree: TokenTree, first: Tensor, second: Tensor) -> float:
+    """Exact probability that a completion of the first policy's has more reward than one of the second's to the same
+    prompt, ties counted by half: tables [S, V] -> a number in [0, 1], uniformly over prompts."""
+    owner, scores = prompt_of(tree), tree.rewards[tree.leaves]
+    first, second = (tree.sequence_distribution(p) * len(tree.roots) for p in (first, second))
+    rate = 0.0
+    for prompt in owner.unique():
+        here = owner == prompt
+        values, place = scores[here].unique(return_inverse=True)  # in rising order
+        mine, theirs = (torch.zeros_like(values).index_add(0, place, p[here]) for p in (first, second))
+        rate += (mine * (theirs.cumsum(0) - theirs / 2)).sum().item()
+    return rate / len(tree.roots)
+
+
 @lru_cache(maxsize=2)
-def load(seed: int = 0) -> World:
-    """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it."""
+def load(seed: int = 0, proxy: bool = False) -> World:
+    """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it. With `proxy` other
+    tastes are added to the rewards that are trained on, and the judge is the true reward."""
     tokenizer = build_tokenizer()
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     tree = build_tree()
     tree = tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder)))
-    tree = with_tastes(tree, seed)
+    truth = with_tastes(tree, TASTE, seed)
+    tree = with_tastes(truth, PROXY, seed + 1) if proxy else truth
+    judge = {"judge": lexicon_reward(truth, folder.name), "judge_name": "the true reward", "truth": truth}
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:
@@ -281,6 +302,7 @@ def load(seed: int = 0) -> World:
 
     prompts = Dataset.from_dict({"prompt": list(PROMPTS)})
     return World(
-        "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, folder.name), make_policy,
-        GrammarRule(tree), tree, lambda config: exact_metrics(tree, tokenizer, config.tau), METRICS, threads=1,
+        "grammar", __doc__, prompts, prompts, tokenizer, lexicon_reward(tree, folder.name + "-proxy" * proxy),
+        make_policy, GrammarRule(tree), tree, lambda config: exact_metrics(tree, tokenizer, config.tau), METRICS,
+        threads=1, **(judge if proxy else {}),
     )  # fmt: skip

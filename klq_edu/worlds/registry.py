@@ -26,6 +26,9 @@ class Entry(NamedTuple):
     quick_updates: int  # per run of `klq demo --quick`
 
 
+GRAMMAR = TrainConfig(
+    updates=160, batch_size=32, replay=96, tau_start=0.5, eval_every=10, max_new_tokens=4, critic="separate"
+)
 WORLDS = {
     "stories": Entry(
         "SmolLM2-135M, a real language model",
@@ -34,8 +37,12 @@ WORLDS = {
         demo=("klq", "ppo_clip"), quick_updates=10,
     ),
     "grammar": Entry(
-        "a tiny language model whose exact optimum is known", TrainConfig(max_new_tokens=5, critic="separate"),
-        demo=("klq", "ppo_clip", "ppo_penalty"), quick_updates=30,
+        "a tiny language model whose exact optimum is known", GRAMMAR, demo=("klq", "ppo_clip", "ppo_penalty"),
+        quick_updates=40,
+    ),
+    "grammar_proxy": Entry(
+        "the same behind a noisy proxy that the truth judges; the proxy's exact optimum is known", GRAMMAR,
+        demo=("klq", "ppo_clip"), quick_updates=40,
     ),
 }  # fmt: skip
 

@@ -30,4 +30,5 @@ class World:
     metrics: dict[str, str] = field(default_factory=dict)  # what those metrics mean
     judge: Reward | None = None  # an independent opinion of completions, never trained on …
     judge_name: str = ""  # … and what it is
+    truth: TokenTree | None = None  # `tree` with the true rewards, where it and `reward` have a proxy's
     threads: int | None = None  # to train with on a CPU (None: torch's choice); tiny models are fastest on one
