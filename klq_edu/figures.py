@@ -104,6 +104,32 @@ def optimum_curves(runs: pd.DataFrame, tau: float) -> Picture:
     return picture._replace(alt=f"{picture.alt[:-1]}, on a logarithmic axis.")
 
 
+def optimum_gaps(runs: pd.DataFrame, labels: dict[str, str]) -> Picture:
+    """KL(π ‖ π*) at the end of each run against τ, by algorithm: one panel per schedule (name -> title) of a sweep."""
+    figure, axes = panels(len(labels), width=4.2, height=3.8)
+    taus = sorted(runs["tau"].unique())
+    for axis, (schedule, title) in zip(axes, labels.items(), strict=True):
+        for i, (name, part) in enumerate(in_order(runs[runs["schedule"] == schedule], "algorithm", STYLES)):
+            gaps = part.groupby("tau")["kl_optimum"]
+            places = [taus.index(tau) + 0.16 * (i - 1.5) for tau in gaps.median().index]
+            spread = [gaps.median() - gaps.min(), gaps.max() - gaps.median()]
+            look = {"color": STYLES[name]["color"], "label": STYLES[name]["label"], "marker": "osD^"[i]}
+            axis.errorbar(places, gaps.median(), spread, ls="", ms=5, lw=1.2, **look)
+        axis.set(xlabel="KL coefficient τ", ylabel="KL(π ‖ π*) [nats]", title=title, yscale="log")
+        axis.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
+    low, high = (f(axis.get_ylim()[i] for axis in axes) for i, f in enumerate((min, max)))
+    for axis in axes:
+        axis.set_ylim(low, high)
+    axes[-1].legend()
+    seeds, completions = runs["seed"].nunique(), runs["rollouts"].max()
+    caption = (
+        f"Exact distance to the optimum after {completions:,} completions, used in {len(labels)} ways; medians of {seeds} "
+        "seeds, bars from lowest to highest. Lower is better, and a step of the axis is a factor: what changes most is "
+        "not the algorithm but whether completions are used again."
+    )
+    return Picture(figure, caption, f"Distance to the optimum against τ for {_names(runs)}, by use of completions.")
+
+
 def exact_steps() -> Picture:
     """The exact KLQ step against the exact PPO-penalty step for several α at τ = 1; right: with β on the bare Δ."""
     tau, tree, old = 1.0, TokenTree.random(4, 3, seed=0), TokenTree.random(4, 3, seed=1).ref

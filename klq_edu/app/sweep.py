@@ -13,10 +13,11 @@ from klq_edu.worlds.registry import VARIANTS, preset, variant_of
 
 EARLY = (640, 1280, 2560)  # completions after which the share attained is noted
 SCHEDULES = {  # how 5,120 completions are used, for every algorithm alike
-    "replay": {},  # the world's own settings: cooled, 96 earlier completions beside each 32 new ones, 4 epochs
-    "equal": {"replay": 32, "epochs": 2},
     "on_policy": {"replay": 0, "tau_start": None, "updates": 80, "batch_size": 64},
+    "equal": {"replay": 32, "epochs": 2},
+    "replay": {},  # the world's own settings: cooled, 96 earlier completions beside each 32 new ones, 4 epochs
 }
+LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def run_sweep(config: SweepConfig) -> None:
     """Compare algorithms over τ and seeds in the grammar world, as one CSV."""
     import pandas as pd
 
+    from klq_edu.figures import optimum_gaps
     from klq_edu.files import writable_folder, write_provenance
     from klq_edu.worlds import load
 
@@ -94,6 +96,8 @@ def run_sweep(config: SweepConfig) -> None:
     first = next(iter(experiments.values()))[1].to_dict()
     write_provenance(path, "cpu", sweep=sweep, **{"settings of the first run": first})
     shown = markdown(path) + (f"\n\n{power_table(path)}" if "wins_over_klq" in table else "")
+    labels = {name: LABELS[name] for name in config.schedules}
+    optimum_gaps(table, labels).figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     path.with_suffix(".md").write_text(shown + "\n", encoding="utf-8")
     print(f"{shown}\n\n{path}")
 
@@ -156,7 +160,7 @@ def markdown(csv: Path, schedule: str | None = None) -> str:
         longer = difference(pairs["kl_optimum"] - pairs["kl_optimum_klq"])
         alone = name == "klq" or klq["learning_rate"].nunique() != 1
         share, early, nats = (part[c] for c in ("attained", "attained_1280", "kl_optimum"))
-        cells = [f"{tau:g}", *([used] if schedule is None else []), STYLES[name]["label"], f"{rate:g}"]
+        cells = [f"{tau:g}", *([LABELS[used]] if schedule is None else []), STYLES[name]["label"], f"{rate:g}"]
         cells += [interval(share, 3), f"{share.mean():.3f}", f"{early.median():.2f}", interval(nats, 3)]
         lines.append([*cells, "" if alone else longer])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
