@@ -123,9 +123,8 @@ def optimum_gaps(runs: pd.DataFrame, labels: dict[str, str]) -> Picture:
     axes[-1].legend()
     seeds, completions = runs["seed"].nunique(), runs["rollouts"].max()
     caption = (
-        f"Exact distance to the optimum after {completions:,} completions, used in {len(labels)} ways; medians of {seeds} "
-        "seeds, bars from lowest to highest. Lower is better, and a step of the axis is a factor: what changes most is "
-        "not the algorithm but whether completions are used again."
+        f"Exact distance to the optimum after {completions:,} completions, used in {len(labels)} ways; medians of "
+        f"{seeds} seeds, bars from lowest to highest. Lower is better, and a step of the axis is a factor."
     )
     return Picture(figure, caption, f"Distance to the optimum against τ for {_names(runs)}, by use of completions.")
 

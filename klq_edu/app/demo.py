@@ -27,6 +27,8 @@ class DemoConfig:
     quick: bool = False  # Fewer updates.
     updates: int | None = None  # Updates per run; not given: the world's.
     tau: float | None = None  # KL coefficient τ; not given: the world's.
+    replay: int | None = None  # Earlier completions added to each batch; not given: the world's.
+    tau_start: float | None = None  # τ falls from here at the start; not given: the world's.
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
@@ -40,10 +42,12 @@ class DemoConfig:
         """Folder name -> settings of everything this demo runs."""
         world = named("world", self.world, WORLDS)
         updates = world.quick_updates if self.quick and self.updates is None else self.updates
-        given = {"tau": self.tau, "updates": updates, "device": self.device, "dtype": self.dtype}
+        given = {"tau": self.tau, "updates": updates, "replay": self.replay, "tau_start": self.tau_start}
+        given |= {"device": self.device, "dtype": self.dtype}
         changes, names = {k: v for k, v in given.items() if v is not None}, self.algorithms or world.demo
         configs = [(n, preset(self.world, n, seed=seed, **changes)) for seed in range(self.seeds) for n in names]
-        return {f"{n}-tau{c.tau:g}-{c.updates}x{c.batch_size}-seed{c.seed}": c for n, c in configs}
+        batches = [f"{c.batch_size}+{c.replay}" if c.replay else c.batch_size for _, c in configs]
+        return {f"{n}-tau{c.tau:g}-{c.updates}x{b}-seed{c.seed}": c for (n, c), b in zip(configs, batches)}
 
 
 @dataclass(frozen=True)

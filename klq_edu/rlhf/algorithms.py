@@ -34,7 +34,8 @@ class Step(NamedTuple):
 def make_targets(rollout: Rollout, config: AlgorithmConfig) -> Targets:
     """λ-return targets of a scored rollout; with `whiten`, Â = whiten(Δ) replaces Δ in both Ĝ and Â, never in V's; with
     `retrace`, c = min(1, π/μ) cuts the traces of tokens that the present policy would rarely choose."""
-    cut = retrace_weights(rollout.logprobs, rollout.behaviour) if config.retrace else None
+    old = rollout.behaviour if config.retrace else None
+    cut = None if old is None else retrace_weights(rollout.logprobs, old)
     out = lambda_returns(
         rollout.rewards, rollout.values, rollout.logprobs, rollout.ref_logprobs, rollout.mask,
         tau=config.tau, gamma=config.gamma, lam=config.lam, alpha=config.alpha, trace_weights=cut,
