@@ -5,7 +5,6 @@ are the floor and the model of `klq_edu.bench.roofline`.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,6 @@ class InspectConfig:
     targets: tuple[Literal[*TARGETS], ...] = TARGETS  # Architectures: A100, H100/H200, B200, MI300X.
     dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
     kernels: tuple[Literal[*COMPILED], ...] = COMPILED  # Kernels to compile, by name.
-    source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
     json: Path | None = None  # Write everything to this file too.
     n: int = SHAPE[0]  # Tokens.
     v: int = SHAPE[1]  # Vocabulary.
@@ -43,9 +41,6 @@ def run_inspect(config: InspectConfig) -> bool:
 
     from klq_edu.files import write_json
 
-    if config.source:
-        sys.stdout.writelines(roofline.compiled(*_options(config)))
-        return True
     console = Console()
     console = console if console.is_terminal else Console(width=max(console.width, 200))  # nothing cut off in a file
     total = len(config.kernels) * len(config.targets) * len(config.dtypes)
@@ -59,11 +54,12 @@ def run_inspect(config: InspectConfig) -> bool:
 
 
 def everything(config: InspectConfig, track=iter) -> dict:
-    """All that is shown, as `--json` writes it: records of `klq_kernels.offline.Finding` and of the losses, with the
+    """All that is shown, as `--json` writes it: records of `klq_kernels.offline` and of the losses, with the
     model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
     loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
-    records, bad = list(map(json.loads, track(roofline.compiled(*_options(config))))), []
+    options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
+    records, bad = list(map(json.loads, track(roofline.compiled(*options)))), []
     for record in records + losses:
         devices = [name for name, device in DEVICES.items() if device.target == record["target"]]
         record["predictions"] = [roofline.predict(record, d, config.n, config.v, config.h) for d in devices]
@@ -72,12 +68,6 @@ def everything(config: InspectConfig, track=iter) -> dict:
             bad.append("{kernel} on {target} in {dtype}: ".format_map(record) + "; ".join(record["problems"]))
     found = {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
     return found | {"calibration": roofline.calibration()}
-
-
-def _options(config: InspectConfig) -> list[str]:
-    """The compiling process's arguments."""
-    options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
-    return options + (["--source", config.source] if config.source else [])
 
 
 def _table(title: str, texts: str, numbers: str):

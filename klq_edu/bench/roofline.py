@@ -114,7 +114,7 @@ def floor_seconds(kernel: str, device: str, dtype: str, n: int, v: int, h: int) 
 
 
 def predict(record: dict, device: str, n: int, v: int, h: int) -> dict:
-    """The model, not a measurement, for a compiled kernel (a `klq_kernels.offline.Finding` as a dict) or one of LOSSES:
+    """The model, not a measurement, for a compiled kernel (a record of `klq_kernels.offline`) or one of LOSSES:
     ms, share of the floor and what bounds it, each (slow, fast); of a kernel that multiplies also clocks and needs."""
     kernel, gpu, details = record["kernel"], DEVICES[device], {}
     floor = floor_seconds(kernel, device, record["dtype"], n, v, h)
@@ -177,18 +177,15 @@ def _traffic(work: dict, gpu: Device, rows: int, columns: int, v: int, h: int) -
     return weights * ceil(rows / live) + rows * row * max(1, missed * columns / max(1, slots // live))
 
 
-def chunked_seconds(
-    device: str, n: int, v: int, h: int, rows: int, models: int = 1, logit: int = 2, summed: int = 8, copied: int = 0
-) -> float:
+def chunked_seconds(device: str, n: int, v: int, h: int, rows: int, models: int = 1) -> float:
     """Seconds of a loss in bf16 by chunks of rows: each product (logits per model, dh, dW) takes as long as cuBLAS for
-    its operations or as its bytes; then come three visits to the policy's logits of `logit` bytes, one to the other's.
-    Summing dW moves `summed` bytes per weight in the product (8: in fp32), `copied` after it, and 6 in the end."""
+    its operations or as its bytes; then come three visits to the policy's logits, one to the other's. Summing dW in
+    fp32 moves 8 bytes per weight in each product, and 6 in the end."""
     gpu, c = DEVICES[device], min(rows, n)
     z, w, bandwidth = c * v, v * h, HBM * gpu.bandwidth
-    moved = [2 * w + logit * z] * models + [2 * w + 2 * z, summed * w + 2 * z]
+    moved = [2 * w + 2 * z] * (models + 1) + [8 * w + 2 * z]
     products = sum(max(2 * c * w * THROTTLE / gpu.rate("bf16"), size / bandwidth) for size in moved)
-    others = (2 + models) * logit * z + copied * w
-    return (products + others / bandwidth) * n / c + 6 * w / bandwidth
+    return (products + (2 + models) * 2 * z / bandwidth) * n / c + 6 * w / bandwidth
 
 
 def calibration() -> dict[str, tuple[float, float, float]]:

@@ -110,7 +110,7 @@ def _name(x) -> str:
 
 
 def _installed(x) -> bool:
-    """Whether a function, class or module is Python's or an installed package's, which count by name, not by their code."""
+    """Whether a function, class or module is Python's or an installed package's: those count by name, not by code."""
     module = x if isinstance(x, types.ModuleType) else sys.modules.get(x.__module__)
     file = getattr(module, "__file__", None) or LIBRARIES[0]  # what has none is built into Python
     return module is not None and module.__name__ != "__main__" and file.startswith(LIBRARIES)

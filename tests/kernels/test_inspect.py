@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
 from functools import cache
 
 import pytest
@@ -23,9 +22,9 @@ from klq_edu.bench.roofline import (
     shortfalls,
 )
 from klq_kernels.machine_code import work
-from klq_kernels.offline import Finding, problems
+from klq_kernels.offline import problems
 
-GOOD = Finding(
+GOOD = dict(
     kernel="linear_token_stats", target="gfx942", dtype="bf16", tile="", registers=100, spill_bytes=0,
     local_accesses=0, shared_bytes=1000, shared_limit=65_536, loads={"16": 4}, stores={"4": 1},
     matrix={"v_mfma": 8}, precision="bf16", per_logit=7.0, work={},
@@ -151,8 +150,8 @@ def test_the_loops_of_amd_code_are_read_as_by_hand():
      (dict(shared_bytes=70_000), "needs 70000"), (dict(loads={"8": 3}), "no 16-byte"), (dict(matrix={}), "no matrix")],
 )  # fmt: skip
 def test_each_broken_promise_is_named(change, complaint):
-    assert problems(GOOD) == []
-    (found,) = problems(replace(GOOD, **change))
+    assert problems(**GOOD) == []
+    (found,) = problems(**GOOD | change)
     assert complaint in found
 
 
@@ -202,7 +201,7 @@ def test_a_broken_promise_is_exit_status_1_and_everything_is_in_the_json(tmp_pat
     assert "99% is promised" in " ".join(capsys.readouterr().out.split())
     found = json.loads(config.json.read_text(encoding="utf-8"))
     (record,) = found["kernels"]
-    assert {field.name for field in fields(Finding)} | {"predictions"} == record.keys()
+    assert GOOD.keys() | {"problems", "predictions"} == record.keys()
     assert {"threads", "models", "together", "size", "blocks", "group", "rows", "vocab", "hidden"} < record[
         "work"
     ].keys()
@@ -248,10 +247,7 @@ def test_the_model_of_a_tile_is_as_by_hand():
         assert max(seconds.values()) == pytest.approx(251 * (64 * step + start) / 1.83e9)
 
 
-def test_the_model_of_the_loss_by_chunks_says_what_the_first_version_took_and_what_is_possible():
-    """128 rows of fp32 logits at a time, dW through an fp32 temporary: 64 times 8.4 GB, about 180 of 235 ms."""
-    first = chunked_seconds("H100", *SHAPE, rows=128, logit=4, summed=4, copied=12)
-    assert first == pytest.approx(0.235, rel=0.03)
+def test_the_model_of_the_loss_in_one_chunk_is_as_by_hand():
     n, v, h = SHAPE
     products = 1.3 * 6 * n * v * h / DEVICES["H100"].rate("bf16")
     moved = 3 * 2 * n * v + 6 * v * h
