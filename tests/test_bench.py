@@ -23,9 +23,7 @@ from klq_edu.bench.workloads import WORKLOADS, Contender, contenders, make_input
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     """The CSV and JSON of a quick run of everything but peak memory (that takes a process each)."""
-    config = BenchConfig(
-        quick=True, reference=True, reps=2, memory=False, device="cpu", out=tmp_path_factory.mktemp("b")
-    )
+    config = BenchConfig(quick=True, reps=2, memory=False, device="cpu", out=tmp_path_factory.mktemp("b"))
     path = run_bench(config)
     return pd.read_csv(path), json.loads(path.with_suffix(".json").read_text()), path
 
@@ -52,7 +50,7 @@ def test_everyone_agrees_with_float64(result):
 
 def test_a_peer_says_what_it_computes(result):
     rows, *_ = result
-    own = rows["contender"].str.startswith(("ours", "naive", "reference"))
+    own = rows["contender"].str.startswith(("ours", "naive"))
     assert (rows["computes"][own] == "the same").all() and (rows["computes"][~own] != "the same").all()
 
 
@@ -118,8 +116,7 @@ def test_contenders_take_turns_between_products(monkeypatch):
 
 def test_peak_memory_is_that_of_a_fresh_process():
     """2048 × 4000 float32 logits are 31 MB: several of them for the naive way, far less for ours."""
-    what = {"workload": "klq", "size": Size(2048, 4000, 16), "seed": 0, "device": "cpu"}
-    what |= {"compiled": False, "reference": False}
+    what = {"workload": "klq", "size": Size(2048, 4000, 16), "seed": 0, "device": "cpu", "compiled": False}
     naive = measure.peak_memory(**what, contender="naive")
     assert 60 < naive < 400
     code = "import torch; from klq_edu.bench.measure import resident_peak as peak\n"

@@ -51,8 +51,6 @@ class BenchConfig:
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     reps: int = 3  # Repetitions, after one that warms up and is checked for its errors.
     compile: bool = False  # Also torch.compile(naive): takes tens of seconds per size, and needs a C++ compiler.
-    # Also the accurate definition that everything is tested against: slower than naive, and hungry for memory.
-    reference: bool = False
     memory: bool = True  # Measure peak memory, each in a fresh process that takes seconds to start.
     quick: bool = False  # Tiny sizes, to see in seconds that everything works; the times mean nothing.
     device: str = "auto"  # auto, cpu, cuda, …

@@ -39,7 +39,7 @@ def run_bench(config: BenchConfig) -> Path:
     path = writable_folder(config.out) / f"{config.name}.csv"
     if missing := absent_peers():
         console.print(f"peers that are not installed: {', '.join(missing)}", highlight=False)
-    jobs = [(n, s, contenders(n, device, config.compile, config.reference)) for n, s in config.points()]
+    jobs = [(n, s, contenders(n, device, config.compile)) for n, s in config.points()]
     try:
         with Progress(console=console, transient=True) as progress:
             say = partial(progress.console.print, markup=False)

@@ -205,15 +205,13 @@ class Contender(NamedTuple):
     optional: bool = True  # if it fails here, say so and go on without it
 
 
-def contenders(name: str, device: str, compiled: bool = False, reference: bool = False) -> list[Contender]:
+def contenders(name: str, device: str, compiled: bool = False) -> list[Contender]:
     """Who competes in a workload on this device, the naive way first."""
     load = WORKLOADS[name]
     truth = partial(load.ours, backend="reference")
     found = [Contender("naive", load.naive, truth, load.naive_gemms, optional=False)]
     if compiled and name != "returns":
         found.append(Contender("naive, compiled", torch.compile(load.naive), truth, load.naive_gemms))
-    if reference and name != "returns":
-        found.append(Contender("reference", truth, truth, load.naive_gemms, optional=False))
     for backend in ["torch"] + ["triton"] * device.startswith("cuda"):
         ours = partial(load.ours, backend=backend)
         found.append(Contender(f"ours ({backend})", ours, truth, load.gemms, optional=False))
