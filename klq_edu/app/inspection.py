@@ -46,7 +46,7 @@ def run_inspect(config: InspectConfig) -> bool:
     total = len(config.kernels) * len(config.targets) * len(config.dtypes)
     found = everything(config, lambda x: track(x, "compiling", total=total, console=console, transient=True))
     kernels, losses = found["kernels"], found["losses"]
-    console.print(_code(kernels), _model(kernels + losses), _calibration(found["calibration"]), sep="\n\n")
+    console.print(_code(kernels), _model(kernels + losses), sep="\n\n")
     if config.json:
         write_json(config.json, found)
     console.print("\n".join(found["problems"]) or f"{len(kernels)} variants: every tile keeps its promises.")
@@ -55,7 +55,7 @@ def run_inspect(config: InspectConfig) -> bool:
 
 def everything(config: InspectConfig, track=iter) -> dict:
     """All that is shown, as `--json` writes it: records of `klq_kernels.offline` and of the losses, with the
-    model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
+    model's `predictions` for each device of their target; and the promises that are broken."""
     loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
     options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
@@ -66,8 +66,7 @@ def everything(config: InspectConfig, track=iter) -> dict:
         record["problems"] = record["problems"] + roofline.shortfalls(record)
         if record["problems"]:
             bad.append("{kernel} on {target} in {dtype}: ".format_map(record) + "; ".join(record["problems"]))
-    found = {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
-    return found | {"calibration": roofline.calibration()}
+    return {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
 
 
 def _table(title: str, texts: str, numbers: str):
@@ -105,13 +104,6 @@ def _model(records: list[dict]):
             block = [str(r["work"]["blocks"]), l2, shared, *clocks]
         times = f"{p['floor_ms']:.3g}", _range(p["ms"][::-1]), _range(round(100 * share) for share in p["share"])
         table.add_row(r["kernel"], r["dtype"], p["device"], "/".join(dict.fromkeys(p["bound"])), *block, *times)
-    return table
-
-
-def _calibration(found: dict):
-    table = _table("What its constants were fitted to: share of the peak, or seconds", "figure", "published model")
-    for figure, (published, *model) in found.items():
-        table.add_row(figure, f"{published:.3g}", _range(model))
     return table
 
 
