@@ -14,18 +14,7 @@ from torch import Tensor
 from klq_kernels import torch_logits
 from klq_kernels.loss import add_q, klq_terms
 from klq_kernels.torch_logits import BLOCK_BYTES, blocks
-from klq_kernels.types import (
-    Gradients,
-    Head,
-    LossInputs,
-    LossSettings,
-    Residuals,
-    Rows,
-    Upstream,
-    result_dtype,
-    select,
-    zero_unless,
-)
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, zero_unless
 
 WORKSPACE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # 1,048 and 8,388 rows of 32,000 tokens in 16 bits
 TALLEST = {"cpu": 2048, "cuda": 8192}  # rows of a tile; beyond that a product gains nothing
@@ -57,7 +46,7 @@ def linear_stats(
 def linear_grad(
     kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor,
     stats: Residuals, upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
-) -> Gradients:  # fmt: skip
+) -> Head:  # fmt: skip
     """Gradients [N, H], [V, H], [V] of what `linear_stats` returned. Slab by slab of the vocabulary the logits are
     computed once more (Wijmans et al. 2024), the reference's only if the KL has an upstream gradient; `kernels` (on
     logits) turns them into their gradients, and two products these into those of hidden and weight."""
@@ -80,7 +69,7 @@ def linear_grad(
 def linear_klq(
     kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, temperature: float, inputs: LossInputs,
     settings: LossSettings, needed: tuple[bool, bool, bool], workspace: int,
-) -> tuple[Tensor, Residuals, Gradients, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Residuals, Head, Tensor]:  # fmt: skip
     """KLQ's loss, the residuals, and all gradients (hidden, weight, bias; values) from one pass over the vocabulary.
 
     Within a chunk the log-probs are known as soon as its logits are, hence the loss and its gradient: nothing is
@@ -165,6 +154,11 @@ def logit_tiles(
             out = (None if x is None else x[: math.prod(shape)].view(shape) for x in buffers)
             logits = [h and head_logits(h.take(block, columns), x) for h, x in zip(heads, out, strict=True)]
             yield columns, block, logits
+
+
+def select(group: tuple, rows: Rows) -> tuple:
+    """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
+    return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -304,11 +298,11 @@ class HeadSums:
         if last:
             del self.partial[name]
 
-    def gradients(self, rows: Rows, count: int) -> Gradients:
-        """The gradients, hidden states' in their places among `count` rows."""
+    def gradients(self, rows: Rows, count: int) -> Head:
+        """The gradients, None where not needed, hidden states' in their places among `count` rows."""
         hidden, bias = self.hidden, self.bias
         if hidden is not None and isinstance(rows, Tensor):
             hidden = hidden.new_zeros(count, hidden.shape[1]).index_copy_(0, rows, hidden)
         if bias is not None:
             bias = (bias if self.rest is None else bias * self.rest).to(self.dtype)
-        return Gradients(hidden, self.weight, bias)
+        return Head(hidden, self.weight, bias)

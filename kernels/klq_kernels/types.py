@@ -88,14 +88,6 @@ class Head(NamedTuple):
         return Head(self.hidden[rows], self.weight[columns], None if self.bias is None else self.bias[columns])
 
 
-class Gradients(NamedTuple):
-    """Gradients of a head's hidden states, weight and bias; None where nobody asked."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 class LossInputs(NamedTuple):
     """What the KLQ loss compares, all of one shape. In a fused pass the log-probs are None until the pass has them."""
 
@@ -116,11 +108,6 @@ class LossSettings(NamedTuple):
     clip: float | None = None
     log_ratio_clip: float | None = None
     delta: float | None = None
-
-
-def select(group: tuple, rows: Rows) -> tuple:
-    """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
-    return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
