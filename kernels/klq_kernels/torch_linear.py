@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from klq_kernels import torch_logits
+from klq_kernels import reference, torch_logits
 from klq_kernels.loss import add_q, klq_terms
 from klq_kernels.torch_logits import BLOCK_BYTES, blocks
-from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, zero_unless
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, select
 
 WORKSPACE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # 1,048 and 8,388 rows of 32,000 tokens in 16 bits
 TALLEST = {"cpu": 2048, "cuda": 8192}  # rows of a tile; beyond that a product gains nothing
@@ -156,11 +156,6 @@ def logit_tiles(
             yield columns, block, logits
 
 
-def select(group: tuple, rows: Rows) -> tuple:
-    """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
-    return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
-
-
 def working_dtype(weight: Tensor) -> torch.dtype:
     """In which products are made, a chunk's logits kept and gradients of logits written: that of the weight, or
     float32 on a CPU without fast products of it."""
@@ -212,7 +207,7 @@ def _live(mask: Tensor, tokens: Tensor, policy: Head, ref: Head | None) -> tuple
     """(rows that are worked on, their tokens, their heads in the working dtype): the unmasked ones or all, of which the
     masked ones' tokens and hidden states are then 0, so that a NaN can't reach the weight as 0 · NaN."""
     if every_row(mask):
-        rows, tokens = slice(None), zero_unless(mask, tokens)
+        rows, tokens = slice(None), reference.zero_unless(mask, tokens)
         policy = policy._replace(hidden=torch.where(mask.unsqueeze(1), policy.hidden, 0))
     else:
         rows = slice(None) if mask.all() else mask.nonzero().squeeze(1)
@@ -237,7 +232,7 @@ def _tile_dtype(weight: Tensor, exact: bool) -> torch.dtype:
 
 def _largest(mask: Tensor, *tensors: Tensor | None) -> Tensor:
     """The largest |entry| [] of any of the tensors [N] where not masked."""
-    given = [zero_unless(mask, x).abs() for x in tensors if x is not None]
+    given = [reference.zero_unless(mask, x).abs() for x in tensors if x is not None]
     return torch.cat([mask.new_zeros(1, dtype=torch.float32), *(x.float() for x in given)]).amax()
 
 

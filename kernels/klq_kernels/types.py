@@ -110,6 +110,11 @@ class LossSettings(NamedTuple):
     delta: float | None = None
 
 
+def select(group: tuple, rows: Rows) -> tuple:
+    """The rows of each tensor [N] of a named tuple; what is None or empty stays so."""
+    return type(group)(*(x if x is None or not len(x) else x[rows] for x in group))
+
+
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if every floating-point input is float64 (None is none), else float32. Tensors of any shape."""
     given = checks.optional(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
