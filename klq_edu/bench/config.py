@@ -33,7 +33,7 @@ QUICK = {name: Size(64, size.v and 300, size.h and 32, size.t and 16) for name, 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure time, peak memory and error of the fused operations, the naive ones and, where installed, peers.
+    """Measure time, peak memory and error of the fused operations, the naive ones and a peer.
 
     By default each workload at one size; with --n, --v, --h or --t all combinations of what you give. Takes about four
     minutes on two idle cores. (To compare the algorithms rather than the kernels: klq sweep.)

@@ -1,9 +1,8 @@
-"""`klq bench`: fused versus naive, with peers, as a table, a CSV with provenance, and figures."""
+"""`klq bench`: fused versus naive, with a peer, as a table, a CSV with provenance, and a figure."""
 
 import math
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,7 @@ from rich.table import Column, Table
 from klq_edu import figures
 from klq_edu.bench.config import BenchConfig, Size
 from klq_edu.bench.measure import measure_point
-from klq_edu.bench.workloads import PACKAGES, WORKLOADS, absent_peers, contenders
+from klq_edu.bench.workloads import WORKLOADS, contenders
 from klq_edu.files import writable_folder, write_provenance
 from klq_edu.machine import resolve_device
 
@@ -37,8 +36,6 @@ def run_bench(config: BenchConfig) -> Path:
     """Measure everything and write it; returns the CSV's path. Ctrl-C or an error loses nothing measured."""
     console, device, rows = Console(), str(resolve_device(config.device)), []
     path = writable_folder(config.out) / f"{config.name}.csv"
-    if missing := absent_peers():
-        console.print(f"peers that are not installed: {', '.join(missing)}", highlight=False)
     jobs = [(n, s, contenders(n, device, config.compile)) for n, s in config.points()]
     try:
         with Progress(console=console, transient=True) as progress:
@@ -60,9 +57,8 @@ def run_bench(config: BenchConfig) -> Path:
 def write(path: Path, rows: list[dict], config: BenchConfig, device: str) -> None:
     """The CSV, one row per workload, size, contender and stage, and the JSON that says where it comes from."""
     pd.DataFrame(rows).to_csv(path, index=False)
-    installed = {package: version(package) for package, here in PACKAGES.items() if here}
     about = {"settings": {name: str(value) for name, value in asdict(config).items()}, "method": METHOD}
-    write_provenance(path, device, **about, **installed, threads=torch.get_num_threads())
+    write_provenance(path, device, **about, threads=torch.get_num_threads())
 
 
 def print_tables(console: Console, path: Path) -> None:
