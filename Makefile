@@ -11,7 +11,7 @@ help:
 	@echo "make test    ruff, doctests, all tests but the rare ones, all notebooks: what CI runs"
 	@echo "make check-all   the same and what is worth running rarely: every kernel compiled for four GPUs, many random batches"
 	@echo "make lab     open the student edition of the course in Jupyter Lab"
-	@echo "make bench   time, memory and error of the fused operations against naive ones and peers (algorithms: klq sweep)"
+	@echo "make bench   time, memory and error of the fused operations against naive ones and a peer (algorithms: klq sweep)"
 	@echo "make gpu     on a machine with a GPU: tests, races, speed beside the prediction, in 8 minutes (ARGS=--dry-run: a rehearsal)"
 	@echo "make setup | lint | clean"
 

@@ -1,6 +1,7 @@
 """The operations as `torch.library` custom ops: opaque to torch.compile, which needs only their shapes, and with
 gradients. Their tensors are flat ([N] tokens) and go by name; options follow the tensors, those of a loss spelled out,
-since a schema knows no named tuples. `backend` is "torch" or "triton".
+since a schema knows no named tuples. Without a weight the "hidden" states [N, H] are logits [..., V] themselves.
+`backend` is "torch" or "triton".
 """
 
 import importlib
@@ -15,7 +16,7 @@ from klq_kernels import checks, torch_linear
 from klq_kernels.loss import klq_terms
 from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Upstream, result_dtype, zero_unless
 
-Five = tuple[(Tensor,) * 5]
+Three = tuple[(Tensor,) * 3]
 Nine = tuple[(Tensor,) * 9]  # `Residuals`, as a schema spells them
 
 
@@ -27,50 +28,35 @@ def kernels(backend: str, inputs: str) -> ModuleType:
 
 @custom_op("klq_kernels::token_stats", mutates_args=())
 def token_stats(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, values: Tensor | None, *, tau: float,
-    temperature: float, backend: str,
-) -> Nine:  # fmt: skip
-    """`Residuals` of every row of logits [..., V]; tokens, mask and values [N] (arXiv 2508.17000, eqs. (2), (13))."""
-    checks.token_ids(tokens, mask, logits.shape[-1])
-    return tuple(kernels(backend, "logits").logits_stats(logits, tokens, ref_logits, temperature, mask, values, tau))
-
-
-@custom_op("klq_kernels::token_stats_grad", mutates_args=())
-def token_stats_grad(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
-    b: Tensor | None, c: Tensor | None, *, temperature: float, backend: str,
-) -> Tensor:  # fmt: skip
-    """Gradient in the logits [..., V] for upstream gradients a, b, c [N] of log-prob, entropy and KL; the softmax is
-    computed again (Dao et al. 2022)."""
-    out = logits.new_empty((len(tokens), logits.shape[-1]))
-    given = dict(temperature=temperature, mask=mask, stats=Residuals(*stats), upstream=Upstream(a, b, c), out=out)
-    return kernels(backend, "logits").logits_grad(logits, tokens, ref_logits, **given).reshape(logits.shape)
-
-
-@custom_op("klq_kernels::linear_token_stats", mutates_args=())
-def linear_token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, values: Tensor | None, *, tau: float,
     temperature: float, workspace: int, backend: str,
 ) -> Nine:  # fmt: skip
-    """`Residuals` of every row of hidden [N, H] (arXiv 2508.17000, eqs. (2), (13))."""
-    checks.token_ids(tokens, mask, len(weight))
+    """`Residuals` of every row; tokens, mask and values [N] (arXiv 2508.17000, eqs. (2), (13))."""
+    checks.token_ids(tokens, mask, hidden.shape[-1] if weight is None else len(weight))
+    if weight is None:
+        given = (temperature, mask, values, tau)
+        return tuple(kernels(backend, "logits").logits_stats(hidden, tokens, ref_hidden, *given))
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     given = (temperature, mask, workspace, values, tau)
     return tuple(kernels(backend, "linear").linear_stats(policy, tokens, ref, *given))
 
 
-@custom_op("klq_kernels::linear_token_stats_grad", mutates_args=())
-def linear_token_stats_grad(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
+@custom_op("klq_kernels::token_stats_grad", mutates_args=())
+def token_stats_grad(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
     b: Tensor | None, c: Tensor | None, *, temperature: float, workspace: int, backend: str, needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden [N, H], weight [V, H] and bias [V], the logits computed again (Wijmans et al. 2024); empty
-    where not needed."""
+) -> Three:  # fmt: skip
+    """Gradients of hidden states (or logits), weight [V, H] and bias [V], empty where not needed, for upstream ones a,
+    b, c [N] of log-prob, entropy and KL; logits and softmax are computed again (Wijmans et al. 2024)."""
+    given, module = (temperature, mask, Residuals(*stats), Upstream(a, b, c)), kernels(backend, "logits")
+    if weight is None:
+        out, *nothing = _empty((hidden, weight, bias), needed)
+        module.logits_grad(hidden, tokens, ref_hidden, *given, out.view(-1, hidden.shape[-1]))
+        return out, *nothing
     policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
-    given = (temperature, mask, Residuals(*stats), Upstream(a, b, c), tuple(needed), workspace)
-    grads = torch_linear.linear_grad(kernels(backend, "logits"), policy, tokens, ref, *given)
+    grads = torch_linear.linear_grad(module, policy, tokens, ref, *given, tuple(needed), workspace)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -85,26 +71,11 @@ def lambda_returns(
     return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
 
 
-@custom_op("klq_kernels::logits_klq_loss", mutates_args=())
-def logits_klq_loss(
-    logits: Tensor, values: Tensor, tokens: Tensor, ref_logprobs: Tensor, targets: Tensor, old_logprobs: Tensor | None,
-    old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str, clip: float | None,
-    log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], backend: str,
-) -> Five:  # fmt: skip
-    """Loss; log-prob, entropy [N]; gradients of logits [..., V] (empty unless needed) and values (arXiv 2508.17000,
-    eq. (6))."""
-    inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
-    settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
-    (grad,) = _empty((logits,), needed)
-    *results, dvalues = _logits_klq(grad, logits, tokens, inputs, settings, temperature, backend)
-    return *results, grad, dvalues
-
-
 def _logits_klq(
     grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, log-prob, entropy, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
+) -> tuple[Tensor, Residuals, Tensor]:  # fmt: skip
+    """(loss, residuals, gradient in the values); the gradient in the logits goes to `grad` unless empty."""
     mask, module, out = inputs.mask, kernels(backend, "logits"), grad.view(-1, logits.shape[-1])
     checks.token_ids(tokens, mask, logits.shape[-1])
     stats = module.logits_stats(logits, tokens, None, temperature, mask)
@@ -112,23 +83,27 @@ def _logits_klq(
     total, a, dvalues = klq_terms(inputs._replace(logprobs=stats.logprob), settings)
     if out.numel():
         module.logits_grad(logits, tokens, None, temperature, mask, stats, Upstream(a / count), out)
-    return total / count, stats.logprob, stats.entropy, (dvalues / count).to(inputs.values.dtype)
+    return total / count, stats, (dvalues / count).to(inputs.values.dtype)
 
 
-@custom_op("klq_kernels::linear_klq_loss", mutates_args=())
-def linear_klq_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, tokens: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, ref_logprobs: Tensor | None, targets: Tensor,
-    old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, *, temperature: float, tau: float, loss: str,
-    clip: float | None, log_ratio_clip: float | None, delta: float | None, needed: Sequence[bool], workspace: int,
-    backend: str,
+@custom_op("klq_kernels::klq_loss", mutates_args=())
+def klq_loss(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, tokens: Tensor,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, ref_logprobs: Tensor | None,
+    targets: Tensor, old_logprobs: Tensor | None, old_values: Tensor | None, mask: Tensor, *, temperature: float,
+    tau: float, loss: str, clip: float | None, log_ratio_clip: float | None, delta: float | None,
+    needed: Sequence[bool], workspace: int, backend: str,
 ) -> Nine:  # fmt: skip
-    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden [N, H], weight, bias (empty unless
-    needed; those of float16 in float32) and values (arXiv 2508.17000, eqs. (2), (6))."""
-    checks.token_ids(tokens, mask, len(weight))
-    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
+    """Loss; log-prob, entropy, reference log-prob, KL [N]; gradients of hidden states (or logits), weight, bias (empty
+    unless needed; those of float16 hidden states in float32) and values (arXiv 2508.17000, eqs. (2), (6))."""
     inputs = LossInputs(None, ref_logprobs, values, targets, mask, old_logprobs, old_values)
     settings = LossSettings(tau=tau, loss=loss, clip=clip, log_ratio_clip=log_ratio_clip, delta=delta)
+    if weight is None:
+        grads = _empty((hidden, weight, bias), needed)
+        total, stats, dvalues = _logits_klq(grads[0], hidden, tokens, inputs, settings, temperature, backend)
+        return total, *stats[:4], *grads, dvalues
+    checks.token_ids(tokens, mask, len(weight))
+    policy, ref = Head(hidden, weight, bias), _head(ref_hidden, ref_weight, ref_bias)
     total, stats, grads, dvalues = torch_linear.linear_klq(
         kernels(backend, "linear"), policy, tokens, ref, temperature, inputs, settings, tuple(needed), workspace
     )
@@ -136,7 +111,7 @@ def linear_klq_loss(
     return total, *stats[:4], *dense, dvalues.to(values.dtype)
 
 
-def _empty(tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+def _empty(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, ...]:
     """Room for the gradients of these tensors, none where not needed."""
     return tuple(x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needed))
 
@@ -149,90 +124,71 @@ def _head(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> 
 # Shapes and dtypes, for torch.compile
 
 
-def _fake_stats(tokens: Tensor, policy: Tensor, ref: Tensor | None, values: Tensor | None = None) -> tuple[Tensor, ...]:
-    return tuple(Residuals.zeros(tokens, result_dtype(policy, ref), ref is not None, values is not None))
-
-
 @lambda_returns.register_fake
 def _(rewards, values, logprobs, ref_logprobs, mask, trace_weights, **options):
     dtype = result_dtype(rewards, values, logprobs, ref_logprobs, trace_weights)
     return tuple(torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(3))
 
 
-@logits_klq_loss.register_fake
-def _(logits, values, tokens, *per_token, needed, **options):
-    total = values.new_empty((), dtype=result_dtype(logits, values, *per_token))
-    return total, *_fake_stats(tokens, logits, None)[:2], *_empty((logits, values), [*needed, True])
+@token_stats.register_fake
+def _fake_stats(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, mask, values, **options):
+    dtype = result_dtype(hidden, ref_hidden)
+    return tuple(Residuals.zeros(tokens, dtype, ref_hidden is not None, values is not None))
 
 
-@linear_klq_loss.register_fake
+@token_stats_grad.register_fake
+def _(hidden, weight, bias, *_, needed, **options):
+    return _empty((hidden, weight, bias), needed)
+
+
+@klq_loss.register_fake
 def _(hidden, weight, bias, values, tokens, ref_hidden, ref_weight, ref_bias, *per_token, needed, **options):
-    total = values.new_empty((), dtype=result_dtype(weight, ref_weight, values, *per_token))
+    total = values.new_empty((), dtype=result_dtype(hidden, ref_hidden, values, *per_token))
     *grads, dvalues = _empty((hidden, weight, bias, values), [*needed, True])
-    grads = (g.to(torch_linear.kept_dtype(hidden.dtype)) for g in grads)
-    return total, *_fake_stats(tokens, weight, ref_weight)[:4], *grads, dvalues
-
-
-token_stats.register_fake(
-    lambda logits, tokens, ref_logits, mask, values, **_: _fake_stats(tokens, logits, ref_logits, values)
-)
-token_stats_grad.register_fake(lambda logits, *_, **__: logits.new_empty(logits.shape))
-linear_token_stats.register_fake(
-    lambda hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, mask, values, **_: _fake_stats(
-        tokens, weight, ref_weight, values
-    )
-)
-linear_token_stats_grad.register_fake(
-    lambda hidden, weight, bias, *_, needed, **__: _empty((hidden, weight, bias), needed)
-)
+    kept = hidden.dtype if weight is None else torch_linear.kept_dtype(hidden.dtype)
+    stats = _fake_stats(hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias, None, None)
+    return total, *stats[:4], *(g.to(kept) for g in grads), dvalues
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs, *output)
-    ctx.options, ctx.count = dict(keyword_only_inputs), len(inputs)
+    ctx.options = dict(keyword_only_inputs)
     ctx.tau = ctx.options.pop("tau")
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, a, b, _, c, *others):
-    """A gradient op takes the tensors of the forward op but for the values, its residuals, and the upstream gradients.
+    """The gradient op takes the forward op's tensors but for the values, its residuals, and the upstream gradients.
     Q = τ log π − τ log π_b + V: its own adds τ times itself to the log-prob's and is that of the values."""
-    *inputs, mask, values = ctx.saved_tensors[: ctx.count]
-    stats, g, dvalues = list(ctx.saved_tensors[ctx.count :]), others[-1], None
+    *model, mask, values = ctx.saved_tensors[:9]
+    stats, g, dvalues = list(ctx.saved_tensors[9:]), others[-1], None
     if g is not None:
         dvalues = zero_unless(mask, g).to(values.dtype)
         a = ctx.tau * g if a is None else a + ctx.tau * g
-    given = (*inputs, mask, stats, *(None if x is None else x.contiguous() for x in (a, b, c)))
-    model = 3 if "workspace" in ctx.options else 1
-    needed = [bool(x) for x in ctx.needs_input_grad[:model]]
-    grads = [None] * model
-    if any(needed) and model == 3:
-        grads = linear_token_stats_grad(*given, **ctx.options, needed=needed)
-    elif any(needed):
-        grads = [token_stats_grad(*given, **ctx.options)]
-    grads = (g if need else None for g, need in zip(grads, needed))
-    return *grads, *[None] * (ctx.count - model - 1), dvalues
+    upstream = (None if x is None else x.contiguous() for x in (a, b, c))
+    needed, grads = [bool(x) for x in ctx.needs_input_grad[:3]], [None] * 3
+    if any(needed):
+        grads = token_stats_grad(*model, mask, stats, *upstream, **ctx.options, needed=needed)
+    return *(g if need else None for g, need in zip(grads, needed)), *[None] * 5, dvalues
 
 
 def _save_loss(ctx, inputs, keyword_only_inputs, output):
     """A loss's last results are the gradients of its first arguments: of the logits or the head, and of the values."""
-    ctx.grads = [g.detach() for g in output[3 if len(output) == 5 else 5 :]]
-    ctx.others = len(inputs) - len(ctx.grads)
+    ctx.grads = [g.detach() for g in output[5:]]
     ctx.set_materialize_grads(False)
 
 
 def _loss_backward(ctx, upstream, *unused):
     grads = zip(_hand_over(ctx, upstream), ctx.needs_input_grad)
-    return *(g if need else None for g, need in grads), *[None] * ctx.others
+    return *(g if need else None for g, need in grads), *[None] * 9
 
 
-for statistics, loss in ((token_stats, logits_klq_loss), (linear_token_stats, linear_klq_loss)):
-    statistics.register_autograd(_backward, setup_context=_save)
-    loss.register_autograd(_loss_backward, setup_context=_save_loss)
+token_stats.register_autograd(_backward, setup_context=_save)
+klq_loss.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
 class InplaceLoss(torch.autograd.Function):
-    """`logits_klq_loss` whose forward pass overwrites the logits with their gradient."""
+    """`klq_loss` of logits whose forward pass overwrites them with their gradient."""
 
     @staticmethod
     def forward(ctx, logits, values, tokens, given, settings, temperature, backend):
@@ -243,11 +199,11 @@ class InplaceLoss(torch.autograd.Function):
             got = f"shape {tuple(logits.shape)} with strides {logits.stride()}"
             raise ValueError(f"in place needs logits that can be viewed as [N, V], got {got}") from error
         inputs = LossInputs(logprobs=None, values=values.detach(), **given)
-        *results, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
+        total, stats, dvalues = _logits_klq(grad, grad, tokens, inputs, settings, temperature, backend)
         torch.autograd.graph.increment_version(grad)
         ctx.grads = grad.view(logits.shape), dvalues
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+        ctx.mark_non_differentiable(stats.logprob, stats.entropy)
+        return total, stats.logprob, stats.entropy
 
     @staticmethod
     def backward(ctx, upstream, *unused):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,32 +35,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NARROW = {"token_stats, merge", "linear_token_stats, tokens"}  # move too little for the width of their loads to matter
 KINDS = {"TOKENS": "*i64", "MASK": "*i1"} | dict.fromkeys(("inv_temperature", "tau", "gamma", "lam", "alpha"), "fp32")
 KINDS |= dict.fromkeys(("V", "T", "D", "D2"), "i32")  # other parameters: *fp32 in capitals, else i32
-
-
-@dataclass
-class Finding:
-    """One compiled kernel. `problems` is empty for a tile that keeps the package's promises.
-
-    `per_logit`: instructions of a thread per element: outside the k-loop, or of the main loop where nothing is
-    multiplied. `work`: of a kernel that multiplies, what a block does per k-step and tile (`klq_edu.bench.roofline`).
-    """
-
-    kernel: str
-    target: str
-    dtype: str
-    tile: str
-    registers: int
-    spill_bytes: int
-    local_accesses: int
-    shared_bytes: int
-    shared_limit: int
-    loads: dict[str, int]
-    stores: dict[str, int]
-    matrix: dict[str, int]
-    precision: str
-    per_logit: float
-    work: dict[str, float]
-    problems: list[str] = field(default_factory=list)
 
 
 def _variants() -> dict[str, tuple]:
@@ -99,8 +72,13 @@ def _sizes_and_options(tile: dict | str, given: list[int], target: str, dtype: s
     return sizes, {f"num_{name}": sizes.pop(name) for name in ("warps", "stages") if name in sizes}
 
 
-def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -> tuple[Finding, dict[str, str]]:
-    """Compile one variant and read its machine code; also the sources (ptx, sass or amdgcn)."""
+def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -> tuple[dict, dict[str, str]]:
+    """Compile one variant and read its machine code: its record, and the sources (ptx, sass or amdgcn).
+
+    `problems` is empty for a tile that keeps the package's promises. `per_logit`: instructions of a thread per element:
+    outside the k-loop, or of the main loop where nothing is multiplied. `work`: of a kernel that multiplies, what a
+    block does per k-step and tile (`klq_edu.bench.roofline`).
+    """
     kernel, typed, flags, tile = _variants()[name]
     constants = {flag: on or (ones and flag.startswith("HAS_")) for flag, on in flags.items()}
     sizes, options = _sizes_and_options(tile, given, target, dtype)
@@ -122,13 +100,12 @@ def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -
         work |= sizes | {"threads": threads, "models": models, "together": 2 if flags["SHARED"] else 1}
         work |= {"size": DTYPES[dtype].itemsize, "group": triton_linear.GROUP}
         work["blocks"] = _blocks(target, facts["registers"], shared, threads)
-    finding = Finding(
+    record = dict(
         kernel=name, target=target, dtype=dtype, tile=_label(sizes, options), shared_bytes=shared,
         shared_limit=LIMITS[target][0], precision="-" if not models else dtype if dtype == "bf16" else exact,
         per_logit=round(per_logit, 2), work=work, **facts,
     )  # fmt: skip
-    finding.problems = problems(finding)
-    return finding, sources
+    return record | {"problems": problems(**record)}, sources
 
 
 def _blocks(target: str, registers: int, shared: int, threads: int) -> int:
@@ -137,13 +114,16 @@ def _blocks(target: str, registers: int, shared: int, threads: int) -> int:
     return min(bank // (-(-registers // 8) * 8 * threads), memory // (shared + memory % 65_536 // 32), most // threads)
 
 
-def problems(f: Finding) -> list[str]:
-    """What a kernel's tile must not do."""
-    needs = f"needs {f.shared_bytes} bytes of shared memory, {f.target} has {f.shared_limit}"
-    spills = f"spills {f.spill_bytes} bytes, {f.local_accesses} accesses to local memory"
-    found = {spills: f.spill_bytes or f.local_accesses, needs: f.shared_bytes > f.shared_limit}
-    found["no 16-byte loads"] = f.kernel not in NARROW and "16" not in f.loads
-    found["no matrix instructions"] = f.precision != "-" and not f.matrix
+def problems(
+    kernel: str, target: str, precision: str, matrix: dict, loads: dict, spill_bytes: int, local_accesses: int,
+    shared_bytes: int, shared_limit: int, **others,
+) -> list[str]:  # fmt: skip
+    """What a kernel's tile must not do, of a record's facts."""
+    needs = f"needs {shared_bytes} bytes of shared memory, {target} has {shared_limit}"
+    spills = f"spills {spill_bytes} bytes, {local_accesses} accesses to local memory"
+    found = {spills: spill_bytes or local_accesses, needs: shared_bytes > shared_limit}
+    found["no 16-byte loads"] = kernel not in NARROW and "16" not in loads
+    found["no matrix instructions"] = precision != "-" and not matrix
     return [problem for problem, there in found.items() if there]
 
 
@@ -210,7 +190,7 @@ def _label(sizes: dict, options: dict) -> str:
 
 
 def main() -> None:
-    """Print findings as JSON lines, or one kernel's source."""
+    """Print records as JSON lines, or one kernel's source."""
     parser = argparse.ArgumentParser(description=__doc__)
     for option, known in {"--targets": TARGETS, "--dtypes": DTYPES, "--kernels": _variants()}.items():
         parser.add_argument(option, nargs="+", default=list(known), choices=list(known))
@@ -223,11 +203,11 @@ def main() -> None:
     for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
         if not _variants()[name][1] and dtype != "fp32":
             continue
-        finding, sources = _examine(name, target, dtype, args.tile, args.ones)
+        record, sources = _examine(name, target, dtype, args.tile, args.ones)
         if args.source:
             print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
         else:
-            print(json.dumps(asdict(finding)), flush=True)
+            print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def _options(model: dict, tokens: Tensor, mask: Tensor | None, temperature: floa
     checks.positive(temperature=temperature, **checks.optional(workspace_bytes=workspace_bytes))
     if "logits" in model:
         checks.logits(tokens=tokens, mask=mask, **model)
-        return dict(temperature=temperature)
+        return dict(temperature=temperature, workspace=0)
     checks.heads(tokens=tokens, mask=mask, **model)
     default = WORKSPACE_BYTES["cuda" if model["weight"].is_cuda else "cpu"]
     return dict(temperature=temperature, workspace=default if workspace_bytes is None else workspace_bytes)
@@ -234,8 +234,7 @@ def _statistics(
     if backend == "reference":
         stats = _by_definition(model, given, temperature)
         return stats, q_of(stats, given["values"], tau, given["mask"])
-    op = autograd.token_stats if "logits" in model else autograd.linear_token_stats
-    *out, q = op(**_flat(given), **options, tau=tau, backend=backend)
+    *out, q = autograd.token_stats(**_flat(given), **options, tau=tau, backend=backend)
     with_ref = model.get("ref_logits", model.get("ref_hidden")) is not None
     return _shaped(out, tokens, with_ref), None if values is None else q.reshape(tokens.shape)
 
@@ -255,11 +254,11 @@ def _loss(
         return partial(_loss_by_definition, model, given, rest, settings, temperature)
     flat = _flat(given)
     if inplace:
-        leaves = (flat.pop("logits"), flat.pop("values"), flat.pop("tokens"))
-        return partial(autograd.InplaceLoss.apply, *leaves, flat, settings, temperature, backend)
-    op = autograd.logits_klq_loss if "logits" in model else autograd.linear_klq_loss
-    learn = [x is not None and x.requires_grad and torch.is_grad_enabled() for k, x in model.items() if k in LEARN]
-    return partial(op, **flat, **settings._asdict(), **options, backend=backend, needed=learn)
+        leaves, others = (flat[k] for k in ("hidden", "values", "tokens")), {k: flat[k] for k in rest if k != "values"}
+        return partial(autograd.InplaceLoss.apply, *leaves, others, settings, temperature, backend)
+    head = (flat[k] for k in ("hidden", "weight", "bias"))
+    learn = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
+    return partial(autograd.klq_loss, **flat, **settings._asdict(), **options, backend=backend, needed=learn)
 
 
 def _loss_by_definition(
@@ -273,15 +272,16 @@ def _loss_by_definition(
 
 def _flat(given: dict) -> dict:
     """Tensors as a custom op takes them: per token [N] and contiguous (an expanded mask has stride 0), hidden states
-    [N, H], logits and heads as they are; only the policy and the values keep their graph."""
-    out = {}
+    [N, H], heads as they are, and so logits, as hidden states without a head; only the policy and the values keep their
+    graph."""
+    out = dict.fromkeys(HEADS)
     for name, x in given.items():
         x = x if x is None or name in LEARN else x.detach()
         if name in ("hidden", "ref_hidden") and x is not None:
             x = x.reshape(-1, x.shape[-1])
         elif name not in MODEL and x is not None:
             x = x.reshape(-1).contiguous()
-        out[name] = x.long() if name == "tokens" else x
+        out[name.replace("logits", "hidden")] = x.long() if name == "tokens" else x
     return out
 
 

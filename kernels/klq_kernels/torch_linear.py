@@ -11,26 +11,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from klq_kernels import torch_logits
+from klq_kernels import reference, torch_logits
 from klq_kernels.loss import add_q, klq_terms
 from klq_kernels.torch_logits import BLOCK_BYTES, blocks
-from klq_kernels.types import (
-    Gradients,
-    Head,
-    LossInputs,
-    LossSettings,
-    Residuals,
-    Rows,
-    Upstream,
-    result_dtype,
-    select,
-    zero_unless,
-)
+from klq_kernels.types import Head, LossInputs, LossSettings, Residuals, Rows, Upstream, result_dtype, select
 
 WORKSPACE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}  # 1,048 and 8,388 rows of 32,000 tokens in 16 bits
 TALLEST = {"cpu": 2048, "cuda": 8192}  # rows of a tile; beyond that a product gains nothing
-REF_SHARE = {2: 1 / 4, 4: 1 / 8, 8: 1 / 8}  # of the workspace, for tiles of the reference's logits, by bytes per logit
-REF_ROWS = {2: 256, 4: 1 << 30, 8: 1 << 30}  # of such a tile; in float32 a product of few rows is slow
+REF_SHARE = 1 / 3  # of the workspace, for the reference's logits
 ALIGNED = 64  # columns: rows of a tile start at whole cache lines
 LARGEST = 64.0  # that float16 gradients are scaled to: 2¹⁰ below overflow, and a p of 1e−6 remains a normal number
 
@@ -58,7 +46,7 @@ def linear_stats(
 def linear_grad(
     kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor,
     stats: Residuals, upstream: Upstream, needed: tuple[bool, bool, bool], workspace: int,
-) -> Gradients:  # fmt: skip
+) -> Head:  # fmt: skip
     """Gradients [N, H], [V, H], [V] of what `linear_stats` returned. Slab by slab of the vocabulary the logits are
     computed once more (Wijmans et al. 2024), the reference's only if the KL has an upstream gradient; `kernels` (on
     logits) turns them into their gradients, and two products these into those of hidden and weight."""
@@ -81,7 +69,7 @@ def linear_grad(
 def linear_klq(
     kernels: ModuleType, policy: Head, tokens: Tensor, ref: Head | None, temperature: float, inputs: LossInputs,
     settings: LossSettings, needed: tuple[bool, bool, bool], workspace: int,
-) -> tuple[Tensor, Residuals, Gradients, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Residuals, Head, Tensor]:  # fmt: skip
     """KLQ's loss, the residuals, and all gradients (hidden, weight, bias; values) from one pass over the vocabulary.
 
     Within a chunk the log-probs are known as soon as its logits are, hence the loss and its gradient: nothing is
@@ -93,16 +81,14 @@ def linear_klq(
     dvalues = torch.zeros_like(inputs.values, dtype=result_dtype(inputs.values, stats.lse))
     rows, tokens, policy, ref = _live(inputs.mask, tokens, policy, ref)
     every, working = select(inputs, rows), policy.weight.dtype
-    share = 1 if ref is None else 1 - kernels.REF_SHARE[working.itemsize]
-    chunks = [*blocks(len(tokens), int(workspace * share) // (len(policy.weight) * working.itemsize))]
+    room = workspace if ref is None else int(workspace * (1 - kernels.REF_SHARE))
     some, dv, total = Residuals.zeros(tokens, stats.lse.dtype, ref is not None), dvalues[rows], dvalues.new_zeros(())
     count = inputs.mask.sum().clamp(min=1).to(total.dtype)
     slope = settings.tau * (_largest(every.mask, every.values - every.targets) + settings.tau)  # some τ for log-ratios
     factor, rest = _common_factor(working, slope / temperature, count)
     sums = HeadSums(policy, needed, rest, kept_dtype(given.weight.dtype))
-    buffer = policy.weight.new_empty(chunks[0].stop if chunks else 0, len(policy.weight))
-    for chunk in chunks:
-        x, z = select(every, chunk), head_logits(policy.take(chunk), buffer[: chunk.stop - chunk.start])
+    for chunk, z in chunks(policy, working, room):
+        x = select(every, chunk)
         part = kernels.chunk_stats(z, tokens[chunk], ref and ref.take(chunk), temperature, x.mask, workspace)
         some.store(chunk, part)
         x = x._replace(logprobs=part.logprob, ref_logprobs=part.ref_logprob if ref else x.ref_logprobs)
@@ -116,25 +102,25 @@ def linear_klq(
     return total / count, stats, sums.gradients(rows, len(given.hidden)), dvalues
 
 
+def chunks(policy: Head, dtype: torch.dtype, room: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits [n, V] in this dtype, which the next overwrite): as many rows as the room has bytes for."""
+    vocab, buffer = len(policy.weight), None
+    for rows in blocks(len(policy.hidden), room // (vocab * dtype.itemsize)):
+        buffer = policy.weight.new_empty(rows.stop, vocab, dtype=dtype) if buffer is None else buffer
+        yield rows, head_logits(policy.take(rows), buffer[: rows.stop - rows.start])
+
+
 def chunk_stats(
     z: Tensor, tokens: Tensor, ref: Head | None, temperature: float, mask: Tensor, workspace: int
 ) -> Residuals:
     """Residuals of a chunk whose policy logits are z [n, V], in whose place their softmax is left; the reference's
-    logits come tile by tile (Dao et al. 2022) and take a share of the workspace."""
-    out, size = Residuals.zeros(tokens, result_dtype(z, ref and ref.weight), ref is not None), z.element_size()
-    for rows in blocks(len(z), len(z) if ref is None else REF_ROWS[size]):
-        whole, parts, zs = None, [], z[rows]
-        alone = [(slice(0, z.shape[1]), rows, [None])]
-        room = int(workspace * REF_SHARE[size])
-        for columns, _, (r,) in alone if ref is None else logit_tiles((ref.take(rows),), room):
-            inside = tokens[rows] - columns.start
-            tile = torch_logits.softmax_stats(zs[:, columns], inside, r, temperature)
-            whole = torch_logits.join(whole, tile, inside >= 0)
-            parts.append((columns, tile))
-        for columns, tile in parts if len(parts) > 1 else ():
-            zs[:, columns].mul_((tile.lse - whole.lse).exp_().to(z.dtype).unsqueeze(1))
-        out.store(rows, torch_logits.finished(whole, temperature, mask[rows], out.lse.dtype))
-    return out
+    logits take their share of the workspace."""
+    dtype = result_dtype(z, ref and ref.weight)
+    out = Residuals.zeros(tokens, torch.float64, ref is not None)
+    alone, room = [(slice(0, len(z)), None)], int(workspace * REF_SHARE)
+    for rows, r in alone if ref is None else chunks(ref, _tile_dtype(ref.weight, exact=False), room):
+        out.store(rows, torch_logits.softmax_stats(z[rows], tokens[rows], r, temperature))
+    return torch_logits.finished(out, temperature, mask, dtype)
 
 
 def chunk_grad(
@@ -221,7 +207,7 @@ def _live(mask: Tensor, tokens: Tensor, policy: Head, ref: Head | None) -> tuple
     """(rows that are worked on, their tokens, their heads in the working dtype): the unmasked ones or all, of which the
     masked ones' tokens and hidden states are then 0, so that a NaN can't reach the weight as 0 · NaN."""
     if every_row(mask):
-        rows, tokens = slice(None), zero_unless(mask, tokens)
+        rows, tokens = slice(None), reference.zero_unless(mask, tokens)
         policy = policy._replace(hidden=torch.where(mask.unsqueeze(1), policy.hidden, 0))
     else:
         rows = slice(None) if mask.all() else mask.nonzero().squeeze(1)
@@ -246,7 +232,7 @@ def _tile_dtype(weight: Tensor, exact: bool) -> torch.dtype:
 
 def _largest(mask: Tensor, *tensors: Tensor | None) -> Tensor:
     """The largest |entry| [] of any of the tensors [N] where not masked."""
-    given = [zero_unless(mask, x).abs() for x in tensors if x is not None]
+    given = [reference.zero_unless(mask, x).abs() for x in tensors if x is not None]
     return torch.cat([mask.new_zeros(1, dtype=torch.float32), *(x.float() for x in given)]).amax()
 
 
@@ -307,11 +293,11 @@ class HeadSums:
         if last:
             del self.partial[name]
 
-    def gradients(self, rows: Rows, count: int) -> Gradients:
-        """The gradients, hidden states' in their places among `count` rows."""
+    def gradients(self, rows: Rows, count: int) -> Head:
+        """The gradients, None where not needed, hidden states' in their places among `count` rows."""
         hidden, bias = self.hidden, self.bias
         if hidden is not None and isinstance(rows, Tensor):
             hidden = hidden.new_zeros(count, hidden.shape[1]).index_copy_(0, rows, hidden)
         if bias is not None:
             bias = (bias if self.rest is None else bias * self.rest).to(self.dtype)
-        return Gradients(hidden, self.weight, bias)
+        return Head(hidden, self.weight, bias)

@@ -22,7 +22,7 @@ from klq_kernels.triton_logits import PARTIALS, merge_partials
 from klq_kernels.types import Head, Residuals, Upstream
 
 INTERPRETED = triton.knobs.runtime.interpret
-REF_SHARE = {2: 1 / 2, 4: 1 / 2}  # of the workspace, for a chunk's logits of the reference, by bytes per logit
+REF_SHARE = 1 / 2  # of the workspace, for a chunk's logits of the reference
 TOKEN_BLOCK = 1024  # hidden sizes of a token's own product taken at once: 16 bytes per thread
 FP32 = {"cuda": "tf32x3", "hip": "ieee"}  # products: as three in TF32 (Ootomo and Yokota 2022), on AMD as they are
 GROUP = 16  # row tiles that run together: their hidden rows (16 MiB of 128 × 4096 in bf16) stay in L2

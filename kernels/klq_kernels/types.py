@@ -88,14 +88,6 @@ class Head(NamedTuple):
         return Head(self.hidden[rows], self.weight[columns], None if self.bias is None else self.bias[columns])
 
 
-class Gradients(NamedTuple):
-    """Gradients of a head's hidden states, weight and bias; None where nobody asked."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 class LossInputs(NamedTuple):
     """What the KLQ loss compares, all of one shape. In a fused pass the log-probs are None until the pass has them."""
 

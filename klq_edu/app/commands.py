@@ -18,7 +18,7 @@ from klq_edu.bench.config import BenchConfig
 
 
 def bench(config: BenchConfig) -> None:
-    """Measure the fused operations against the naive ones and peers: time, peak memory, error."""
+    """Measure the fused operations against the naive ones and a peer: time, peak memory, error."""
     from klq_edu.bench.run import run_bench
 
     run_bench(config)

@@ -5,7 +5,6 @@ are the floor and the model of `klq_edu.bench.roofline`.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,6 @@ class InspectConfig:
     targets: tuple[Literal[*TARGETS], ...] = TARGETS  # Architectures: A100, H100/H200, B200, MI300X.
     dtypes: tuple[Literal[*SIZE], ...] = tuple(SIZE)  # Element types of logits, hidden states and weights.
     kernels: tuple[Literal[*COMPILED], ...] = COMPILED  # Kernels to compile, by name.
-    source: Literal["ptx", "sass", "amdgcn"] | None = None  # Print this form of the code, no table.
     json: Path | None = None  # Write everything to this file too.
     n: int = SHAPE[0]  # Tokens.
     v: int = SHAPE[1]  # Vocabulary.
@@ -43,15 +41,12 @@ def run_inspect(config: InspectConfig) -> bool:
 
     from klq_edu.files import write_json
 
-    if config.source:
-        sys.stdout.writelines(roofline.compiled(*_options(config)))
-        return True
     console = Console()
     console = console if console.is_terminal else Console(width=max(console.width, 200))  # nothing cut off in a file
     total = len(config.kernels) * len(config.targets) * len(config.dtypes)
     found = everything(config, lambda x: track(x, "compiling", total=total, console=console, transient=True))
     kernels, losses = found["kernels"], found["losses"]
-    console.print(_code(kernels), _model(kernels + losses), _calibration(found["calibration"]), sep="\n\n")
+    console.print(_code(kernels), _model(kernels + losses), sep="\n\n")
     if config.json:
         write_json(config.json, found)
     console.print("\n".join(found["problems"]) or f"{len(kernels)} variants: every tile keeps its promises.")
@@ -59,25 +54,19 @@ def run_inspect(config: InspectConfig) -> bool:
 
 
 def everything(config: InspectConfig, track=iter) -> dict:
-    """All that is shown, as `--json` writes it: records of `klq_kernels.offline.Finding` and of the losses, with the
-    model's `predictions` for each device of their target; the calibration; and the promises that are broken."""
+    """All that is shown, as `--json` writes it: records of `klq_kernels.offline` and of the losses, with the
+    model's `predictions` for each device of their target; and the promises that are broken."""
     loss = {"dtype": "bf16", "per_logit": 0, "problems": []}
     losses = [loss | {"kernel": kernel, "target": target} for kernel in LOSSES for target in config.targets]
-    records, bad = list(map(json.loads, track(roofline.compiled(*_options(config))))), []
+    options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
+    records, bad = list(map(json.loads, track(roofline.compiled(*options)))), []
     for record in records + losses:
         devices = [name for name, device in DEVICES.items() if device.target == record["target"]]
         record["predictions"] = [roofline.predict(record, d, config.n, config.v, config.h) for d in devices]
         record["problems"] = record["problems"] + roofline.shortfalls(record)
         if record["problems"]:
             bad.append("{kernel} on {target} in {dtype}: ".format_map(record) + "; ".join(record["problems"]))
-    found = {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
-    return found | {"calibration": roofline.calibration()}
-
-
-def _options(config: InspectConfig) -> list[str]:
-    """The compiling process's arguments."""
-    options = ["--targets", *config.targets, "--dtypes", *config.dtypes, "--kernels", *config.kernels]
-    return options + (["--source", config.source] if config.source else [])
+    return {"note": roofline.__doc__, "kernels": records, "losses": losses, "problems": bad}
 
 
 def _table(title: str, texts: str, numbers: str):
@@ -115,13 +104,6 @@ def _model(records: list[dict]):
             block = [str(r["work"]["blocks"]), l2, shared, *clocks]
         times = f"{p['floor_ms']:.3g}", _range(p["ms"][::-1]), _range(round(100 * share) for share in p["share"])
         table.add_row(r["kernel"], r["dtype"], p["device"], "/".join(dict.fromkeys(p["bound"])), *block, *times)
-    return table
-
-
-def _calibration(found: dict):
-    table = _table("What its constants were fitted to: share of the peak, or seconds", "figure", "published model")
-    for figure, (published, *model) in found.items():
-        table.add_row(figure, f"{published:.3g}", _range(model))
     return table
 
 

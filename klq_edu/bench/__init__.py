@@ -1,1 +1,1 @@
-"""Fused versus naive, with peers: time in GEMM units, peak memory and error against float64 (`klq bench`)."""
+"""Fused versus naive, with a peer: time in GEMM units, peak memory and error against float64 (`klq bench`)."""

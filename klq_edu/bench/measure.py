@@ -44,8 +44,7 @@ def measure_point(name: str, size: Size, everyone: list, config: BenchConfig, de
     peaks = {c.name: allocated_peak(c, x) for c in everyone} if on_gpu else {}
     del x, gemm  # leaves the memory to what follows
     torch.cuda.empty_cache()
-    what = {"workload": name, "size": size, "seed": config.seed, "device": device}
-    what |= {"compiled": config.compile, "reference": config.reference}
+    what = {"workload": name, "size": size, "seed": config.seed, "device": device, "compiled": config.compile}
     for c in everyone:
         part = stage_rows(c, times, WORKLOADS[name].stages, bool(size.h))
         part[-1] |= found[c.name]
@@ -215,16 +214,16 @@ def now() -> float:
 def peak_memory(**what) -> float:
     """Megabytes that a forward and backward pass needs beyond its inputs, measured in a process of its own.
 
-    `what`: workload, contender, size, seed, device, compiled, reference. NaN if that process fails.
+    `what`: workload, contender, size, seed, device, compiled. NaN if that process fails.
     """
     command = [sys.executable, "-m", "klq_edu.bench.measure", json.dumps(what)]
     out = subprocess.run(command, capture_output=True, text=True)
     return float(out.stdout.split()[-1]) if out.returncode == 0 else math.nan
 
 
-def peak_here(workload: str, contender: str, size: list, seed: int, device: str, **options) -> float:
+def peak_here(workload: str, contender: str, size: list, seed: int, device: str, compiled: bool) -> float:
     """The peak over the level after a warm-up with a tiny call of the same operation."""
-    (chosen,) = (c for c in contenders(workload, device, **options) if c.name == contender)
+    (chosen,) = (c for c in contenders(workload, device, compiled) if c.name == contender)
     size = Size(*size)
     run_once(chosen, make_inputs(workload, QUICK[workload]._replace(dtype=size.dtype), seed, device))
     x = make_inputs(workload, size, seed, device)

@@ -3,7 +3,7 @@
 The floor is bytes over bandwidth or operations over peak rate, whichever is longer. The model: a k-step takes as long
 as the slowest of matrix units, shared memory, loads from L2 and issue; a tile adds its start and what lies outside the
 k-loop, unless other blocks or warps run meanwhile; nothing beats HBM. Each prediction is a range, (slow, fast).
-Constants are the vendors' or fitted to published figures, which `calibration` puts beside what the model says for them.
+Constants are the vendors' or fitted to published figures: kernels/README.md has what the model says for those.
 """
 
 import os
@@ -69,27 +69,10 @@ DEVICES = {  # data sheets; L2: Chips and Cheese, Luo et al. 2024
     "B200": Device("sm_100", 148, 1.85e9, 4096, (40, 64), 126e6, 8.0e12),
     "MI300X": Device("gfx942", 304, 2.10e9, 1024, (40, 54), 256e6, 5.30e12, lanes=64, fp32=(8, 1)),
 }
-THROTTLE = 1.3  # a product's clocks over the matrix units' nominal ones (power, gaps): fitted to PUBLISHED
+THROTTLE = 1.3  # a product's clocks over the matrix units' nominal ones (power, gaps): fitted to published figures
 SHARED, SPECIAL = 128, 16  # bytes from shared memory and exponentials per clock of a multiprocessor
 START, BARRIER, STALL = (1500, 900), (40, 25), (1.6, 1.15)  # clocks until the first k-step, of a barrier; per issue
 HBM, L2_USED = 0.9, 0.6  # shares of the bandwidth that is reached and of L2 that holds what is read again
-
-PEER = dict.fromkeys(("models", "together", "blocks"), 1) | {"size": 2, "group": 16, "threads": 256, "barriers": 8}
-PEER |= {"step_instructions": 80, "tile_instructions": 1200, "exponentials": 0}  # about as in our own code
-WGMMA = PEER | {"rows": 128, "vocab": 256, "hidden": 64, "step_fma": 1 << 21, "step_shared": 81_920}
-PUBLISHED = {  # what and where -> its share of the peak, or its seconds; device, sizes; its tile, or rows of a chunk
-    "Cut Cross-Entropy, forward (arXiv 2411.09009, table 1)": (0.67, "A100", (8192, 256_000, 2304), PEER | {
-        "rows": 256, "vocab": 128, "hidden": 32, "step_fma": 1 << 20, "step_shared": 65_536, "exponentials": 128}),
-    "cuBLAS product (triton-lang/triton#2339)": (0.73, "H100", (2048, 8192, 8192), WGMMA | {
-        "multicast": 1.5, "overlapped": True}),
-    "Triton products, 61–67 %": (0.64, "H100", (8192, 8192, 8192), WGMMA),
-    "Liger CuTe, forward (Liger-Kernel#1370)": (0.735, "H100", (16_384, 131_072, 4096), WGMMA | {
-        "multicast": 1.5, "overlapped": True, "exponentials": 128}),
-    "product by one tcgen05 block (pyptx.dev)": (0.55, "B200", (8192, 8192, 8192), WGMMA | {"step_shared": 49_152}),
-    "Liger Triton loss, chunks of 256 rows (Liger-Kernel#1472)": (0.0530, "H200", SHAPE, 256),
-    "Liger Triton loss, chunks of 4096 rows (Liger-Kernel#1472)": (0.0351, "H200", SHAPE, 4096),
-    "Liger CuTe loss, chunks of 1024 rows (Liger-Kernel#1339)": (0.0175, "B200", SHAPE, 1024),
-}  # fmt: skip
 
 
 def compiled(*options: str) -> Iterator[str]:
@@ -114,7 +97,7 @@ def floor_seconds(kernel: str, device: str, dtype: str, n: int, v: int, h: int) 
 
 
 def predict(record: dict, device: str, n: int, v: int, h: int) -> dict:
-    """The model, not a measurement, for a compiled kernel (a `klq_kernels.offline.Finding` as a dict) or one of LOSSES:
+    """The model, not a measurement, for a compiled kernel (a record of `klq_kernels.offline`) or one of LOSSES:
     ms, share of the floor and what bounds it, each (slow, fast); of a kernel that multiplies also clocks and needs."""
     kernel, gpu, details = record["kernel"], DEVICES[device], {}
     floor = floor_seconds(kernel, device, record["dtype"], n, v, h)
@@ -177,32 +160,15 @@ def _traffic(work: dict, gpu: Device, rows: int, columns: int, v: int, h: int) -
     return weights * ceil(rows / live) + rows * row * max(1, missed * columns / max(1, slots // live))
 
 
-def chunked_seconds(
-    device: str, n: int, v: int, h: int, rows: int, models: int = 1, logit: int = 2, summed: int = 8, copied: int = 0
-) -> float:
+def chunked_seconds(device: str, n: int, v: int, h: int, rows: int, models: int = 1) -> float:
     """Seconds of a loss in bf16 by chunks of rows: each product (logits per model, dh, dW) takes as long as cuBLAS for
-    its operations or as its bytes; then come three visits to the policy's logits of `logit` bytes, one to the other's.
-    Summing dW moves `summed` bytes per weight in the product (8: in fp32), `copied` after it, and 6 in the end."""
+    its operations or as its bytes; then come three visits to the policy's logits, one to the other's. Summing dW in
+    fp32 moves 8 bytes per weight in each product, and 6 in the end."""
     gpu, c = DEVICES[device], min(rows, n)
     z, w, bandwidth = c * v, v * h, HBM * gpu.bandwidth
-    moved = [2 * w + logit * z] * models + [2 * w + 2 * z, summed * w + 2 * z]
+    moved = [2 * w + 2 * z] * (models + 1) + [8 * w + 2 * z]
     products = sum(max(2 * c * w * THROTTLE / gpu.rate("bf16"), size / bandwidth) for size in moved)
-    others = (2 + models) * logit * z + copied * w
-    return (products + others / bandwidth) * n / c + 6 * w / bandwidth
-
-
-def calibration() -> dict[str, tuple[float, float, float]]:
-    """Every figure of PUBLISHED -> (published, model slow, model fast): a share of the peak, or seconds."""
-    found = {}
-    for what, (published, device, sizes, how) in PUBLISHED.items():
-        gpu = DEVICES[device]
-        if isinstance(how, int):
-            model = [chunked_seconds(device, *sizes, rows=how)] * 2
-        else:
-            runs = [max(multiplied(how, gpu, *sizes, fast)[0].values()) for fast in (0, 1)]
-            model = [2 * prod(sizes) / gpu.rate("bf16") / seconds for seconds in runs]
-        found[f"{device}, {what}"] = (published, *model)
-    return found
+    return (products + (2 + models) * 2 * z / bandwidth) * n / c + 6 * w / bandwidth
 
 
 def shortfalls(record: dict) -> list[str]:

@@ -167,11 +167,10 @@ def bench(shape: str, folder: Path, dry: bool) -> None:
     """Every workload at one of the SHAPES, as `klq bench` measures it; the CSV is complete after each."""
     from klq_edu.bench.config import BenchConfig
     from klq_edu.bench.measure import measure_point
-    from klq_edu.bench.workloads import absent_peers, contenders
+    from klq_edu.bench.workloads import contenders
 
     config = BenchConfig(workloads=WORKLOADS, dtypes=("bfloat16",), seed=SEED, device="cuda")
     points = replace(config, **SHAPES[shape]).points() + replace(config, workloads=("returns",)).points()
-    print(f"not installed: {', '.join(absent_peers()) or 'no peer'}")
     for name, size in points:
         print(f"{name} {size}: {', '.join(c.name for c in contenders(name, 'cuda'))}")
     if dry:

@@ -45,40 +45,36 @@ def opcheck_cases(dtype=torch.float32):
     l2, double = (x._asdict() for x in (LossSettings(0.5), LossSettings(0.5, "double_clipped", 0.2, 0.3)))
     returns = {name: normal(2, 3) for name in ("rewards", "values", "logprobs", "ref_logprobs")}
     returns |= dict(mask=torch.ones(2, 3, dtype=torch.bool), trace_weights=None)
-    linear, tiles = rest | options, dict(workspace=1000)
+    options |= dict(workspace=1000)
     q, no_q = dict(values=loss["values"], tau=0.5), dict(values=None, tau=0.0)
-    stats = rest | options | dict(logits=logits, ref_logits=ref_logits)
+    no_head = dict(weight=None, bias=None, ref_weight=None, ref_bias=None)
+    stats, grads = rest | options | no_head | dict(hidden=logits, ref_hidden=ref_logits), rest | options | upstream
+    losses = rest | options | loss | dict.fromkeys(old) | l2
     return {
         "token_stats, no Q": (autograd.token_stats, stats | no_q),
         "token_stats, with Q": (autograd.token_stats, stats | q),
-        "token_stats, no reference": (autograd.token_stats, stats | no_q | dict(ref_logits=None)),
+        "token_stats, no reference": (autograd.token_stats, stats | no_q | dict(ref_hidden=None)),
         "token_stats_grad": (
             autograd.token_stats_grad,
-            rest | options | upstream | dict(logits=logits.detach(), ref_logits=ref_logits),
+            grads | no_head | dict(hidden=logits.detach(), ref_hidden=ref_logits, needed=[True, False, False]),
         ),
-        "linear_token_stats, no Q": (autograd.linear_token_stats, linear | tiles | leaf | ref | no_q),
-        "linear_token_stats, with Q": (autograd.linear_token_stats, linear | tiles | leaf | ref | q),
-        "linear_token_stats, no reference": (autograd.linear_token_stats, linear | tiles | no_bias | alone | no_q),
+        "linear_token_stats, no Q": (autograd.token_stats, rest | options | leaf | ref | no_q),
+        "linear_token_stats, with Q": (autograd.token_stats, rest | options | leaf | ref | q),
+        "linear_token_stats, no reference": (autograd.token_stats, rest | options | no_bias | alone | no_q),
         "linear_token_stats_grad": (
-            autograd.linear_token_stats_grad,
-            linear | tiles | policy | ref | upstream | dict(needed=[True, False, True]),
+            autograd.token_stats_grad, grads | policy | ref | dict(needed=[True, False, True]),
         ),
         "lambda_returns": (
             autograd.lambda_returns,
             returns | dict(tau=0.5, gamma=1.0, lam=0.9, alpha=1.0, backend="torch"),
         ),
         "logits_klq_loss": (
-            autograd.logits_klq_loss,
-            rest | options | loss | dict.fromkeys(old) | l2 | dict(logits=logits, needed=[True]),
+            autograd.klq_loss, losses | no_head | dict(hidden=logits, ref_hidden=None, needed=[True, False, False]),
         ),
-        "linear_klq_loss, ref_logprobs": (
-            autograd.linear_klq_loss,
-            linear | tiles | leaf | alone | loss | dict.fromkeys(old) | l2 | dict(needed=[True] * 3),
-        ),
+        "linear_klq_loss, ref_logprobs": (autograd.klq_loss, losses | leaf | alone | dict(needed=[True] * 3)),
         "linear_klq_loss, ref_hidden": (
-            autograd.linear_klq_loss,
-            linear | tiles | no_bias | ref | loss | old | double
-            | dict(ref_logprobs=None, needed=[True, True, False]),
+            autograd.klq_loss,
+            losses | no_bias | ref | old | double | dict(ref_logprobs=None, needed=[True, True, False]),
         ),
     }  # fmt: skip
 

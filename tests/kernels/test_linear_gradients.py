@@ -178,9 +178,9 @@ def test_the_host_of_a_gpu_never_waits(dtype, shared, gpu):
     settings = LossSettings(TAU)._asdict() | dict(needed=[True] * 3)
     old = dict(ref_logprobs=None, old_logprobs=None, old_values=None)
     values = dict(values=torch.empty(rows), targets=torch.empty(rows))
-    out = autograd.linear_klq_loss._init_fn(**head, **ref, **given, **values, **old, **options, **settings)
+    out = autograd.klq_loss._init_fn(**head, **ref, **given, **values, **old, **options, **settings)
     assert [g.shape for g in out[5:8]] == [x.shape for x in head.values()] and gpu.count > 20
-    stats = autograd.linear_token_stats._init_fn(**head, **ref, **given, values=None, tau=0.0, **options)
+    stats = autograd.token_stats._init_fn(**head, **ref, **given, values=None, tau=0.0, **options)
     upstream = dict(stats=list(stats), **dict.fromkeys("abc", torch.empty(rows)), needed=[True] * 3)
-    grads = autograd.linear_token_stats_grad._init_fn(**head, **ref, **given, **upstream, **options)
+    grads = autograd.token_stats_grad._init_fn(**head, **ref, **given, **upstream, **options)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in head.values()]

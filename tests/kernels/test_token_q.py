@@ -158,9 +158,9 @@ def test_gradients_reach_the_policy_and_the_values_only(op, backend):
     assert {k for k, x in leaves.items() if x.grad is not None} == set(LEAVES) & leaves.keys()
 
 
-@pytest.mark.parametrize("op, grad", [(token_q, "token_stats_grad"), (linear_token_q, "linear_token_stats_grad")])
-def test_a_frozen_model_costs_no_gradient(op, grad, monkeypatch):
-    monkeypatch.setattr(autograd, grad, None)
+@pytest.mark.parametrize("op", OPS)
+def test_a_frozen_model_costs_no_gradient(op, monkeypatch):
+    monkeypatch.setattr(autograd, "token_stats_grad", None)
     inputs = draw(op)
     values = inputs["values"].requires_grad_()
     op(**inputs, backend="torch")[1].sum().backward()
