@@ -1,7 +1,10 @@
 """Autoregressive sampling: a key-value cache without finished rows, and draws that depend on nothing but the seed."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from klq_edu.rlhf.blocks import watch_block
 
@@ -55,32 +58,33 @@ def sample(
     uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64).to(place)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     tokens, mask, allowed = [], [], []
-    for u in uniform.unbind():
-        logits = decode(ids, attention).float() / temperature
-        rows = decode.rows
-        if constraint is not None:
-            allowed.append(constraint.allowed(state).to(logits.device))
-            logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
-        probs = logits.softmax(-1)
-        chosen = draw(probs.to(place), u[rows.to(place)]).to(ids.device)
-        last = last.index_copy(0, rows, policy.token_ids(chosen))
-        tokens.append(last)
-        mask.append(alive)
-        alive = alive & ~torch.isin(last, eos)
-        broken = probs[:, 0].isnan() & mask[-1][rows]
-        left, any_broken = torch.stack([alive.sum(), broken.any()]).tolist()  # the one time the host waits
-        if any_broken:
-            raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
-        if not left:
-            break
-        if constraint is not None:
-            state = constraint.advance(state, last.to(state.device))
-        if policy.can_drop_rows and len(rows) - left >= WORTH_DROPPING * len(rows):
-            index = alive[rows].nonzero().squeeze(1)
-            decode.keep(index)
-            attention = attention[index]
-        ids = last[decode.rows].unsqueeze(1)
-        attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
+    with packed_linears(policy):
+        for u in uniform.unbind():
+            logits = decode(ids, attention).float() / temperature
+            rows = decode.rows
+            if constraint is not None:
+                allowed.append(constraint.allowed(state).to(logits.device))
+                logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
+            probs = logits.softmax(-1)
+            chosen = draw(probs.to(place), u[rows.to(place)]).to(ids.device)
+            last = last.index_copy(0, rows, policy.token_ids(chosen))
+            tokens.append(last)
+            mask.append(alive)
+            alive = alive & ~torch.isin(last, eos)
+            broken = probs[:, 0].isnan() & mask[-1][rows]
+            left, any_broken = torch.stack([alive.sum(), broken.any()]).tolist()  # the one time the host waits
+            if any_broken:
+                raise FloatingPointError("probabilities are not finite: training diverged; lower learning_rate")
+            if not left:
+                break
+            if constraint is not None:
+                state = constraint.advance(state, last.to(state.device))
+            if policy.can_drop_rows and len(rows) - left >= WORTH_DROPPING * len(rows):
+                index = alive[rows].nonzero().squeeze(1)
+                decode.keep(index)
+                attention = attention[index]
+            ids = last[decode.rows].unsqueeze(1)
+            attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
     return *(torch.stack(x, 1) if x else None for x in (tokens, mask, allowed)), decode.activations()
 
 
@@ -98,6 +102,30 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     bound = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, bound, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+
+
+@contextmanager
+def packed_linears(policy):
+    """Within this context linear layers on a CPU multiply by weights that oneDNN has repacked, in the policy's dtype.
+
+    Decoding is a few rows times a large matrix: packing that anew for every token takes longer than multiplying.
+    """
+    here = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    here = here and (policy.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    modules = policy.lm.base_model.modules() if here else ()
+    linears = [m for m in modules if type(m) is nn.Linear and m.weight.dtype == torch.float32]
+    try:
+        for module in linears:
+            weight, bias = (None if p is None else p.detach().to(policy.dtype) for p in (module.weight, module.bias))
+            module.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+        yield
+    finally:
+        for module in linears:
+            vars(module).pop("forward", None)
+
+
+def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, bias, "none", [], "")
 
 
 def positions(attention_mask: Tensor) -> Tensor:

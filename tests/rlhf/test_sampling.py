@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from klq_edu.rlhf.evaluate import score
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.sampling import Decoder, draw
+from klq_edu.rlhf.sampling import Decoder, draw, packed_linears
 
 PROMPTS = ["w5 w6 w7 w8", "w9", "w10 w11", "w12 w13 w14"]
 ALMOST_ONE = 1 - 2**-53  # the largest number that torch.rand can return in float64
@@ -152,3 +152,32 @@ def test_a_cache_that_cannot_drop_rows_is_found_out_and_does_without(tiny_lm, to
         policy = ActorCritic(tiny_lm())
         assert not policy.can_drop_rows and sample(policy, tokenizer).ended.any()
     assert ActorCritic(tiny_lm()).can_drop_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_packed_layers_multiply_as_before_and_are_unpacked_after_an_error_too(tiny_lm, family):
+    """phi's have biases."""
+    policy = ActorCritic(tiny_lm(family), trainable_blocks=1)
+    ids = torch.randint(2, 61, (3, 7))
+    expected = policy.lm(ids).logits
+    layer = next(m for m in policy.lm.base_model.modules() if isinstance(m, nn.Linear))
+    with pytest.raises(ZeroDivisionError), packed_linears(policy), torch.no_grad():
+        packed = policy.lm(ids).logits
+        assert "forward" in vars(layer)
+        raise ZeroDivisionError
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+    assert not any("forward" in vars(m) for m in policy.modules())
+    policy.body.blocks[0].self_attn.q_proj.weight.data.mul_(2)  # training goes on: weights are packed anew
+    with packed_linears(policy), torch.no_grad():
+        moved = policy.lm(ids).logits
+    torch.testing.assert_close(moved, policy.lm(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(moved, expected, atol=1e-3)
+
+
+def test_layers_are_packed_in_the_policys_precision(tiny_lm):
+    policy = ActorCritic(tiny_lm(), trainable_blocks=1)
+    policy.dtype = torch.bfloat16
+    layer = policy.lm.base_model.layers[0].mlp.up_proj
+    with packed_linears(policy), torch.no_grad():
+        out = layer(torch.randn(3, 32))
+    assert out.dtype == (torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32)
