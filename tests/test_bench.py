@@ -188,9 +188,11 @@ def test_who_needs_too_much_memory_is_named_and_left_out():
     assert len(said) == 1 and re.search("naive does not run here.*no room", said[0])
 
 
-def test_the_figure_is_drawn_with_its_caption(result):
+def test_figures_are_drawn_with_their_captions(result):
     rows, _, path = result
     assert "cannot lie" in path.with_name("bench-times.svg").read_text().replace("\n", " ")
-    picture = figures.bench_times(rows[rows["stage"] == "both"])
-    assert all(axis.get_xlabel() and axis.get_ylabel() and axis.lines for axis in picture.figure.axes)
-    assert picture.figure.axes[0].get_legend() is not None and len(picture.alt) > 10
+    part = rows[(rows["workload"] == "klq_ref") & (rows["stage"] == "both")].assign(memory_mb=1.0)
+    part = pd.concat([part, part.assign(v=2 * part["v"])])
+    for picture in (figures.bench_times(rows[rows["stage"] == "both"]), figures.bench_scaling(part, "v")):
+        assert all(axis.get_xlabel() and axis.get_ylabel() and axis.lines for axis in picture.figure.axes)
+        assert picture.figure.axes[0].get_legend() is not None and len(picture.alt) > 10

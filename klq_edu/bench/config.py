@@ -28,6 +28,7 @@ MAIN = {  # workload -> the size at which it is measured first
     "returns": Size(64 * 1024, None, None, 1024),
     "update": Size(1024, 32000, 256, 128),
 }
+SWEEP = {"klq_ref": [Size(512, v, 512) for v in (8000, 32000, 64000)]}  # further sizes, for the figures over V and N
 QUICK = {name: Size(64, size.v and 300, size.h and 32, size.t and 16) for name, size in MAIN.items()}  # takes seconds
 
 
@@ -35,8 +36,8 @@ QUICK = {name: Size(64, size.v and 300, size.h and 32, size.t and 16) for name, 
 class BenchConfig:
     """Measure time, peak memory and error of the fused operations, the naive ones and a peer.
 
-    By default each workload at one size; with --n, --v, --h or --t all combinations of what you give. Takes about four
-    minutes on two idle cores. (To compare the algorithms rather than the kernels: klq sweep.)
+    By default each workload at one size, and one of them over V; with --n, --v, --h or --t all combinations of what you
+    give. Takes about five minutes on two idle cores. (To compare the algorithms rather than the kernels: klq sweep.)
     """
 
     # What to compute.
@@ -55,7 +56,7 @@ class BenchConfig:
     device: str = "auto"  # auto, cpu, cuda, …
     seed: int = 0  # Seed of the inputs.
     out: Path = Path("runs/bench")  # Folder of what is written.
-    name: str = "bench"  # Name of the CSV, of the provenance (.json) beside it, and of the figure (.svg).
+    name: str = "bench"  # Name of the CSV, of the provenance (.json) beside it, and of the figures (.svg).
 
     def __post_init__(self):
         for name in ("workloads", "dtypes"):
@@ -78,5 +79,6 @@ class BenchConfig:
         base, given = (QUICK if self.quick else MAIN)[name], (self.n, self.v, self.h, self.t)
         dtype = dtype if base.h else base.dtype  # λ-returns are float32 whatever the model is
         axes = [values if values and default else (default,) for values, default in zip(given, base)]
-        sizes = [Size(*size, dtype) for size in product(*axes)]
+        sweep = () if self.quick or any(given) else SWEEP.get(name, ())
+        sizes = [Size(*size, dtype) for size in product(*axes)] + [size._replace(dtype=dtype) for size in sweep]
         return [s._replace(n=max(s.n // s.t, 1) * s.t) if s.t else s for s in sizes]

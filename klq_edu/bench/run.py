@@ -76,9 +76,15 @@ def print_tables(path: Path) -> None:
 
 
 def draw(path: Path) -> None:
-    """The figure beside the CSV, an SVG that carries its caption; none without a whole pass."""
-    rows = pd.read_csv(path).query("stage == 'both'")
-    if len(rows):
-        picture = figures.bench_times(rows)
+    """The figures beside the CSV, as SVG files that carry their captions."""
+    rows = pd.read_csv(path)
+    rows = rows[rows["stage"] == "both"]
+    pictures = {"times": figures.bench_times(rows)} if len(rows) else {}
+    for (workload, dtype), part in rows.groupby(["workload", "dtype"], sort=False):
+        for axis, rest in (("v", ["n", "h"]), ("n", ["v", "h"])):
+            longest = max((p for _, p in part.groupby(rest)), key=lambda p: p[axis].nunique())
+            if longest[axis].nunique() > 1:
+                pictures[f"{workload}-{dtype}-{axis}"] = figures.bench_scaling(longest, axis)
+    for name, picture in pictures.items():
         metadata = {"Date": None, "Title": picture.alt, "Description": picture.caption}
-        picture.figure.savefig(path.with_name(f"{path.stem}-times.svg"), metadata=metadata)
+        picture.figure.savefig(path.with_name(f"{path.stem}-{name}.svg"), metadata=metadata)
