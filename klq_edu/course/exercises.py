@@ -1,7 +1,9 @@
 """Exercises that grade themselves: a solution, fresh random inputs, and the mistakes people make, by name."""
 
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,7 +88,7 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     A value instead of a function is an answer without arguments; `...` (or NotImplementedError) is no attempt. Whatever
     an answer is, raises or does to its arguments, it gets a verdict; only a real Ctrl-C gets through. After 10 seconds
     it is interrupted, in the main thread of a system with SIGALRM; elsewhere (Windows, other threads) nothing stops it,
-    and nothing stops one endless call into C, or a loop that catches KeyboardInterrupt.
+    and nothing stops one endless call into C.
     """
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -137,23 +139,35 @@ def _numbers(x) -> Tensor:
 
 @contextmanager
 def _watched():
-    """In the main thread: interrupts what takes too long, yields a list of the signals that came, and puts all back."""
-    rung, main = [], threading.current_thread() is threading.main_thread()
+    """In the main thread: ends what takes too long, yields a list of the signals that came, and puts all back."""
+    rung, begun, main = [], time.monotonic(), threading.current_thread() is threading.main_thread()
 
-    def ring(number, _):
+    def insist(_, event, __):
+        if event == "line":
+            raise KeyboardInterrupt
+        return insist
+
+    def ring(number, frame):
         rung.append(number)
+        if number == ALARM and rung.count(ALARM) > 1:  # the first was caught: interrupt every line of what catches it
+            while frame and frame.f_code is not _call.__code__:
+                frame.f_trace, frame = insist, frame.f_back
+            sys.settrace(insist)
         raise KeyboardInterrupt
 
+    tracer = sys.gettrace()
     handlers = {n: signal.signal(n, ring) for n in (signal.SIGINT, ALARM) if main and n}
-    if ALARM in handlers:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)
+    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0) if ALARM in handlers else (0, 0)
     try:
         yield rung
     finally:
         if ALARM in handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.settrace(tracer)
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + begun, 1e-3), every)
 
 
 def _complaint(error: BaseException) -> str:

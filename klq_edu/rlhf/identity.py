@@ -1,9 +1,9 @@
 """What a run was trained on, in digests: the same folder must not answer for another model, prompts or reward."""
 
+import builtins
 import copyreg
 import hashlib
 import itertools
-import pickle
 import sys
 import sysconfig
 import types
@@ -17,7 +17,6 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.runs import START
 
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-DATA = {type(None), bool, int, float, str, bytes, list, tuple, dict}  # that pickle looks into by itself
 
 
 def identity(prompts: Dataset, reward: Callable, policy: ActorCritic | None = None) -> dict[str, str]:
@@ -53,34 +52,40 @@ def fingerprint(x) -> str:
     True
     """
     digest = hashlib.sha256()
-    _Contents(types.SimpleNamespace(write=digest.update), protocol=4).dump(x)
+    _feed(digest.update, x, {})
     return digest.hexdigest()[:16]
 
 
-class _Contents(pickle._Pickler):
-    """Pickles plain data as always, everything else as its class and its parts; nobody reads it back."""
+def _feed(add: Callable, x, seen: dict[int, tuple]) -> None:
+    """Pass the contents of x to `add` in an order that never changes; `seen` holds what was passed before, so that
+    cycles end. (Tuples, texts and code may be one object or equal ones: that must not count.)"""
+    add(f"{type(x).__module__}.{type(x).__qualname__}(".encode())
+    if known := seen.get(id(x)):
+        add(f"number {known[0]}".encode())
+    elif isinstance(x, torch.Tensor):
+        add(f"{x.dtype}{tuple(x.shape)}".encode())
+        x = x.detach().cpu()
+        x = (x if x.layout == torch.strided else x.to_dense()).resolve_conj().resolve_neg()
+        add(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif (parts := _parts(x)) is None:
+        add(repr(x).encode("utf-8", "backslashreplace"))
+    else:
+        if not isinstance(x, tuple | types.CodeType):
+            seen[id(x)] = (len(seen), x)  # x is kept, or another object might get its id
+        for part in parts:
+            _feed(add, part, seen)
+    add(b")")
 
-    def memoize(self, x) -> None:
-        """Remember x, so that cycles end, but for what may be one object or equal ones: that must not count."""
-        if not isinstance(x, str | bytes | tuple | frozenset | types.CodeType):
-            super().memoize(x)
 
-    def persistent_id(self, x) -> int | tuple | None:
-        """What to pickle in the place of x; None: x itself."""
-        if type(x) in DATA:
-            return None
-        if id(x) in self.memo:
-            return self.memo[id(x)][0]
-        self.memoize(x)
-        return type(x), _parts(x)
-
-
-def _parts(x):
-    """What x consists of; None for what can't be looked into."""
+def _parts(x) -> list | tuple | None:
+    """What x consists of, or None where its `repr` says it all."""
     match x:
-        case torch.Tensor():
-            values = x.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8)
-            return str(x.dtype), tuple(x.shape), hashlib.sha256(values.numpy()).hexdigest()
+        case None | bool() | int() | float() | complex() | str() | bytes() | types.EllipsisType():
+            return None
+        case list() | tuple():
+            return x
+        case dict() if type(x) is dict:
+            return [part for item in x.items() for part in item]
         case set() | frozenset():  # their order differs from process to process
             return sorted(map(fingerprint, x))
         case types.CodeType():
@@ -89,20 +94,17 @@ def _parts(x):
             return _function_parts(x)
         case property():
             return x.fget, x.fset
+        case torch.nn.Module():
+            own = {k: v for k, v in vars(x).items() if k[0] != "_" and k != "training"}
+            return [type(x), own, dict(x._parameters), dict(x._buffers), dict(x.named_children())]
         case PreTrainedTokenizerBase():
-            return sorted(x.get_vocab().items())
+            return [sorted(x.get_vocab().items())]
         case type() if not _installed(x):
             kept = {k: v for k, v in vars(x).items() if k[:2] != "__" or isinstance(v, types.FunctionType)}
-            return _name(x), x.__bases__, kept
+            return [_name(x), x.__bases__, kept]
         case type() | types.ModuleType() | types.BuiltinFunctionType():
-            return _name(x)
-    if hasattr(x, "__wrapped__"):
-        return x.__wrapped__
-    try:
-        made_of = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))(x)
-    except Exception:
-        return None
-    return made_of if isinstance(made_of, str) else [list(p) if isinstance(p, Iterator) else p for p in made_of[1:]]
+            return [_name(x)]
+    return [x.__wrapped__] if hasattr(x, "__wrapped__") else _pickled(x)
 
 
 def _name(x) -> str:
@@ -110,10 +112,12 @@ def _name(x) -> str:
 
 
 def _installed(x) -> bool:
-    """Whether a function, class or module is Python's or an installed package's: those count by name, not by code."""
+    """Whether a function or class is Python's or of an installed package: then it counts by name, not by its code."""
     module = x if isinstance(x, types.ModuleType) else sys.modules.get(x.__module__)
-    file = getattr(module, "__file__", None) or LIBRARIES[0]  # what has none is built into Python
-    return module is not None and module.__name__ != "__main__" and file.startswith(LIBRARIES)
+    if module is None or module.__name__ == "__main__" or (module is builtins and not hasattr(builtins, x.__name__)):
+        return False  # run by path or by exec: nobody else has it
+    file = getattr(module, "__file__", None)
+    return file is None or file.startswith(LIBRARIES)
 
 
 def _function_parts(f: types.FunctionType) -> list:
@@ -133,3 +137,12 @@ def _names(code: types.CodeType) -> set[str]:
     """Global names that a function's code uses, that of functions inside it included."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return set(code.co_names).union(*map(_names, inner))
+
+
+def _pickled(x) -> list:
+    """What pickle would store of an object; nothing of one that can't be stored."""
+    try:
+        reduced = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(4))(x)
+    except Exception:
+        return []
+    return [list(p) if isinstance(p, Iterator) else p for p in (reduced if isinstance(reduced, str) else reduced[1:])]

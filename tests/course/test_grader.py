@@ -3,6 +3,7 @@
 import itertools
 import math
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -175,23 +176,40 @@ def test_a_right_answer_passes_however_its_result_lies_in_memory(kind):
 
 
 @pytest.mark.skipif(not exercises.ALARM, reason="no SIGALRM here, so no limit")
-def test_an_endless_answer_is_stopped_and_its_alarm_is_put_back(monkeypatch):
+def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatch):
     def stubborn(*_):
         while True:
             with suppress(Exception):
                 time.sleep(0.001)
+
+    def deaf(*_):
+        while True:
+            with suppress(BaseException):
+                time.sleep(100)
 
     def patient(*_):
         while True:
             pass
 
     monkeypatch.setattr(exercises, "SECONDS", 0.02)
-    before = signal.getsignal(signal.SIGALRM)
-    for exercise in EXERCISES.values():
-        for answer in (stubborn, patient):
-            verdict = grade(exercise, answer)
-            assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    rung, tracer = [], sys.gettrace()
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60.0, 7.0)
+        for exercise in EXERCISES.values():
+            for answer in (stubborn, patient):
+                verdict = grade(exercise, answer)
+                assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
+        assert "stopped after" in grade(EXERCISES["1.1"], deaf).message and sys.gettrace() is tracer
+        left, every = signal.getitimer(signal.ITIMER_REAL)
+        assert 1.0 < left < 59.5 and every == 7.0 and not rung  # the time that grading took is off
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        grade(EXERCISES["1.1"], patient)  # rings in the meantime: late, but not never
+        time.sleep(0.01)
+        assert rung == [1] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("answer", [lambda x: x, lambda x: None], ids=["lets it through", "swallows it"])

@@ -261,9 +261,9 @@ def carrying(**attributes):
     return reward
 
 
-def edited(body, helped="0.0"):
+def edited(body, helped="0.0", module="__main__"):
     """An object of a class with this code, as after an edit: the name is always the same."""
-    space = {"__name__": "__main__"}
+    space = {"__name__": module}
     code = f"def __call__(self, prompts, completions): {body}\n    def helped(self): return [{helped}]"
     exec(f"class Edited:\n    {code}", space)
     return space["Edited"]()
@@ -284,6 +284,7 @@ def edited(body, helped="0.0"):
         (matching(re.compile("a")), matching(re.compile("b"))),
         (edited("return [1.0]"), edited("return [2.0]")),
         (edited("return self.helped()", "1.0"), edited("return self.helped()", "2.0")),
+        (edited("return [1.0]", module="builtins"), edited("return [2.0]", module="builtins")),
         (torch.nn.Sequential(torch.nn.LeakyReLU(0.1)), torch.nn.Sequential(torch.nn.LeakyReLU(0.2))),
         (carrying(scale=1), carrying(scale=2)),
         (weighted(torch.eye(2).to_sparse()), weighted(torch.ones(2, 2).to_sparse())),
