@@ -13,8 +13,8 @@ from matplotlib.figure import Figure, FigureBase
 from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_step, penalty_coefficient, ppo_penalty_step
 from klq_edu.core.tree import TokenTree
 
-GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-AMBER, YELLOW, DASHES = "#E69F00", "#F0E442", (0, (5, 1, 1, 1))
+GREY, BLUE, ORANGE, GREEN, PINK, AMBER = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+DASHES = (0, (5, 1, 1, 1))
 STYLES = {  # of an algorithm's line
     "klq": {"label": "KLQ", "color": BLUE, "linestyle": "-"},
     "ppo_clip": {"label": "PPO-clip", "color": ORANGE, "linestyle": "--"},
@@ -24,13 +24,9 @@ STYLES = {  # of an algorithm's line
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
     "naive": (ORANGE, "--", "s", "//"),
     "naive, compiled": (AMBER, DASHES, "D", "\\\\"),
-    "reference": (GREY, ":", "x", ".."),
     "ours (torch)": (BLUE, "-", "o", ""),
     "ours (triton)": (GREEN, "-.", "^", "--"),
     "F.linear_cross_entropy": (PINK, (0, (1, 1)), "v", "xx"),
-    "liger GRPO": (SKY, (0, (3, 1)), "P", "++"),
-    "liger cross-entropy": (YELLOW, (0, (3, 1, 1, 1, 1, 1)), "*", "oo"),
-    "cut-cross-entropy": ("#000000", (0, (8, 2)), "<", "||"),
 }
 
 
