@@ -138,9 +138,6 @@ def test_texts_with_markup_are_shown_as_they_are(capsys):
     assert capsys.readouterr().out.count("[/] w5 [red]") == 3
 
 
-ONE_WORKER = pytest.mark.xdist_group("demo")  # what shares the fixture, lest it is made twice
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The arguments of a demo, what a fresh process said that ran it, and its folder."""
@@ -149,7 +146,6 @@ def demo(tmp_path_factory):
     return args, klq(*args), folder / "grammar"
 
 
-@ONE_WORKER
 def test_the_demo_runs_reports_and_does_not_repeat_itself(demo, here):
     args, first, folder = demo
     assert first.returncode == 0, first.stderr
@@ -189,7 +185,6 @@ def rows(log):
     return log.read_text().count("\n")
 
 
-@ONE_WORKER
 def test_the_report_stands_alone(demo):
     """One file: no script, no link or image from elsewhere, every figure with a text alternative."""
     *_, folder = demo

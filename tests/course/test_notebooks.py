@@ -155,7 +155,6 @@ def kernel():
 
 
 @chapters
-@pytest.mark.xdist_group("students")
 def test_student_edition_runs_and_every_check_says_not_attempted(chapter, kernel, tmp_path):
     """It starts without a name of the one before. That the same imports do in a fresh kernel, nbval sees."""
     _, student = editions(FOLDER, chapter)

@@ -25,7 +25,6 @@ from klq_edu.bench.roofline import (
 from klq_kernels.machine_code import work
 from klq_kernels.offline import Finding, problems
 
-pytestmark = pytest.mark.xdist_group("inspect")  # one worker compiles for all tests here
 GOOD = Finding(
     kernel="linear_token_stats", target="gfx942", dtype="bf16", tile="", registers=100, spill_bytes=0,
     local_accesses=0, shared_bytes=1000, shared_limit=65_536, loads={"16": 4}, stores={"4": 1},

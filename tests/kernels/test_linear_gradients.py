@@ -73,17 +73,12 @@ def largest_error(op, backend):
 CASES = [(linear_klq_loss, "torch"), (linear_klq_loss, "triton"), (linear_token_stats, "torch")]
 
 
-ONE_WORKER = pytest.mark.xdist_group("float16 gradients")  # computes the exact ones once
-
-
-@ONE_WORKER
 @pytest.mark.parametrize("op, backend", CASES)
 def test_float16_gradients_do_not_underflow(op, backend, half):
     """A mean over 8192 tokens times τ = 0.1 leaves logit gradients of 1e−9: those are scaled before they are cast."""
     assert largest_error(op, backend) < 2e-3
 
 
-@ONE_WORKER
 @pytest.mark.parametrize("op, backend", CASES)
 def test_without_the_common_factor_they_would(op, backend, half, monkeypatch):
     """Guards the test above, which would protect little if nothing underflowed."""

@@ -14,7 +14,6 @@ from collections import defaultdict
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("recompilation")  # one worker records for all tests here
 
 KERNELS = {
     "stats_kernel", "merge_kernel", "grad_kernel", "returns_kernel", "linear_stats_kernel", "token_logits_kernel",
