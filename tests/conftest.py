@@ -15,6 +15,11 @@ settings.register_profile("rare", deadline=None, max_examples=1000)  # make chec
 settings.load_profile("klq")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, lest one of two workers waits for the other at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "worlds" and item.path.name != "test_cli.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Gradients from hidden states where a GPU differs from a CPU: float16 throughout, and a host that must not wait."""
 
 import contextlib
+from functools import cache
 
 import pytest
 import torch
@@ -53,11 +54,18 @@ def gradients(op, backend, model, rest, dtype=None):
     return torch.autograd.grad(out, (hidden, weight, bias))
 
 
-def largest_error(op, backend):
-    """Relative, in the Frobenius norm, of any gradient, against float64 on the same inputs."""
+@cache
+def inputs_and_gradients(op):
+    """The batch, and the gradients of `reference` in float64 for it."""
+    torch.manual_seed(0)
     model, rest = batch()
     exact = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in rest.items()}
-    want = gradients(op, "reference", model, exact, torch.float64)
+    return model, rest, gradients(op, "reference", model, exact, torch.float64)
+
+
+def largest_error(op, backend):
+    """Relative, in the Frobenius norm, of any gradient, against float64 on the same inputs."""
+    model, rest, want = inputs_and_gradients(op)
     got = gradients(op, backend, model, rest)
     return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
 

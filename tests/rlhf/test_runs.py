@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -306,15 +307,17 @@ def test_globals_that_a_reward_uses_count(monkeypatch):
 
 
 def test_digests_are_the_same_in_every_process():
-    """Sets of texts have another order in each."""
+    """Sets of texts have another order in each: seen in both of these, in a function's constants and in an object."""
     code = """from klq_edu.rlhf.identity import fingerprint
-print(fingerprint((lambda c: c in {'a', 'b', 'c', 'd'}, {'x', 'y'})))"""
+contains, texts = lambda c: c in {'a', 'b', 'c', 'd'}, {'x', 'y'}
+print(fingerprint((contains, texts)), contains.__code__.co_consts, texts, sep='|')"""
     command = [sys.executable, "-c", code]
-    found = {
+    one, other = (
         subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout
-        for seed in "123"
-    }
-    assert len(found) == 1 and len(found.pop().strip()) == 16
+        for seed in "12"
+    )
+    (digest, *sets), (same, *others) = one.split("|"), other.split("|")
+    assert digest == same and len(digest) == 16 and all(x != y for x, y in zip(sets, others, strict=True))
 
 
 def test_a_fingerprint_survives_cycles_and_what_cannot_be_looked_into():
@@ -347,18 +350,21 @@ def test_two_writers_are_refused(tmp_path, go):
 
 
 def test_the_lock_dies_with_its_process(tmp_path, go):
-    code = f"""
-import os, signal
-from klq_edu.rlhf.runs import Run
-with Run({str(tmp_path)!r}, {settings().to_dict()!r}).writing():
-    print("locked", flush=True)
-    signal.pause()
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="is in use by another process"):
-            go(tmp_path)
-        other.kill()
+    fork = multiprocessing.get_context("fork")  # a process that need not import torch first
+    locked = fork.Event()
+
+    def hold():
+        with Run(tmp_path, settings().to_dict()).writing():
+            locked.set()
+            signal.pause()
+
+    other = fork.Process(target=hold, daemon=True)
+    other.start()
+    assert locked.wait(60)
+    with pytest.raises(ValueError, match="is in use by another process"):
+        go(tmp_path)
+    other.kill()
+    other.join()
     assert len(go(tmp_path)) == 4
 
 
