@@ -77,7 +77,7 @@ def test_help_is_instant_because_nothing_heavy_is_imported(command):
         (("inspect", "--n", "0"), "n, v and h must be at least 1, got 0, 128256 and 4096"),
         (("sweep", "--variants", "ppo"), "invalid choice"),
         (("train", "grammar", "--temperature", "0.5", "--out"), "temperature must be 1 in the grammar world, got 0.5"),
-        (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 5 in the grammar world"),
+        (("train", "grammar", "--max-new-tokens", "2", "--out"), "max_new_tokens must be >= 4 in the grammar world"),
         (("demo", "--world", "grammar", "--out", "/dev/null/here"), "cannot write to the output folder"),
         (("train", "grammar", "--device", "cuda:99", "--out"), "device 'cuda:99' is not usable here"),
     ],
@@ -202,18 +202,25 @@ def test_train_saves_a_model_that_loads_anywhere(tmp_path, here):
     out = here("train", "grammar", "--updates", "2", "--out", tmp_path / "run", "--save-model", tmp_path / "model")
     assert out.returncode == 0, out.stderr
     model, tokenizer = (c.from_pretrained(tmp_path / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
-    assert model(**tokenizer("at dawn the", return_tensors="pt", return_token_type_ids=False)).logits.shape[-1] == 51
+    assert model(**tokenizer("at dawn the", return_tensors="pt", return_token_type_ids=False)).logits.shape[-1] == 65
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world"] == "grammar"
 
 
 def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path, here):
-    settings = "--taus 0.2 --learning-rates 1e-3 --variants klq ppo_clip --seeds 1 --updates 2"
-    out = here("sweep", *settings.split(), "--out", tmp_path, "--runs", tmp_path / "runs", "--jobs", "1")
+    """Behind a proxy, so that the true reward judges too; a second call reads what the first has trained."""
+    settings = "--world grammar_proxy --name judged --taus 0.2 --schedules on_policy equal --variants klq ppo_clip"
+    where = ("--out", tmp_path, "--runs", tmp_path / "runs", "--jobs", "1", "--updates", "2", "--seeds", "1")
+    out = here("sweep", *settings.split(), *where)
     assert out.returncode == 0, out.stderr
-    rows = (tmp_path / "grammar_sweep.csv").read_text().splitlines()
-    assert "| 0.2 | PPO-clip | separate | **" in out.stdout
-    assert len(rows) == 3 and rows[0].startswith("algorithm,critic,tau,learning_rate,seed,rollouts,attained")
-    assert {"command", "sweep", "torch", "machine"} <= set(json.loads((tmp_path / "grammar_sweep.json").read_text()))
+    rows = pd.read_csv(tmp_path / "judged.csv")
+    assert rows["schedule"].tolist() == ["on_policy"] * 2 + ["equal"] * 2 and rows["seed"].unique().tolist() == [100]
+    assert rows["algorithm"].tolist() == ["klq", "ppo_clip"] * 2 and rows["rollouts"].tolist() == [128] * 2 + [64] * 2
+    assert rows["row_steps"].tolist() == [512] * 2 + [192] * 2 and (rows["seconds"] > 0).all()
+    assert rows["wins_over_klq"][::2].tolist() == pytest.approx([0.5] * 2) and (rows["wins_over_reference"] > 0.5).all()
+    assert ((rows["wins_over_klq"][1::2] - 0.5).abs() > 1e-4).all() and rows["true_reward"].nunique() == 4
+    assert out.stdout.count("| 0.2 | ") == (tmp_path / "judged.md").read_text().count("| 0.2 | ") == 6
+    assert {"command", "sweep", "torch", "machine"} <= set(json.loads((tmp_path / "judged.json").read_text()))
+    assert (tmp_path / "judged.svg").exists()
 
 
 def test_the_benchmark_measures_time_memory_and_error(tmp_path, here):

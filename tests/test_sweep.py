@@ -91,11 +91,11 @@ def test_the_power_table_asks_what_it_takes_to_see_the_difference(csv):
     rows += [row("ppo_clip", 1.0, s, wins_over_klq=w) for s, w in enumerate(wins)]
     shown = cells(power_table(csv(rows)), "PPO-clip")
     sd = pd.Series(wins).std()
-    assert shown[2:5] == ["0.555 [0.520, 0.570]", f"{sd:.3f}", f"{pairs_needed(0.05):,.0f}"]
-    assert shown[5:] == [f"{seeds_needed(0.05, sd, n)}" for n in (64, 256, 1024)]
+    assert shown[3:6] == ["0.555 [0.520, 0.570]", f"{sd:.3f}", f"{pairs_needed(0.05):,.0f}"]
+    assert shown[6:] == [f"{seeds_needed(0.05, sd, n)}" for n in (64, 256, 1024)]
     for r in rows:
         r["wins_over_klq"] = 0.5
-    assert cells(power_table(csv(rows)), "PPO-clip")[4:] == [str(math.inf)] * 4
+    assert cells(power_table(csv(rows)), "PPO-clip")[5:] == [str(math.inf)] * 4
 
 
 def test_the_figure_shows_every_run_in_its_panel():

@@ -210,12 +210,13 @@ def power_table(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
     from klq_edu.rlhf.judge import pairs_needed, seeds_needed
 
     runs = pd.read_csv(csv)
-    lines = [["τ", "algorithm", "wins over KLQ", "sd of a seed", "pairs, of two fixed policies"]]
+    lines = [["τ", "completions", "algorithm", "wins over KLQ", "sd of a seed", "pairs, of two fixed policies"]]
     lines[0] += [f"seeds, {n} pairs each" for n in pairs]
     lines.append(["---"] * len(lines[0]))
-    for (tau, name), part in runs[runs["algorithm"] != "klq"].groupby(["tau", "algorithm"], sort=False):
+    others = runs[runs["algorithm"] != "klq"]
+    for (tau, used, name), part in others.groupby(["tau", "schedule", "algorithm"], sort=False):
         rate, sd = part["wins_over_klq"].mean(), part["wins_over_klq"].std()
         counts = [pairs_needed(rate - 0.5), *(seeds_needed(rate - 0.5, sd, n) for n in pairs)]
-        shown = [f"{tau:g}", STYLES[name]["label"], interval(part["wins_over_klq"], 3), f"{sd:.3f}"]
+        shown = [f"{tau:g}", LABELS[used], STYLES[name]["label"], interval(part["wins_over_klq"], 3), f"{sd:.3f}"]
         lines.append([*shown, *(f"{n:,.0f}" for n in counts)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
