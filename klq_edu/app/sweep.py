@@ -95,7 +95,7 @@ def run_sweep(config: SweepConfig) -> None:
     sweep = {name: str(value) for name, value in asdict(config).items()}
     first = next(iter(experiments.values()))[1].to_dict()
     write_provenance(path, "cpu", sweep=sweep, **{"settings of the first run": first})
-    shown = markdown(path) + (f"\n\n{power_table(path)}" if "wins_over_klq" in table else "")
+    shown = markdown(path) + (f"\n\n{power_table(path)}" if "wins_over_klq" in table and config.seeds > 1 else "")
     labels = {name: LABELS[name] for name in config.schedules}
     optimum_gaps(table, labels).figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     path.with_suffix(".md").write_text(shown + "\n", encoding="utf-8")
