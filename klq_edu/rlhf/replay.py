@@ -43,8 +43,7 @@ class Memory:
         return {"batches": [vars(b) for b in self.batches], "baselines": self.baselines}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` returned."""
-        self.batches.clear()
+        """Take up what `state_dict` returned, in a memory that is still empty."""
         self.batches.extend(Rollout(**b) for b in state["batches"])
         self.baselines = state["baselines"]
 
@@ -84,5 +83,5 @@ def _widened(part: Rollout, width: int, front: int) -> dict:
     for name, x in fields.items():
         if isinstance(x, Tensor) and x.ndim > 1:
             place = (left if name in ("input_ids", "attention_mask", "trunk") else 0, right)
-            fields[name] = pad(x, (0, 0) * (x.ndim - 2) + place, value=name == "allowed")
+            fields[name] = pad(x, (0, 0) * (x.ndim - 2) + place)
     return fields
