@@ -115,9 +115,9 @@ def test_replay_adds_rows_to_every_fit_and_asks_no_reward_twice(tmp_path, tiny_l
     monkeypatch.setattr(
         loop, "fit", lambda policy, batch, *rest: fitted.append(len(batch)) or fit(policy, batch, *rest)
     )
-    rows = run(tmp_path, tiny_lm, tokenizer, settings(replay=8, replay_batches=2, updates=5), reward=reward)
-    assert scored == [6] * 5 and fitted == [6, 12, 14, 14, 14]
-    assert [row["row_steps"] for row in rows] == [12, 36, 64, 92, 120]
+    rows = run(tmp_path, tiny_lm, tokenizer, settings(replay=99, replay_batches=2, updates=5), reward=reward)
+    assert scored == [6] * 5 and fitted == [6, 12, 18, 18, 18]
+    assert [row["row_steps"] for row in rows] == [12, 36, 72, 108, 144]
 
 
 def test_means_of_the_prompts_are_sampled_once_and_subtracted(tmp_path, tiny_lm, tokenizer, monkeypatch):
