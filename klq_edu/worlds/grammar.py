@@ -44,6 +44,7 @@ FIRST = ADJECTIVES + PEOPLE + THINGS
 LAST = (*ADVERBS, END)  # each of them ends a completion
 AFTER = {ADJECTIVES: PEOPLE + THINGS, PEOPLE: DEEDS, THINGS: EVENTS, DEEDS + EVENTS: LAST, LAST: ()}
 LONGEST = 4
+# Tastes are of words, so that they can be learnt: were each sentence's a number of its own, one would have to try it.
 TASTE = 0.4  # standard deviation of a prompt's taste for a sentence, where the lexicon's is 1 …
 PROXY = 0.593  # … and of a proxy's error, where the reward's is 1: they correlate by 1/√(1 + 0.593²) = 0.86
 PAD = "<pad>"
@@ -228,8 +229,8 @@ def lexicon_reward(tree: TokenTree, identity: str):
     scores = dict(zip(texts, tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
-        texts = (f"{p} {c.removesuffix(END).rstrip()}" for p, c in zip(prompts, completions))
-        return [scores[text] for text in texts]
+        words = ([*p.split(), *c.removesuffix(END).split()] for p, c in zip(prompts, completions, strict=True))
+        return [scores[" ".join(w)] for w in words]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
     return lexicon
