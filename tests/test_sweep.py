@@ -12,7 +12,8 @@ from klq_edu.worlds.registry import VARIANTS
 
 
 def row(algorithm, gap, seed, schedule="replay", tau=0.2, rate=2e-3, **more):
-    shares = {"attained": 1 - gap / 10, "attained_1280": 0.5, "kl_optimum": gap, "rollouts": 5120}
+    shares = {"attained": 1 - gap / 10, "attained_1280": 0.5, "kl_optimum": gap, "rollouts": 5120, "mode_mass": 0.4}
+    shares["mode_mass_optimum"] = 0.75
     return (
         {"schedule": schedule, "algorithm": algorithm, "tau": tau, "learning_rate": rate, "seed": seed} | shares | more
     )
@@ -40,6 +41,7 @@ def test_differences_are_paired_by_seed(csv):
     table = markdown(csv(rows[::-1]))
     assert cells(table, "PPO-clip")[-1] == "+0.100 [+0.100, +0.100]" and cells(table, "KLQ")[-1] == ""
     assert cells(table, "KLQ")[4:6] == ["0.700 [0.200, 0.900]", "0.625"]
+    assert cells(table, "KLQ")[-3] == "0.40 of 0.75"
     assert cells(table, "KLQ")[-2] == "3.000 [1.000, 8.000]"
 
 

@@ -17,6 +17,7 @@ SCHEDULES = {  # how 5,120 completions are used, for every algorithm alike
     "equal": {"replay": 32, "epochs": 2},
     "replay": {},  # the world's own settings: cooled, 96 earlier completions beside each 32 new ones, 4 epochs
 }
+SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 
 
@@ -129,29 +130,35 @@ def one_run(world: str, schedule: str, settings: TrainConfig, folder: Path) -> d
     """Run (or read) one experiment; its row of the CSV."""
     from klq_edu.app.experiment import run_experiment
     from klq_edu.worlds import load
+    from klq_edu.worlds.grammar import modes
 
-    result = run_experiment(load(world), settings, folder)
+    world = load(world)
+    result = run_experiment(world, settings, folder)
     last = result.rows[-1]
     row = {"schedule": schedule, "algorithm": variant_of(result.settings)}
     row |= {name: getattr(settings, name) for name in ("tau", "learning_rate", "seed")}
     row |= {name: last[name] for name in ("rollouts", "row_steps")}
     row["seconds"] = round(sum(r["seconds"] for r in result.rows), 1)
     row |= {name: last[name] for name in ("attained", "kl_optimum", "mode_mass", "J", "exact_reward", "exact_kl")}
+    best = world.tree.sequence_distribution(world.tree.optimum(settings.tau)[2])
+    row["mode_mass_optimum"] = best[modes(world.tree, settings.tau)].sum().item()
     shares = {r["rollouts"]: r["attained"] for r in result.rows if "attained" in r}
     return row | {f"attained_{n}": shares.get(n) for n in EARLY}
 
 
 def markdown(csv: Path, schedule: str | None = None) -> str:
     """Over seeds, the share of the possible improvement (median [lowest, highest], mean, and the median after 1,280
-    completions), KL(π‖π*) in nats, and by how much that is longer than KLQ's of the same seed (mean, and the 95 %
-    interval of a bootstrap over seeds). Of one schedule, or of all."""
+    completions), the median mass of each prompt's best sentence beside the optimum's, KL(π‖π*) in nats, and by how much
+    that is longer than KLQ's of the same seed (mean, and the 95 % interval of a bootstrap over seeds). Of one schedule,
+    or of all."""
     import pandas as pd
 
     from klq_edu.figures import STYLES
 
     runs = pd.read_csv(csv)
     runs = runs if schedule is None else runs[runs["schedule"] == schedule]
-    heads = ["τ", "completions", "algorithm", "lr", "attained", "mean", "early", "KL(π‖π*) [nats]", "longer than KLQ's"]
+    heads = ["τ", "completions", "algorithm", "lr", "attained", "mean", "early", "mode", "KL(π‖π*) [nats]"]
+    heads.append("longer than KLQ's")
     lines = [heads[:1] + heads[1 + (schedule is not None) :]]
     lines.append(["---"] * len(lines[0]))
     for (tau, used, name, rate), part in runs.groupby(["tau", "schedule", "algorithm", "learning_rate"], sort=False):
@@ -159,9 +166,10 @@ def markdown(csv: Path, schedule: str | None = None) -> str:
         pairs = klq.merge(part, on="seed", suffixes=("_klq", ""))
         longer = difference(pairs["kl_optimum"] - pairs["kl_optimum_klq"])
         alone = name == "klq" or klq["learning_rate"].nunique() != 1
-        share, early, nats = (part[c] for c in ("attained", "attained_1280", "kl_optimum"))
+        share, early, mode, best, nats = (part[c] for c in SHOWN)
         cells = [f"{tau:g}", *([LABELS[used]] if schedule is None else []), STYLES[name]["label"], f"{rate:g}"]
-        cells += [interval(share, 3), f"{share.mean():.3f}", f"{early.median():.2f}", interval(nats, 3)]
+        cells += [interval(share, 3), f"{share.mean():.3f}", f"{early.median():.2f}"]
+        cells += [f"{mode.median():.2f} of {best.median():.2f}", interval(nats, 3)]
         lines.append([*cells, "" if alone else longer])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
