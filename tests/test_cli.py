@@ -149,7 +149,7 @@ def demo(tmp_path_factory):
 def test_the_demo_runs_reports_and_does_not_repeat_itself(demo, here):
     args, first, folder = demo
     assert first.returncode == 0, first.stderr
-    for word in ("KLQ", "PPO-clip", "PPO-penalty", "attained", "reference"):
+    for word in ("KLQ", "PPO-clip", "PPO-penalty", "attained", "reference", "32 completions and 96 earlier ones"):
         assert word in first.stdout
     logs = sorted(folder.glob("*/metrics.jsonl"))
     assert len(logs) == 3 and all(len(log.read_text().splitlines()) == 3 for log in logs)

@@ -152,7 +152,9 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
 def scale(results: list[Result]) -> str:
     """How much was trained, and at which τ."""
     s = results[0].settings
-    return f"τ = {s['tau']:g}, {s['updates']} updates of {s['batch_size']} completions, {s['epochs']} epochs each"
+    tau = f"τ = {s['tau']:g}" + (f" (cooled from {s['tau_start']:g})" if (s["tau_start"] or 0) > s["tau"] else "")
+    batch = f"{s['batch_size']} completions" + (f" and {s['replay']} earlier ones" if s["replay"] else "")
+    return f"{tau}, {s['updates']} updates of {batch}, {s['epochs']} epochs each"
 
 
 def seeds(results: list[Result]) -> str:

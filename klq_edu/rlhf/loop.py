@@ -106,8 +106,9 @@ def train(
 
                 row = {"update": update, "tau": now.tau, "rollouts": before + (update + 1) * config.batch_size}
                 row["row_steps"] = (rows[-1]["row_steps"] if rows else 0) + config.epochs * len(batch)
-                new = torch.arange(len(rollout), device=policy.device)
-                row |= summarise(batch.rows(new), scores, select(targets, new), steps, config.tau)
+                count, length = rollout.mask.shape
+                fresh = Targets(*(x[:count, :length] for x in targets))
+                row |= summarise(rollout, scores, fresh, steps, config.tau)
                 row |= {"learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
                 if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
                     row |= measured(evaluate(policy))
