@@ -218,7 +218,7 @@ def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path, here):
     assert rows["row_steps"].tolist() == [512] * 2 + [192] * 2 and (rows["seconds"] > 0).all()
     assert rows["wins_over_klq"][::2].tolist() == pytest.approx([0.5] * 2) and (rows["wins_over_reference"] > 0.5).all()
     assert ((rows["wins_over_klq"][1::2] - 0.5).abs() > 1e-4).all() and rows["true_reward"].nunique() == 4
-    assert out.stdout.count("| 0.2 | ") == (tmp_path / "judged.md").read_text().count("| 0.2 | ") == 4
+    assert out.stdout.count("| 0.2 | ") == (tmp_path / "judged.md").read_text().count("| 0.2 | ") == 6
     assert {"command", "sweep", "torch", "machine"} <= set(json.loads((tmp_path / "judged.json").read_text()))
     assert (tmp_path / "judged.svg").exists()
 

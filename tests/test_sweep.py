@@ -1,11 +1,11 @@
 """What `klq sweep` makes of its runs: paired differences, learning rates chosen elsewhere, the power of a judge."""
 
-import math
-
+import numpy as np
 import pandas as pd
 import pytest
 
-from klq_edu.app.sweep import SCHEDULES, SweepConfig, difference, markdown, power_table, tuned
+from klq_edu.app.comparison import algorithms, difference, power, schedules
+from klq_edu.app.sweep import SCHEDULES, SweepConfig, tuned
 from klq_edu.figures import optimum_gaps
 from klq_edu.rlhf.judge import pairs_needed, seeds_needed
 from klq_edu.worlds.registry import VARIANTS
@@ -38,28 +38,50 @@ def test_differences_are_paired_by_seed(csv):
     """Seeds differ by whole nats and the algorithms by 0.1 in each: unpaired that would drown."""
     gaps = [1.0, 4.0, 2.0, 8.0]
     rows = [row("klq", g, s) for s, g in enumerate(gaps)] + [row("ppo_clip", g + 0.1, s) for s, g in enumerate(gaps)]
-    table = markdown(csv(rows[::-1]))
-    assert cells(table, "PPO-clip")[-1] == "+0.100 [+0.100, +0.100]" and cells(table, "KLQ")[-1] == ""
+    table = algorithms(csv(rows[::-1]))
+    assert cells(table, "PPO-clip")[-1] == "+0.100 [+0.100, +0.100], 4/4" and cells(table, "KLQ")[-1] == ""
     assert cells(table, "KLQ")[4:6] == ["0.700 [0.200, 0.900]", "0.625"]
-    assert cells(table, "KLQ")[-3] == "0.40 of 0.75"
-    assert cells(table, "KLQ")[-2] == "3.000 [1.000, 8.000]"
+    assert cells(table, "KLQ")[-3:-1] == ["0.40 of 0.75", "3.000 [1.000, 8.000]"]
 
 
 def test_the_interval_of_a_difference_covers_the_truth():
-    """Percentile intervals over ten seeds: near 95 %, a little below as the bootstrap is at small numbers."""
-    import numpy as np
-
+    """Student's t over ten seeds: 95 % of intervals hold the true mean, give or take the noise of 400."""
     rng, hits = np.random.default_rng(0), 0
-    for _ in range(200):
-        low, high = difference(pd.Series(rng.normal(0.3, 1.0, 10))).split("[")[1].rstrip("]").split(",")
+    base = pd.DataFrame({"seed": range(10), "x": 0.0})
+    for _ in range(400):
+        text = difference(pd.DataFrame({"seed": range(10), "x": rng.normal(0.3, 1.0, 10)}), base, "x")
+        low, high = text.split("[")[1].split("]")[0].split(",")
         hits += float(low) <= 0.3 <= float(high)
-    assert 0.85 < hits / 200 < 0.98
+    assert 0.92 < hits / 400 < 0.98
 
 
 def test_schedules_are_compared_each_with_its_own_klq(csv):
-    rows = [row("klq", 1.0, 0), row("klq", 5.0, 0, "on_policy"), row("ppo_clip", 6.0, 0, "on_policy")]
-    assert cells(markdown(csv(rows)), "PPO-clip")[-1].startswith("+1.000")
-    assert "PPO-clip" not in markdown(csv(rows), "replay")
+    rows = [row("klq", 1.0, s) for s in range(3)] + [row("klq", 5.0, s, "on_policy") for s in range(3)]
+    rows += [row("ppo_clip", 6.0, s, "on_policy") for s in range(3)]
+    assert cells(algorithms(csv(rows)), "PPO-clip")[-1].startswith("+1.000")
+    assert "PPO-clip" not in algorithms(csv(rows), "replay") and "replay" not in algorithms(csv(rows), "replay")
+
+
+def test_what_a_schedule_gains_is_paired_by_seed_within_an_algorithm(csv):
+    rows = [row("klq", 5.0 + s, s, "on_policy", row_steps=100, seconds=7.4) for s in range(4)]
+    rows += [row("klq", 4.0 + s, s, "replay", row_steps=400, seconds=30.0) for s in range(4)]
+    table = schedules(csv(rows))
+    assert cells(table, "KLQ") == ["0.2", "KLQ", "0.350", "0.450", "+0.100 [+0.100, +0.100], 4/4"]
+    assert cells(table, "row-steps (seconds)") == ["", "row-steps (seconds)", "100 (7)", "400 (30)", ""]
+    assert schedules(csv(rows[:4])) == ""
+
+
+def test_too_few_seeds_give_no_interval(csv):
+    rows = [row(a, 1.0, s) for a in ("klq", "ppo_clip") for s in (0, 1)]
+    assert cells(algorithms(csv(rows)), "PPO-clip")[-1] == ""
+
+
+def test_several_learning_rates_are_never_pooled(csv):
+    """A screening has five of them: their spread is no spread of seeds."""
+    rows = [row(a, 1.0, s, used, rate=r, wins_over_klq=0.4, row_steps=1, seconds=1.0)
+            for a in ("klq", "ppo_clip") for s in range(3) for used in SCHEDULES for r in (1e-3, 2e-3)]  # fmt: skip
+    assert schedules(csv(rows)) == power(csv(rows)) == ""
+    assert cells(algorithms(csv(rows)), "PPO-clip")[-1] == ""
 
 
 def test_learning_rates_are_the_best_of_another_sweep_at_the_nearest_tau(csv):
@@ -74,6 +96,25 @@ def test_learning_rates_are_the_best_of_another_sweep_at_the_nearest_tau(csv):
     assert best("equal", "klq", 0.05) == 4e-3 and best("on_policy", "klq", 0.05) == 1e-3
     chosen = SweepConfig(taus=(0.05,), variants=("klq",), seeds=1, tuned_by=csv(rows)).experiments().values()
     assert {used: c.learning_rate for used, c in chosen} == {"replay": 4e-3, "equal": 4e-3, "on_policy": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tuned_by": "sweep.csv", "learning_rates": (0.1,)}, "give learning_rates or tuned_by, got both"),
+        ({"tuned_by": "sweep.csv", "variants": ("ppo_clip",)}, "tuned_by: .*sweep.csv must have runs of ppo_clip"),
+        ({"tuned_by": "old.csv"}, "tuned_by: .*old.csv must be the CSV of a sweep, it has no column .*schedule"),
+        ({"updates": 0}, "updates must be an integer >= 1, got 0"),
+        ({"taus": (-1.0,)}, "tau must be a finite number > 0, got -1"),
+        ({"seeds": 0}, "seeds must not be empty or below 1, got 0"),
+    ],
+)
+def test_bad_options_are_named(options, message, csv, tmp_path):
+    csv([row("klq", 1.0, 0)])
+    (tmp_path / "old.csv").write_text("algorithm,critic,tau\nklq,shared,0.1\n")
+    options |= {"tuned_by": tmp_path / options["tuned_by"]} if "tuned_by" in options else {}
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(**options).experiments()
 
 
 def test_every_algorithm_gets_the_same_completions_and_the_same_switches():
@@ -91,13 +132,13 @@ def test_the_power_table_asks_what_it_takes_to_see_the_difference(csv):
     wins = [0.52, 0.56, 0.55, 0.57]
     rows = [row("klq", 1.0, s, wins_over_klq=0.5) for s in range(4)]
     rows += [row("ppo_clip", 1.0, s, wins_over_klq=w) for s, w in enumerate(wins)]
-    shown = cells(power_table(csv(rows)), "PPO-clip")
-    sd = pd.Series(wins).std()
-    assert shown[3:6] == ["0.555 [0.520, 0.570]", f"{sd:.3f}", f"{pairs_needed(0.05):,.0f}"]
+    shown, sd = cells(power(csv(rows)), "PPO-clip"), pd.Series(wins).std()
+    assert shown[3:6] == [f"0.550 ± {sd / 2:.3f}", f"{sd:.3f}", f"{pairs_needed(0.05):,.0f}"]
     assert shown[6:] == [f"{seeds_needed(0.05, sd, n)}" for n in (64, 256, 1024)]
-    for r in rows:
-        r["wins_over_klq"] = 0.5
-    assert cells(power_table(csv(rows)), "PPO-clip")[5:] == [str(math.inf)] * 4
+    rows[-1]["wins_over_klq"] = 0.40
+    assert cells(power(csv(rows)), "PPO-clip")[5:] == ["–"] * 4, "found nothing, so there is nothing to see"
+    assert power(csv(rows[:4])) == "" and power(csv(rows[4:6])) != ""
+    assert power(csv([row("ppo_clip", 1.0, 0, wins_over_klq=None)])) == ""
 
 
 def test_the_figure_shows_every_run_in_its_panel():

@@ -28,7 +28,7 @@ class DemoConfig:
     updates: int | None = None  # Updates per run; not given: the world's.
     tau: float | None = None  # KL coefficient τ; not given: the world's.
     replay: int | None = None  # Earlier completions added to each batch; not given: the world's.
-    tau_start: float | None = None  # τ falls from here at the start; not given: the world's.
+    tau_start: float | None = None  # τ falls from here at first (τ or less: it does not); not given: the world's.
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
@@ -46,8 +46,12 @@ class DemoConfig:
         given |= {"device": self.device, "dtype": self.dtype}
         changes, names = {k: v for k, v in given.items() if v is not None}, self.algorithms or world.demo
         configs = [(n, preset(self.world, n, seed=seed, **changes)) for seed in range(self.seeds) for n in names]
-        batches = [f"{c.batch_size}+{c.replay}" if c.replay else c.batch_size for _, c in configs]
-        return {f"{n}-tau{c.tau:g}-{c.updates}x{b}-seed{c.seed}": c for (n, c), b in zip(configs, batches)}
+        found = {}
+        for n, c in configs:
+            cooled = f"-from{c.tau_start:g}" if (c.tau_start or 0) > c.tau else ""
+            batch = f"{c.batch_size}+{c.replay}" if c.replay else c.batch_size
+            found[f"{n}-tau{c.tau:g}{cooled}-{c.updates}x{batch}-seed{c.seed}"] = c
+        return found
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
     if world.tree and pair["algorithm"].nunique() == 2:
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
         parting = (
-            "The exact steps of the two are equal. What lets training part: actions are sampled, each batch is used "
-            "for several epochs, and PPO-penalty's value loss has its own coefficient."
+            "The exact steps of the two are equal. What lets training part: actions are sampled, some by earlier "
+            "policies, each batch is used for several epochs, and PPO-penalty's value loss has its own coefficient."
         )
         shown += [("pair", "KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels, parting))]
     return shown

@@ -17,8 +17,6 @@ SCHEDULES = {  # how 5,120 completions are used, for every algorithm alike
     "equal": {"replay": 32, "epochs": 2},
     "replay": {},  # the world's own settings: cooled, 96 earlier completions beside each 32 new ones, 4 epochs
 }
-SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
-LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class SweepConfig:
     first_seed: int = 100  # … from this one on.
     updates: int | None = None  # Updates of each run, for a short try; not given: the schedule's.
     jobs: int = 2  # Runs at a time, one thread each.
-    name: str = "grammar_sweep"  # Name of the CSV, the table (.md) and the provenance (.json).
+    name: str | None = None  # Name of the CSV, tables (.md), figure (.svg) and provenance (.json); else WORLD_sweep.
     out: Path = Path("runs")  # Folder for these (of those in the repository: results).
     runs: Path = Path("runs/sweep")  # Folder for the runs themselves.
 
@@ -43,15 +41,17 @@ class SweepConfig:
         for name in ("taus", "variants", "schedules", "seeds", "jobs"):
             if not (value := getattr(self, name)) or (isinstance(value, int) and value < 1):
                 raise ValueError(f"{name} must not be empty or below 1, got {value}")
+        if self.tuned_by and self.learning_rates:
+            raise ValueError(f"give learning_rates or tuned_by, got both: {self.learning_rates}, {self.tuned_by}")
 
     def experiments(self) -> dict[str, tuple[str, TrainConfig]]:
         """Folder name -> schedule and settings of every run."""
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         found, best = {}, self.tuned_by and tuned(self.tuned_by)
         for tau, schedule, variant, seed in product(self.taus, self.schedules, self.variants, seeds):
-            usual = best(schedule, variant, tau) if best else preset(self.world).learning_rate
-            for rate in self.learning_rates or (usual,):
-                changes = SCHEDULES[schedule] | ({"updates": self.updates} if self.updates else {})
+            usual = preset(self.world, variant, tau=tau).learning_rate
+            for rate in self.learning_rates or (best(schedule, variant, tau) if best else usual,):
+                changes = SCHEDULES[schedule] | ({} if self.updates is None else {"updates": self.updates})
                 changes |= {"tau": tau, "learning_rate": rate, "seed": seed, "device": "cpu"}
                 config = preset(self.world, variant, **changes)
                 often = {"eval_every": max(1, EARLY[0] // config.batch_size), "checkpoint_every": config.updates}
@@ -62,16 +62,23 @@ class SweepConfig:
 
 
 def tuned(csv: Path) -> Callable[[str, str, float], float]:
-    """A function (schedule, algorithm, τ) -> the learning rate whose mean KL(π‖π*) was least in another sweep, at the
-    nearest τ there; of a schedule that it lacks, replay's."""
+    """A function (schedule, algorithm, τ) -> the learning rate whose mean KL(π‖π*) was least in another sweep: at the
+    nearest τ there (by ratio; of two as near, the smaller), with the same schedule or, if it has none of that, replay.
+    """
     import pandas as pd
 
     runs = pd.read_csv(csv)
+    if missing := {"schedule", "algorithm", "tau", "learning_rate", "kl_optimum"} - set(runs):
+        raise ValueError(f"tuned_by: {csv} must be the CSV of a sweep, it has no column {', '.join(sorted(missing))}")
 
     def best(schedule: str, variant: str, tau: float) -> float:
         known = schedule if (runs["schedule"] == schedule).any() else "replay"
         part = runs[(runs["schedule"] == known) & (runs["algorithm"] == variant)]
-        near = min(part["tau"].unique(), key=lambda t: abs(math.log(t / tau)))
+        if part.empty:
+            raise ValueError(
+                f"tuned_by: {csv} must have runs of {variant} with schedule {schedule} or replay, has none"
+            )
+        near = min(sorted(part["tau"].unique()), key=lambda t: round(abs(math.log(t / tau)), 6))
         return float(part[part["tau"] == near].groupby("learning_rate")["kl_optimum"].mean().idxmin())
 
     return best
@@ -81,24 +88,27 @@ def run_sweep(config: SweepConfig) -> None:
     """Compare algorithms over τ and seeds in the grammar world, as one CSV."""
     import pandas as pd
 
+    from klq_edu.app import comparison
     from klq_edu.figures import optimum_gaps
     from klq_edu.files import writable_folder, write_provenance
     from klq_edu.worlds import load
 
-    path = writable_folder(config.out) / f"{config.name}.csv"
-    load(config.world)  # train the shared reference once, before the workers start
+    path = writable_folder(config.out) / f"{config.name or f'{config.world}_sweep'}.csv"
     experiments = config.experiments()
+    world = load(config.world)  # train the shared reference once, before the workers start
     calls = [(one_run, config.world, *about, config.runs / name) for name, about in experiments.items()]
-    table = pd.DataFrame(in_parallel(calls, config.jobs))
-    if load(config.world).truth:
-        table = table.join(pd.DataFrame(win_rates(config.world, experiments, config.runs)))
-    table.to_csv(path, index=False)
+    rows = pd.DataFrame(in_parallel(calls, config.jobs))
+    if world.truth:
+        rows = rows.join(pd.DataFrame(win_rates(config.world, experiments, config.runs)))
+    rows.to_csv(path, index=False)
     sweep = {name: str(value) for name, value in asdict(config).items()}
     first = next(iter(experiments.values()))[1].to_dict()
     write_provenance(path, "cpu", sweep=sweep, **{"settings of the first run": first})
-    shown = markdown(path) + (f"\n\n{power_table(path)}" if "wins_over_klq" in table and config.seeds > 1 else "")
-    labels = {name: LABELS[name] for name in config.schedules}
-    optimum_gaps(table, labels).figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    if not comparison.several_rates(rows):
+        labels = {name: comparison.LABELS[name] for name in config.schedules}
+        optimum_gaps(rows, labels).figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    tables = [comparison.algorithms(path), comparison.schedules(path), comparison.power(path) if world.truth else ""]
+    shown = "\n\n".join(filter(None, tables))
     path.with_suffix(".md").write_text(shown + "\n", encoding="utf-8")
     print(f"{shown}\n\n{path}")
 
@@ -146,85 +156,28 @@ def one_run(world: str, schedule: str, settings: TrainConfig, folder: Path) -> d
     return row | {f"attained_{n}": shares.get(n) for n in EARLY}
 
 
-def markdown(csv: Path, schedule: str | None = None) -> str:
-    """Over seeds, the share of the possible improvement (median [lowest, highest], mean, and the median after 1,280
-    completions), the median mass of each prompt's best sentence beside the optimum's, KL(π‖π*) in nats, and by how much
-    that is longer than KLQ's of the same seed (mean, and the 95 % interval of a bootstrap over seeds). Of one schedule,
-    or of all."""
-    import pandas as pd
-
-    from klq_edu.figures import STYLES
-
-    runs = pd.read_csv(csv)
-    runs = runs if schedule is None else runs[runs["schedule"] == schedule]
-    heads = ["τ", "completions", "algorithm", "lr", "attained", "mean", "early", "mode", "KL(π‖π*) [nats]"]
-    heads.append("longer than KLQ's")
-    lines = [heads[:1] + heads[1 + (schedule is not None) :]]
-    lines.append(["---"] * len(lines[0]))
-    for (tau, used, name, rate), part in runs.groupby(["tau", "schedule", "algorithm", "learning_rate"], sort=False):
-        klq = runs[(runs["algorithm"] == "klq") & (runs["tau"] == tau) & (runs["schedule"] == used)]
-        pairs = klq.merge(part, on="seed", suffixes=("_klq", ""))
-        longer = difference(pairs["kl_optimum"] - pairs["kl_optimum_klq"])
-        alone = name == "klq" or klq["learning_rate"].nunique() != 1
-        share, early, mode, best, nats = (part[c] for c in SHOWN)
-        cells = [f"{tau:g}", *([LABELS[used]] if schedule is None else []), STYLES[name]["label"], f"{rate:g}"]
-        cells += [interval(share, 3), f"{share.mean():.3f}", f"{early.median():.2f}"]
-        cells += [f"{mode.median():.2f} of {best.median():.2f}", interval(nats, 3)]
-        lines.append([*cells, "" if alone else longer])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def interval(x, digits: int) -> str:
-    """Median [lowest, highest]."""
-    return f"{x.median():.{digits}f} [{x.min():.{digits}f}, {x.max():.{digits}f}]"
-
-
-def difference(x) -> str:
-    """Mean [95 % interval of a percentile bootstrap]."""
-    import numpy as np
-
-    means = np.random.default_rng(0).choice(x.to_numpy(), (10_000, len(x))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{x.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def win_rates(world: str, experiments: dict, runs: Path) -> list[dict]:
     """What the true reward says of each run: its exact mean, and exact win-rates against the reference and against KLQ
-    with the same seed. One row per run, in the order of the experiments."""
+    with the same seed and schedule (of the first learning rate). One row per run, in the order of the experiments."""
+    from rich.progress import track
+
     from klq_edu.app.experiment import trained_policy
     from klq_edu.worlds import load
     from klq_edu.worlds.grammar import policy_table, win_rate
 
-    world, tables = load(world), {}
+    world = load(world)
+
+    def policy(name: str):
+        settings = experiments[name][1]
+        return policy_table(world.tree, world.tokenizer, trained_policy(world, settings, runs / name))
+
+    place, klq, rows = {name: (used, s.tau, s.seed) for name, (used, s) in experiments.items()}, {}, []
     for name, (_, settings) in experiments.items():
-        tables[name] = policy_table(world.tree, world.tokenizer, trained_policy(world, settings, runs / name)).float()
-    place = {name: (used, s.tau, s.seed) for name, (used, s) in experiments.items()}
-    klq = {place[name]: tables[name] for name, (_, s) in experiments.items() if s.algorithm == "klq"}
-    rows = []
-    for name, table in tables.items():
+        if settings.algorithm == "klq" and place[name] not in klq:
+            klq[place[name]] = policy(name)
+    for name in track(experiments, "win-rates"):
+        table, rival = policy(name), klq.get(place[name])
         row = {"true_reward": world.truth.expected_reward(table).item()}
         row["wins_over_reference"] = win_rate(world.truth, table, world.tree.ref)
-        row["wins_over_klq"] = win_rate(world.truth, table, klq[place[name]]) if place[name] in klq else None
-        rows.append(row)
+        rows.append(row | {"wins_over_klq": None if rival is None else win_rate(world.truth, table, rival)})
     return rows
-
-
-def power_table(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
-    """How many seeds (with so many pairs of completions each) it would take to see, 19 times in 20 and with power 0.8,
-    that the true win-rate against KLQ is not ½."""
-    import pandas as pd
-
-    from klq_edu.figures import STYLES
-    from klq_edu.rlhf.judge import pairs_needed, seeds_needed
-
-    runs = pd.read_csv(csv)
-    lines = [["τ", "completions", "algorithm", "wins over KLQ", "sd of a seed", "pairs, of two fixed policies"]]
-    lines[0] += [f"seeds, {n} pairs each" for n in pairs]
-    lines.append(["---"] * len(lines[0]))
-    others = runs[runs["algorithm"] != "klq"]
-    for (tau, used, name), part in others.groupby(["tau", "schedule", "algorithm"], sort=False):
-        rate, sd = part["wins_over_klq"].mean(), part["wins_over_klq"].std()
-        counts = [pairs_needed(rate - 0.5), *(seeds_needed(rate - 0.5, sd, n) for n in pairs)]
-        shown = [f"{tau:g}", LABELS[used], STYLES[name]["label"], interval(part["wins_over_klq"], 3), f"{sd:.3f}"]
-        lines.append([*shown, *(f"{n:,.0f}" for n in counts)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

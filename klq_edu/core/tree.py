@@ -4,6 +4,7 @@ States are prefixes, actions are next tokens, transitions append the token (theo
 Everything is float64 and computed level by level, leaves first; there is no sampling except in `rollout`.
 """
 
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -64,7 +65,8 @@ class TokenTree:
         """
         if vocab < 1 or depth < 1 or not prompts:
             raise ValueError(f"need vocab, depth >= 1 and a prompt, got {vocab=}, {depth=}, {prompts=}")
-        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        several = () if eos is None else (eos,) if hasattr(eos, "__index__") and not getattr(eos, "ndim", 0) else eos
+        ends = set(map(operator.index, several))
         if not all(0 <= end < vocab for end in ends):
             raise ValueError(f"eos must lie in [0, {vocab}), got {eos}")
         prefixes, starts = list(prompts), [len(p) for p in prompts]
@@ -155,12 +157,13 @@ class TokenTree:
     def td_errors(self, policy: Tensor, values: Tensor, tau: float, gamma: float = 1.0) -> Tensor:
         """δ(s,a) = r + γ V(s') − Q(s,a) of Q = τ log π/π_b + V at every token (14); 0 where π_b forbids it.
 
-        policy [S, V], values [S] -> [S, V]. Theorem, as derived here, for γ = 1 and π with full support: δ = 0
-        everywhere, hence Δ = 0 along every path, if and only if (π, V) = (π*, V*). For along a path that completes s to
-        y the errors telescope to R(y) − τ log π(y|s)/π_b(y|s) − V(s); where all are 0, π(y|s) = π_b(y|s) e^{(R − V)/τ},
-        whose sum over y is 1 for V = V* alone. So the optimum is the fixed point whoever samples the paths, and its
-        targets Ĝ = Q* + αΔ do not vary (path consistency, Nachum et al. 2017). Noise ε in the reward, paid at the end
-        of a path, reaches the target k tokens before it as α (γλ)^k ε.
+        policy [S, V], values [S] -> [S, V]. Theorem, as derived here, for π > 0 where π_b > 0: Δ = 0 along every path
+        if and only if (π, V) = (π*, V*). For Δ = 0 everywhere is δ = 0 everywhere, since δ_t = Δ_t − γλ Δ_{t+1}; and
+        δ = 0 in a state is π = π_b e^{(r + γV(s') − V(s))/τ}, whose sum is 1 for V(s) = τ log Σ π_b e^{(r + γV(s'))/τ}
+        alone: soft optimality, from the leaves up. (At γ = 1 the errors along a path to y add up to
+        R − τ log π(y|s)/π_b(y|s) − V(s): path consistency, Nachum et al. 2017.) So the optimum is the fixed point
+        whoever samples, and its targets Ĝ = Q* + αΔ do not vary. Noise ε in the reward that ends a path reaches the
+        target k tokens before it as α (γλ)^k ε.
         """
         checks.positive(tau=tau)
         checks.unit_interval(gamma=gamma)

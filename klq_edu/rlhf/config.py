@@ -48,7 +48,9 @@ class AlgorithmConfig:
                 self._require(f"must be one of {get_args(f.type)}", get_args(f.type).__contains__, f.name)
             elif f.type is int:
                 self._require("must be an integer", lambda x: _is_number(x) and isinstance(x, int), f.name)
-            elif f.type not in (str, bool):
+            elif f.type is bool:
+                self._require("must be True or False", lambda x: isinstance(x, bool), f.name)
+            elif f.type is not str:
                 self._require("must be a finite number", lambda x: x is None or _is_number(x), f.name)
         self._require("must be a finite number > 0", lambda x: x > 0, "tau", "ratio_clip")
         self._require("must lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "lam")
@@ -102,7 +104,8 @@ class TrainConfig(AlgorithmConfig):
     final_lr_fraction: float = 0.05
     """Learning rate at the end as a fraction of that at the start."""
     tau_start: float | None = None
-    """Cooling: τ falls from here (if that is more) to `tau` over the first half of the run. None: no cooling."""
+    """Cooling: τ falls from here (if that is more) to `tau` over the first half of the run. None: no cooling.
+    Raising `updates` later makes that half longer, so τ may rise once more."""
     replay: int = 0
     """Earlier completions added to each batch, with fresh log-probs, values and targets; no reward is asked twice."""
     replay_batches: int = 40
@@ -144,6 +147,7 @@ class TrainConfig(AlgorithmConfig):
         self._require("must be >= 0", lambda x: x >= 0, "warmup_updates", "seed", "replay")
         self._require("must be None or > 0", lambda x: x is None or x > 0, "tau_start")
         self._require("must not exceed batch_size", lambda x: x <= self.batch_size, "minibatches")
+        self._require("has no effect without replay", lambda x: not x or self.replay > 0, "retrace")
         whole = f"must divide batch_size={self.batch_size}"
         self._require(whole, lambda x: self.batch_size % x == 0, "samples_per_prompt")
 

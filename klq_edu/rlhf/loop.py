@@ -26,7 +26,7 @@ from klq_kernels.reference import masked_mean
 from klq_kernels.types import select
 
 METRICS = {
-    "update": "number of this update, from 0; everything below is measured on its batch of rollouts",
+    "update": "number of this update, from 0; everything below is measured on its new completions",
     "tau": "KL coefficient τ_u of this update's targets and losses: above τ while cooling",
     "rollouts": "completions sampled so far, those for the reference's mean rewards included",
     "row_steps": "completions times optimiser steps they took part in, so far: the compute of the fit",
@@ -40,7 +40,7 @@ METRICS = {
     "value": "mean over tokens of V(s_t) before the update",
     "advantage_rms": "root mean square of Δ_t (before whitening): how far Q is from its λ-return",
     "loss": "mean loss over the update's optimiser steps, on the algorithm's own scale; replayed completions included",
-    "grad_norm": "mean gradient norm of the policy over the update's optimiser steps, before clipping",
+    "grad_norm": "mean gradient norm of the policy over these steps, before clipping",
     "kl_old": "mean over tokens of KL(π_old‖π), k3 from samples, just before the update's last optimiser step",
     "learning_rate": "Adam's step size in this update",
     "seconds": "wall-clock time of this update, evaluation excluded",
@@ -57,7 +57,8 @@ def train(
     `prompts` needs a column "prompt", checked before the first update; further columns are passed to the reward.
     `evaluate(policy)` adds columns every `config.eval_every` updates. A fresh value head starts at the mean reward of
     the first batch, which the reference sampled, less what is subtracted from rewards. `baselines`, one number per
-    prompt, are that where it is known; otherwise the reference is sampled for them (see `config.centre`).
+    prompt, are that where it is known; otherwise the reference is sampled for them (see `config.centre`). A value head
+    that is not fresh keeps the level it has: centre rewards only if it was trained on centred ones.
 
     If `run` holds a checkpoint of the same run, training continues from it with the same random numbers. Ctrl-C,
     SIGTERM and SIGHUP drop an update that has not changed the policy yet and finish one that has (a second signal stops
@@ -66,7 +67,8 @@ def train(
 
     Raises ValueError for prompts or a policy that do not fit, or a run folder that is in use or holds another run.
     """
-    prepare(policy, prompts, config, baselines)
+    prepare(policy, prompts, config)
+    baselines = None if baselines is None else checked_baselines(baselines, len(prompts), config)
     given = config.to_dict()
     if differ := {k: (v, given[k]) for k, v in run.settings.items() if k in given and v != given[k]}:
         raise ValueError(f"run and config have other settings (run, config): {differ}; make both of one config")
@@ -76,10 +78,10 @@ def train(
     schedule = {name: given[name] for name in ("updates", "warmup_updates", "final_lr_fraction")}
     state, value_was_set = TrainState(policy.trainable(), optimizer, generator, memory), policy.value_is_set
     sample = partial(collect_scored, policy, tokenizer, prompts, reward, config, constraint, generator)
-    before = len(prompts) * config.centre_samples if config.centre == "prompt" and baselines is None else 0
+    samples_per_mean = config.centre_samples if config.centre == "prompt" and baselines is None else 0
     with run.writing(), StopSignals() as stop:
         rest = {"tokenizer": fingerprint(tokenizer), "constraint": fingerprint(constraint)}
-        rest |= {} if baselines is None else {"baselines": fingerprint(list(baselines))}
+        rest |= {"baselines": fingerprint(baselines)} if config.centre == "prompt" else {}
         run.claim(identity(prompts, reward, policy) | rest)
         policy.dtype = getattr(torch, run.keep("dtype", str(policy.dtype).removeprefix("torch.")))
         rows = run.resume(state)
@@ -97,18 +99,19 @@ def train(
                 rollout, scores = sample(index)
                 if update == 0:
                     memory.baselines = reference_means(len(prompts), config, scores, sample, baselines)
-                    rollout = start_values(policy, rollout, (scores - memory.baselines[index].to(scores)).mean())
-                rollout = rollout.rewarded(scores - memory.baselines[index].to(scores))
+                    rollout = start_values(policy, rollout, memory.centred(scores, index).mean())
+                rollout = rollout.rewarded(memory.centred(scores, index))
                 old = memory.draw(config.replay, generator)
                 batch = rollout if old is None else join(rollout, refreshed(policy, old))
                 targets = make_targets(batch, now)
-                steps = fit(policy, batch, targets, now, optimizer, generator)
+                steps = fit(policy, batch, targets, now, optimizer, generator, len(rollout))
 
+                before = memory.baselines.isfinite().sum().item() * samples_per_mean
                 row = {"update": update, "tau": now.tau, "rollouts": before + (update + 1) * config.batch_size}
                 row["row_steps"] = (rows[-1]["row_steps"] if rows else 0) + config.epochs * len(batch)
                 count, length = rollout.mask.shape
-                fresh = Targets(*(x[:count, :length] for x in targets))
-                row |= summarise(rollout, scores, fresh, steps, config.tau)
+                its = Targets(*(x[:count, :length] for x in targets))
+                row |= summarise(rollout, scores, its, steps, config.tau)
                 row |= {"learning_rate": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
                 if evaluate and (update % config.eval_every == config.eval_every - 1 or update == config.updates - 1):
                     row |= measured(evaluate(policy))
@@ -145,14 +148,16 @@ def collect_scored(
 
 def reference_means(count: int, config: TrainConfig, scores: Tensor, sample, given: Sequence[float] | None) -> Tensor:
     """What is subtracted from the rewards of each of `count` prompts, [P], while the policy still is the reference:
-    nothing, the mean of the first batch's `scores`, or each prompt's own (those given, or of new completions)."""
+    nothing, the mean of the first batch's `scores`, or each prompt's own: those given, or of new completions of the
+    prompts that this run will use (NaN for the others)."""
     if config.centre != "prompt":
         return torch.full((count,), 0.0 if config.centre == "none" else scores.mean().item())
     if given is not None:
-        return torch.as_tensor(given, dtype=torch.float32)
-    rows = torch.arange(count).repeat_interleave(config.centre_samples)
-    found = [sample(part.tolist())[1].cpu() for part in rows.split(config.batch_size)]
-    return torch.cat(found).view(count, config.centre_samples).mean(1)
+        return torch.tensor(given)
+    used = torch.tensor([i for u in range(config.updates) for i in batch_rows(count, config, u)]).unique()
+    parts = used.repeat_interleave(config.centre_samples).split(config.batch_size)
+    found = torch.cat([sample(part.tolist())[1].cpu() for part in parts])
+    return torch.full((count,), torch.nan).index_put((used,), found.view(-1, config.centre_samples).mean(1))
 
 
 def start_values(policy, rollout: Rollout, mean: Tensor) -> Rollout:
@@ -174,8 +179,11 @@ def measured(columns: dict) -> dict[str, float]:
     return numbers
 
 
-def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimizer, generator) -> Tensor:
-    """Epochs of minibatches on one batch. Returns [steps, 3]: loss, gradient norm, KL(π_old ‖ π) before each step."""
+def fit(
+    policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimizer, generator, fresh: int | None = None
+) -> Tensor:  # fmt: skip
+    """Epochs of minibatches on one batch. Returns [steps, 3]: loss, gradient norm, KL(π_old ‖ π) before each step, the
+    last from the first `fresh` rows (all by default), which π_old sampled."""
     steps = []
     for _ in range(config.epochs):
         for index in torch.randperm(len(rollout), generator=generator).tensor_split(config.minibatches):
@@ -185,12 +193,26 @@ def fit(policy, rollout: Rollout, targets: Targets, config: TrainConfig, optimiz
             loss.backward()
             grad_norm = clip_gradients(policy, config.max_grad_norm)
             optimizer.step()
-            kl_old = masked_mean(k3(old.logprobs - logprobs.detach()), old.mask)
+            sampled = old.mask & (index < (fresh or len(rollout))).to(policy.device).unsqueeze(1)
+            kl_old = masked_mean(k3(old.logprobs - logprobs.detach()), sampled)
             steps.append(torch.stack([loss.detach(), grad_norm, kl_old]))
     return torch.stack(steps)
 
 
-def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig, baselines=None) -> None:
+def checked_baselines(given: Sequence[float], count: int, config: TrainConfig) -> list[float]:
+    """Mean rewards that were handed in, as a list of our own; ValueError unless there is a finite one per prompt."""
+    if config.centre != "prompt":
+        raise ValueError(f"baselines are for config.centre = 'prompt', which is {config.centre!r}")
+    try:
+        numbers = [float(x) for x in given]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"baselines must be {count} finite numbers, one per prompt, got {given!r:.100}")
+    return numbers
+
+
+def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
@@ -199,10 +221,6 @@ def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig, baseline
     critic = "shared" if policy.critic_body is None else "separate"
     if critic != config.critic:
         raise ValueError(f"config.critic is {config.critic!r} but the policy was built with critic={critic!r}")
-    if baselines is not None and config.centre != "prompt":
-        raise ValueError(f"baselines are for config.centre = 'prompt', which is {config.centre!r}")
-    if baselines is not None and (len(baselines) != len(prompts) or not all(map(math.isfinite, baselines))):
-        raise ValueError(f"baselines must be {len(prompts)} finite numbers, one per prompt, got {baselines!r:.100}")
     policy.to(resolve_device(config.device))
     policy.value_grad_scale, policy.dtype = config.trunk_scale, resolve_dtype(config.dtype, policy.device)
 

@@ -3,7 +3,8 @@
 Replay is licensed by the Q view: at γ = 1 the optimum has Δ = 0 along every path (`TokenTree.td_errors`), so it is a
 fixed point whoever sampled the path. Replayed completions therefore get log-probs, values and targets under the present
 policy, and no importance weights. Away from the optimum an uncorrected λ-return follows the old policy's continuation;
-`retrace` cuts it where the present policy would rarely go.
+`retrace` cuts it where the present policy would rarely go. (Whitened advantages have no such fixed point: at Δ = 0 they
+are rounding errors blown up to size 1.)
 """
 
 from collections import deque
@@ -37,6 +38,17 @@ class Memory:
             return None
         remembered = join(*self.batches)
         return remembered.rows(torch.randperm(len(remembered), generator=generator)[:count])
+
+    def centred(self, scores: Tensor, rows: list[int]) -> Tensor:
+        """Scores [B] of completions of these rows of the prompts, less their baselines. ValueError for a prompt without
+        one: they were estimated for fewer updates."""
+        shift = self.baselines[rows].to(scores)
+        if shift.isnan().any():
+            lacking = rows[shift.isnan().nonzero()[0].item()]
+            raise ValueError(
+                f"updates must not be raised to prompts without a mean reward, prompts[{lacking}] has none"
+            )
+        return scores - shift
 
     def state_dict(self) -> dict:
         """Tensors, texts and numbers only, for a checkpoint."""

@@ -41,7 +41,7 @@ WORLDS = {
         quick_updates=40,
     ),
     "grammar_proxy": Entry(
-        "the same behind a noisy proxy that the truth judges; the proxy's exact optimum is known", GRAMMAR,
+        "the same behind an imperfect proxy that the truth judges; the proxy's exact optimum is known", GRAMMAR,
         demo=("klq", "ppo_clip"), quick_updates=40,
     ),
 }  # fmt: skip

@@ -45,6 +45,19 @@ def test_who_has_small_td_errors_is_near_the_optimum(random_policy, tree, tau, s
     assert spread < 1e-3 or worst > 0
 
 
+@given(trees, taus, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1.0, 0.8]))
+def test_off_the_optimum_some_path_has_an_advantage(random_policy, tree, tau, seed, lam, gamma):
+    """The "only if" for what training sees: whatever λ is, δ ≠ 0 somewhere shows as Δ ≠ 0 somewhere."""
+    policy, values = random_policy(tree, seed), tree.optimum(tau, gamma)[1]
+    _, given_ = paths(tree, policy, values, tree.ref, tau, n=512)
+    out = lambda_returns(**given_, lam=lam, gamma=gamma)
+    episodes, _ = paths(tree, policy, values, tree.ref, tau, n=512)
+    seen = torch.where(episodes.mask, tree.td_errors(policy, values, tau, gamma)[episodes.states, episodes.tokens], 0.0)
+    torch.testing.assert_close(out.td_errors, seen, rtol=1e-9, atol=1e-9)
+    assert (1 + gamma * lam) * out.advantages.abs().max() >= seen.abs().max() - 1e-9
+    assert seen.abs().max() > 0
+
+
 @given(trees, taus, st.integers(0, 99))
 def test_along_a_path_the_errors_telescope(random_policy, tree, tau, seed):
     """Σ_t δ_t = R(y) − τ log π(y)/π_b(y) − V(s_0): the step on which the proof rests, and a sum over what δ is."""

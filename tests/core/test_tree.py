@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -280,6 +281,17 @@ def test_grow_rejects_what_is_not_a_tree(change, message):
     TokenTree.grow(**good)
     with pytest.raises(ValueError, match=message):
         TokenTree.grow(**(good | change))
+
+
+def test_eos_may_be_any_integer_or_several():
+    def grow(eos):
+        return len(TokenTree.grow(3, 3, constant(0.3, 0.3, 0.4), lambda y: 0.0, eos).completions())
+
+    for one in (0, np.int64(0), torch.tensor(0), [0], {0}):
+        assert grow(one) == 15
+    assert grow(None) == grow(()) == 27 and grow((0, 1)) == 7
+    with pytest.raises(TypeError):
+        grow((0.5,))
 
 
 def test_evaluate_rejects_bad_coefficients_and_shapes():

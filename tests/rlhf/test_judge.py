@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from klq_edu.rlhf.judge import pairs_needed, seeds_needed
+from klq_edu.rlhf.judge import pairs_needed, seeds_needed, t_quantile
 
 
 def power_of(effect, seed_sd, pairs, seeds, rng, runs=4000):
@@ -38,6 +38,15 @@ def test_so_many_pairs_have_the_power_that_was_asked_for():
 def test_no_effect_is_never_seen_and_bad_input_is_refused():
     assert pairs_needed(0) == seeds_needed(0, 0.1, 9) == math.inf
     assert seeds_needed(-0.05, 0.05, 256) == seeds_needed(0.05, 0.05, 256)
-    for bad in ({"seed_sd": -1}, {"pairs": 0}, {"level": 1.0}, {"power": 0}):
+    for bad in ({"seed_sd": -1}, {"pairs": 0.5}, {"level": 1.0}, {"power": 0}, {"effect": 0.6}, {"effect": math.nan}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             seeds_needed(**({"effect": 0.1, "seed_sd": 0.1, "pairs": 9} | bad))
+    for bad in (3.0, math.nan):
+        with pytest.raises(ValueError, match=r"effect, a win-rate less a half, must lie in \[-0.5, 0.5\], got"):
+            pairs_needed(bad)
+    assert pairs_needed(1e-200) == math.inf
+
+
+@pytest.mark.parametrize("freedom, known", [(2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)])
+def test_students_quantile(freedom, known):
+    assert t_quantile(0.975, freedom) == pytest.approx(known, rel=0.04 if freedom < 4 else 0.003)

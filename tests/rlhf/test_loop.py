@@ -146,15 +146,39 @@ def test_means_may_be_handed_in_and_are_part_of_the_run(tmp_path, tiny_lm, token
         policy, folder = ActorCritic(tiny_lm(), trainable_blocks=1), Run(tmp_path / config.centre, config.to_dict())
         return train(policy, tokenizer, PROMPTS, lambda **k: k["target"], config, run=folder, baselines=baselines)
 
-    rows = go([float(t) for t in PROMPTS["target"]])
+    truth = [float(t) for t in PROMPTS["target"]]
+    rows = go(truth)
     assert (fitted[0].rewards == 0).all() and rows[0]["reward"] > 0 and rows[0]["rollouts"] == 6
-    with pytest.raises(ValueError, match="holds another run, it differs in baselines"):
-        go([0.0] * 7)
-    for bad in ([0.0], [0.0] * 6 + [float("nan")]):
+    for same in (truth, tuple(PROMPTS["target"]), torch.tensor(truth)):
+        assert go(same, updates=2)[1]["rollouts"] == 12
+    for other in ([0.0] * 7, None):
+        with pytest.raises(ValueError, match="holds another run, it differs in baselines"):
+            go(other, updates=2)
+    for bad in ([0.0], [0.0] * 6 + [float("nan")], ["a"] * 7, 0.5, torch.zeros(7, 2)):
         with pytest.raises(ValueError, match="baselines must be 7 finite numbers, one per prompt, got"):
             go(bad)
     with pytest.raises(ValueError, match="baselines are for config.centre = 'prompt', which is 'batch'"):
         go([0.0] * 7, centre="batch")
+
+
+def test_only_prompts_that_the_run_uses_are_sampled_for_their_means(tmp_path, tiny_lm, tokenizer):
+    """A dataset may have many more; raising `updates` to those is refused, for the policy has left the reference."""
+    asked, many = [], Dataset.from_dict({"prompt": [f"w{i}" for i in range(5, 55)], "target": [0] * 50})
+
+    def worth(prompts, completions, target):
+        asked.extend(prompts)
+        return [1.0] * len(prompts)
+
+    def go(updates):
+        config = settings(centre="prompt", centre_samples=2, updates=updates, batch_size=4)
+        folder = Run(tmp_path, config.to_dict())
+        return train(ActorCritic(tiny_lm(), trainable_blocks=1), tokenizer, many, worth, config, run=folder)
+
+    assert go(2)[-1]["rollouts"] == len(asked) == 8 + 16 and len(set(asked)) == 8
+    with pytest.raises(
+        ValueError, match=r"updates must not be raised to prompts without a mean.*prompts\[\d+\] has none"
+    ):
+        go(3)
 
 
 def interrupt(row):

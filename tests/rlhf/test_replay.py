@@ -136,6 +136,8 @@ def test_what_is_remembered_holds_no_activations_and_survives_a_checkpoint(tiny_
         ({"tau_start": 0.0}, "tau_start must be None or > 0, got 0.0"),
         ({"centre": "mean"}, "centre must be one of .*'prompt'.*, got 'mean'"),
         ({"centre_samples": 0}, "centre_samples must be an integer >= 1, got 0"),
+        ({"retrace": True}, "retrace has no effect without replay, got True"),
+        ({"retrace": "no", "replay": 3}, "retrace must be True or False, got 'no'"),
         ({"batch_size": 6, "samples_per_prompt": 4}, "samples_per_prompt must divide batch_size=6, got 4"),
     ],
 )
@@ -147,5 +149,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_cooling_ends_halfway_and_never_warms():
     taus = [TrainConfig(tau=0.1, tau_start=1.6, updates=8).cooled(u).tau for u in range(8)]
     assert taus == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1, 0.1, 0.1, 0.1])
+    raised = [TrainConfig(tau=0.1, tau_start=1.6, updates=16).cooled(u).tau for u in (4, 8)]
+    assert raised == pytest.approx([0.4, 0.1])  # where eight updates had ended cooling, sixteen go on with it
     for start in (None, 0.05, 0.1):
         assert {TrainConfig(tau=0.1, tau_start=start, updates=4).cooled(u).tau for u in range(4)} == {0.1}

@@ -172,7 +172,8 @@ def oracle(given, orders=None):
                 [loss(n, old[i], fixed[i], c) for n, i in zip(new, index, strict=True)]
             ).mean()  # of tokens
             norm = step(params, torch.autograd.grad(mean, list(params.values())), moments, lr, c.max_grad_norm)
-            ratio = torch.cat([n.logp.detach() - old[i].logp for n, i in zip(new, index, strict=True)])  # log π/π_old
+            fresh = [n.logp.detach() - old[i].logp for n, i in zip(new, index, strict=True) if i < len(scores)]
+            ratio = torch.cat(fresh)  # log π/π_old of what π_old sampled
             steps.append((mean.item(), norm, (ratio.exp() - 1 - ratio).mean().item()))
         count = sum(row["row_steps"] for row in rows[-1:]) + (
             sum(map(len, orders[u])) if orders else len(used) * c.epochs

@@ -1,0 +1,108 @@
+"""What the CSV of `klq sweep` says, as Markdown tables: algorithms and schedules compared seed by seed."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from klq_edu.figures import STYLES
+from klq_edu.rlhf.judge import pairs_needed, seeds_needed, t_quantile
+
+LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
+SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
+SETTING = ["tau", "schedule", "algorithm", "learning_rate"]
+
+
+def algorithms(csv: Path, schedule: str | None = None) -> str:
+    """Over seeds, the share of the possible improvement (median [lowest, highest], mean, and the median after 1,280
+    completions), the median mass of each prompt's best sentence beside the optimum's, KL(π‖π*) in nats, and that minus
+    KLQ's of the same seed. Of one schedule, or of all."""
+    runs = pd.read_csv(csv)
+    runs = runs if schedule is None else runs[runs["schedule"] == schedule]
+    heads = [
+        "τ",
+        "completions",
+        "algorithm",
+        "lr",
+        "attained",
+        "mean",
+        "early",
+        "mode",
+        "KL(π‖π*) [nats]",
+        "KL − KLQ's",
+    ]
+    rows = []
+    for (tau, used, name, rate), part in runs.groupby(SETTING, sort=False):
+        share, early, mode, best, nats = (part[c] for c in SHOWN)
+        cells = [f"{tau:g}", LABELS[used], STYLES[name]["label"], f"{rate:g}", spread(share), f"{share.mean():.3f}"]
+        cells += [f"{early.median():.2f}", f"{mode.median():.2f} of {best.median():.2f}", spread(nats)]
+        klq = runs[(runs["algorithm"] == "klq") & (runs["tau"] == tau) & (runs["schedule"] == used)]
+        alone = name == "klq" or klq["learning_rate"].nunique() != 1
+        rows.append([*cells, "" if alone else difference(part, klq, "kl_optimum")])
+    return table(heads, rows, without=None if schedule is None else 1)
+
+
+def schedules(csv: Path) -> str:
+    """The median share of the possible improvement by use of the completions, and how much is gained over on-policy
+    training with the same seed; a last row has what it costs. Empty for one schedule, or for several learning rates."""
+    runs = pd.read_csv(csv)
+    used = [name for name in LABELS if (runs["schedule"] == name).any()]
+    if used[:1] != ["on_policy"] or len(used) == 1 or several_rates(runs):
+        return ""
+    heads = ["τ", "algorithm", *(LABELS[name] for name in used), *(f"gain, {LABELS[name]}" for name in used[1:])]
+    rows = []
+    for (tau, name), part in runs.groupby(["tau", "algorithm"], sort=False):
+        plain, *others = parts = [part[part["schedule"] == u] for u in used]
+        medians = [f"{p['attained'].median():.3f}" for p in parts]
+        gains = [difference(p, plain, "attained") for p in others]
+        rows.append([f"{tau:g}", STYLES[name]["label"], *medians, *gains])
+    costs = runs.groupby("schedule")[["row_steps", "seconds"]].median().loc[used]
+    rows.append(["", "row-steps (seconds)", *(f"{c.row_steps:,.0f} ({c.seconds:.0f})" for c in costs.itertuples())])
+    return table(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
+
+
+def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
+    """Win-rates against KLQ before the true reward, and how many seeds (with so many pairs of completions each) it
+    takes to see, at a level of 95 % and with power 0.8, a difference as large as the one found. Where that is below two
+    standard errors nothing was found, and no number is given. Empty without a rival to KLQ, several seeds and one rate.
+    """
+    runs = pd.read_csv(csv)
+    rivals = runs[runs["algorithm"] != "klq"].dropna(subset=["wins_over_klq"])
+    if rivals.empty or rivals["seed"].nunique() < 2 or several_rates(runs):
+        return ""
+    heads = ["τ", "completions", "algorithm", "wins over KLQ", "sd of a seed", "pairs, were it always the mean"]
+    rows = []
+    for (tau, used, name), part in rivals.groupby(["tau", "schedule", "algorithm"], sort=False):
+        wins, effect, sd = part["wins_over_klq"], part["wins_over_klq"].mean() - 0.5, part["wins_over_klq"].std()
+        error = sd / len(part) ** 0.5
+        needed = [pairs_needed(effect), *(seeds_needed(effect, sd, n) for n in pairs)]
+        counts = [f"{n:,.0f}" if abs(effect) >= 2 * error else "–" for n in needed]
+        rows.append([f"{tau:g}", LABELS[used], STYLES[name]["label"], f"{wins.mean():.3f} ± {error:.3f}", f"{sd:.3f}"])
+        rows[-1] += counts
+    return table(heads + [f"seeds, {n} pairs each" for n in pairs], rows)
+
+
+def several_rates(runs: pd.DataFrame) -> bool:
+    """Whether some algorithm was run at several learning rates, which no comparison may pool."""
+    return runs.groupby(SETTING[:3])["learning_rate"].nunique().max() > 1
+
+
+def spread(x: pd.Series) -> str:
+    """Median [lowest, highest]."""
+    return f"{x.median():.3f} [{x.min():.3f}, {x.max():.3f}]"
+
+
+def difference(part: pd.DataFrame, base: pd.DataFrame, column: str) -> str:
+    """`part` minus `base` with the same seed: mean [95 % interval by Student's t], and in how many seeds it is above 0.
+    Nothing for fewer than three seeds that both have."""
+    pairs = base.merge(part, on="seed", suffixes=("_base", ""))
+    x = pairs[column] - pairs[f"{column}_base"]
+    if len(x) < 3:
+        return ""
+    reach = t_quantile(0.975, len(x) - 1) * x.std() / len(x) ** 0.5
+    return f"{x.mean():+.3f} [{x.mean() - reach:+.3f}, {x.mean() + reach:+.3f}], {(x > 0).sum()}/{len(x)}"
+
+
+def table(heads: list[str], rows: list[list[str]], without: int | None = None) -> str:
+    """A Markdown table, without the column of this number."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(c for i, c in enumerate(line) if i != without)} |" for line in lines)
