@@ -156,7 +156,7 @@ def test_means_may_be_handed_in_and_are_part_of_the_run(tmp_path, tiny_lm, token
             go(other, updates=2)
     for bad in ([0.0], [0.0] * 6 + [float("nan")], ["a"] * 7, 0.5, torch.zeros(7, 2)):
         with pytest.raises(ValueError, match="baselines must be 7 finite numbers, one per prompt, got"):
-            go(bad)
+            go(bad, updates=2)
     with pytest.raises(ValueError, match="baselines are for config.centre = 'prompt', which is 'batch'"):
         go([0.0] * 7, centre="batch")
 
