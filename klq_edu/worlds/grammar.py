@@ -7,7 +7,6 @@ and their neighbours, plus a taste of each prompt for each sentence: no sentence
 have mean 0 and standard deviation 1 under the reference.
 """
 
-import hashlib
 import random
 from dataclasses import replace
 from functools import lru_cache
@@ -23,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from klq_edu.core.tree import ENDS, TokenTree
 from klq_edu.machine import threads
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import encode_prompts
 from klq_edu.rlhf.sampling import Decoder
@@ -224,13 +224,19 @@ def with_tastes(tree: TokenTree, scale: float, seed: int) -> TokenTree:
 
 
 def lexicon_reward(tree: TokenTree, identity: str):
-    """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop."""
+    """Reward f(prompts, completions): the score in the tree of each completion, with or without its full stop;
+    ValueError for a text that the grammar does not have."""
     texts = (" ".join(words_of(c)).removesuffix(f" {END}") for c in tree.completions())
     scores = dict(zip(texts, tree.rewards[tree.leaves].tolist(), strict=True))
 
     def lexicon(prompts, completions, **_):
-        words = ([*p.split(), *c.removesuffix(END).split()] for p, c in zip(prompts, completions, strict=True))
-        return [scores[" ".join(w)] for w in words]
+        words = [f"{p} {c.strip().removesuffix(END)}".split() for p, c in zip(prompts, completions, strict=True)]
+        texts = [" ".join(w) for w in words]
+        if unknown := [text for text in texts if text not in scores]:
+            raise ValueError(
+                f"a completion must be a sentence of the grammar after one of {PROMPTS}, got {unknown[0]!r}"
+            )
+        return [scores[text] for text in texts]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
     return lexicon
@@ -243,9 +249,10 @@ def prompt_of(tree: TokenTree) -> Tensor:
 
 
 def modes(tree: TokenTree, tau: float) -> list[int]:
-    """For each prompt the completion that π* likes best, as an index into `completions()`."""
+    """For each prompt, in order, the completion that π* likes best, as an index into `completions()`."""
     rising = tree.sequence_distribution(tree.optimum(tau)[2]).argsort()
-    return list(dict(zip(prompt_of(tree)[rising].tolist(), rising.tolist())).values())
+    best = dict(zip(prompt_of(tree)[rising].tolist(), rising.tolist()))  # the last of a prompt's counts
+    return [best[prompt] for prompt in range(len(tree.roots))]
 
 
 def exact_metrics(tree: TokenTree, tokenizer, tau: float):
@@ -285,7 +292,7 @@ def load(seed: int = 0, proxy: bool = False) -> World:
     """The grammar world; the first call trains the reference (a few seconds on a CPU) and caches it. With `proxy` other
     tastes are added to the rewards that are trained on, and the judge is the true reward."""
     tokenizer = build_tokenizer()
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another grammar, another reference
+    version = fingerprint([pretrain, raw_score, with_tastes, TASTE, PROXY])[:8]  # other code, another reference
     with threads(1):  # fast for so small a model, and the same weights whatever the number of cores
         folder = cached_folder(f"grammar-{version}-seed{seed}", lambda path: pretrain(tokenizer, path, seed=seed))
     tree = build_tree()

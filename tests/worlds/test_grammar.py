@@ -87,7 +87,7 @@ def test_the_modes_are_the_optimums_likeliest_sentences_and_differ_by_prompt(gra
     tree, width = grammar.tree, len(grammar.tree.prefixes[0])
     mass = dict(zip(tree.completions(), tree.sequence_distribution(tree.optimum(0.05)[2]).tolist(), strict=True))
     found = [tree.completions()[i] for i in modes(tree, 0.05)]
-    assert {c[:width] for c in found} == {tree.prefixes[r] for r in tree.roots}
+    assert [c[:width] for c in found] == [tree.prefixes[r] for r in tree.roots]
     for c in found:
         assert mass[c] == max(p for other, p in mass.items() if other[:width] == c[:width])
     sentences = [words_of(c[width:]) for c in found]
@@ -116,6 +116,9 @@ def test_the_reward_of_a_text_is_its_score_in_the_tree_with_or_without_the_full_
     assert grammar.reward(["at dusk the"] * 4, texts) == pytest.approx(expected)
     bare = [t.removesuffix(".") for t in texts]
     assert grammar.reward(["at dusk the"] * 4, bare) == pytest.approx(expected)
+    assert grammar.reward(["at dusk the"] * 4, [f" {t} \n" for t in texts]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="must be a sentence of the grammar after one of .*got 'at dusk the storm'"):
+        grammar.reward(["at dusk the"], ["storm"])
     assert grammar.reward(["at dawn the"], texts[:1]) != grammar.reward(["at dusk the"], texts[:1])
 
 
