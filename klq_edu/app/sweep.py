@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -56,8 +56,7 @@ class SweepConfig:
                 config = preset(self.world, variant, **changes)
                 often = {"eval_every": max(1, EARLY[0] // config.batch_size), "checkpoint_every": config.updates}
                 name = f"{self.world}-{variant}-{schedule}-tau{tau:g}-lr{rate:g}"
-                config = preset(self.world, variant, **changes, **often)
-                found[f"{name}-{config.updates}-seed{seed}"] = schedule, config
+                found[f"{name}-{config.updates}-seed{seed}"] = schedule, replace(config, **often)
         return found
 
 

@@ -117,7 +117,8 @@ def train(
                     row |= measured(evaluate(policy))
                 rows.append(row)
                 run.log(row, rollout)
-                memory.add(rollout)
+                if config.replay:
+                    memory.add(rollout)
                 state.finish_update()
                 stop.done()
                 on_update(row)

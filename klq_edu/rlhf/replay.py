@@ -1,6 +1,6 @@
 """What a run remembers: its latest batches, to be learnt from again, and what is subtracted from rewards.
 
-Replay is licensed by the Q view: at γ = 1 the optimum has Δ = 0 along every path (`TokenTree.td_errors`), so it is a
+Replay is licensed by the Q view: the optimum has Δ = 0 along every path (`TokenTree.td_errors`), so it is a
 fixed point whoever sampled the path. Replayed completions therefore get log-probs, values and targets under the present
 policy, and no importance weights. Away from the optimum an uncorrected λ-return follows the old policy's continuation;
 `retrace` cuts it where the present policy would rarely go. (Whitened advantages have no such fixed point: at Δ = 0 they

@@ -18,7 +18,7 @@ from klq_edu.rlhf.optim import clip_gradients
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
-from klq_edu.rlhf.runs import Run
+from klq_edu.rlhf.runs import Run, load_checkpoint
 from klq_kernels import torch_linear
 
 PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(5, 12)], "target": list(range(7))})
@@ -118,6 +118,14 @@ def test_replay_adds_rows_to_every_fit_and_asks_no_reward_twice(tmp_path, tiny_l
     rows = run(tmp_path, tiny_lm, tokenizer, settings(replay=99, replay_batches=2, updates=5), reward=reward)
     assert scored == [6] * 5 and fitted == [6, 12, 18, 18, 18]
     assert [row["row_steps"] for row in rows] == [12, 36, 72, 108, 144]
+
+
+@pytest.mark.parametrize("replay, kept", [(0, 0), (3, 2)])
+def test_a_checkpoint_holds_earlier_completions_only_where_they_will_be_replayed(
+    tmp_path, tiny_lm, tokenizer, replay, kept
+):
+    run(tmp_path, tiny_lm, tokenizer, settings(replay=replay, replay_batches=2, updates=3))
+    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["memory"]["batches"]) == kept
 
 
 def test_means_of_the_prompts_are_sampled_once_and_subtracted(tmp_path, tiny_lm, tokenizer, monkeypatch):
