@@ -115,7 +115,8 @@ def _call(answer, *arguments):
     """The answer's result on copies of the arguments, itself copied: nobody's memory is shared."""
     if callable(answer):
         with _isolated():
-            answer = answer(*tree_map_only(Tensor, torch.clone, arguments))
+            # in a generator: a swallowed interrupt can leave an exception "being handled", and there it ends with it
+            answer = next(answer(*copies) for copies in [tree_map_only(Tensor, torch.clone, arguments)])
     elif arguments and answer is not ...:
         raise Wrong(f"a function is expected, yours is a {type(answer).__name__}.")
     if answer is ...:

@@ -201,6 +201,7 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
                 verdict = grade(exercise, answer)
                 assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
         assert "stopped after" in grade(EXERCISES["1.1"], deaf).message and sys.gettrace() is tracer
+        assert sys.exc_info() == (None, None, None)
         left, every = signal.getitimer(signal.ITIMER_REAL)
         assert 1.0 < left < 59.5 and every == 7.0 and not rung  # the time that grading took is off
         signal.setitimer(signal.ITIMER_REAL, 0.01)

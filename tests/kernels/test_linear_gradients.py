@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from klq_kernels import autograd, linear_klq_loss, linear_token_stats, torch_linear, torch_logits
 from klq_kernels.types import Head, LossSettings
@@ -142,7 +143,16 @@ def assign(x, index, value):
 
 # Bindings of a CPU build want a CUDA device even for fake tensors: straight to the dispatcher. What asks for a tensor's
 # contents is not among them and raises.
-BINDINGS = dict(__getitem__=view, __setitem__=assign, copy_=aten.copy_, __invert__=aten.bitwise_not)
+BINDINGS = dict(copy_=aten.copy_, __invert__=aten.bitwise_not)
+
+
+class Indexing(TorchFunctionMode):
+    """Indices likewise. Not by patching: once patched, `Tensor.__getitem__` stays a sequence's even when it is put
+    back, and torch.tensor of a list of numbers in tensors fails from then on."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        others = {Tensor.__getitem__: view, Tensor.__setitem__: assign}
+        return others.get(function, function)(*args, **kwargs or {})
 
 
 class Launches:
@@ -168,7 +178,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     for name, function in BINDINGS.items():
         monkeypatch.setattr(Tensor, name, lambda *args, function=function: function(*args), raising=False)
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(), torch.device("cuda"), Indexing():
         yield launches
 
 
