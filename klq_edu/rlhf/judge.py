@@ -1,9 +1,157 @@
-"""Comparing policies before a judge: how many pairs and seeds it takes to see a difference that is really there."""
+"""Comparing policies before a judge: win-rates, and how many pairs and seeds it takes to see what is really there.
 
+A judge is a callable f(prompts, first, second) -> preferences for the first, in [0, 1]. It is asked in both orders.
+"""
+
+import json
 import math
+import re
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
 
 from klq_kernels import checks
+
+Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
+RESAMPLES = 10_000  # of a bootstrap
+RUBRIC = """You compare two answers to the same request. The better one does what is asked, is right, complete and to \
+the point, and finishes. Length alone is no merit, nor is the order in which they stand here.
+
+Request:
+{prompt}
+
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Reply with JSON only: {{"better": "A"}}, {{"better": "B"}} or {{"better": "tie"}}."""
+
+
+class WinRate(NamedTuple):
+    """Of n comparisons: the share won, a tie counting half, its interval, and the counts."""
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    n: int
+
+
+def win_rate(
+    prompts: list[str], a: list[str], b: list[str], judge: Judge, *, seed: int = 0, level: float = 0.95
+) -> WinRate:  # fmt: skip
+    """How often completions `a` beat `b` after the same prompts: (wins + ½ ties)/n, with a percentile bootstrap over
+    prompts.
+
+    Each pair is judged in both orders and the preferences for `a` are averaged: above ½ is a win, ½ a tie. The interval
+    is conditional on the two policies that wrote a and b: it says nothing of other seeds (see `win_rate_of_seeds`).
+    Raises ValueError for lists of other lengths or empty ones, and for preferences that are not n numbers in [0, 1].
+
+    >>> longer = lambda prompts, first, second: [float(len(x) > len(y)) for x, y in zip(first, second)]
+    >>> win_rate(["p"] * 4, ["long", "long", "x", "y"], ["s", "s", "long", "longer"], longer)[:1]
+    (0.5,)
+    """
+    outcome = outcomes(prompts, a, b, judge)
+    low, high = _interval(_resampled(outcome, np.random.default_rng(seed), RESAMPLES), level)
+    wins, ties = int((outcome == 1).sum()), int((outcome == 0.5).sum())
+    return WinRate(outcome.mean().item(), low, high, wins, ties, len(outcome) - wins - ties, len(outcome))
+
+
+def win_rate_of_seeds(
+    by_seed: Sequence[Sequence[float]], *, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean win-rate over seeds of training and its interval [rate, low, high]: seeds are resampled, then the prompts of
+    each. `by_seed` holds the `outcomes` of every seed. ValueError for fewer than two seeds, or seeds without any."""
+    if len(by_seed) < 2 or not all(len(o) for o in by_seed):
+        raise ValueError(f"by_seed must hold outcomes of at least 2 seeds, got {[len(o) for o in by_seed]} of them")
+    rng = np.random.default_rng(seed)
+    means = np.stack([_resampled(np.asarray(o), rng, RESAMPLES) for o in by_seed])
+    drawn = rng.integers(len(by_seed), size=(len(by_seed), RESAMPLES))
+    # A seed that is drawn twice gets the same prompts both times: that is conservative by the prompts' share alone.
+    rates = np.take_along_axis(means, drawn, axis=0).mean(0)
+    return float(np.mean([np.mean(o) for o in by_seed])), *_interval(rates, level)
+
+
+def outcomes(prompts: list[str], a: list[str], b: list[str], judge: Judge) -> np.ndarray:
+    """1 where `a` wins, ½ for a tie, 0 where `b` does, [n]; see `win_rate`."""
+    if not len(prompts) == len(a) == len(b) or not len(prompts):
+        found = f"{len(prompts)}, {len(a)} and {len(b)}"
+        raise ValueError(f"prompts, a and b must be as long as each other and not empty, got {found}")
+    first, second = (_preferences(judge, prompts, *pair) for pair in ((a, b), (b, a)))
+    return np.where(first > second, 1.0, np.where(first < second, 0.0, 0.5))
+
+
+def _preferences(judge: Judge, prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
+    found = np.asarray(list(judge(list(prompts), list(first), list(second))), dtype=float)
+    if found.shape != (len(prompts),) or not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(f"the judge must return {len(prompts)} numbers in [0, 1], got {found.tolist()!s:.100}")
+    return found
+
+
+def _resampled(outcome: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Means of bootstrap samples of outcomes 0, ½, 1: their counts are multinomial."""
+    values, counts = np.unique(outcome, return_counts=True)
+    return rng.multinomial(len(outcome), counts / len(outcome), size=count) @ values / len(outcome)
+
+
+def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    return tuple(np.quantile(samples, [(1 - level) / 2, (1 + level) / 2]).tolist())
+
+
+def by_score(score: Callable[[list[str], list[str]], Sequence[float]]) -> Judge:
+    """The judge that prefers what score(prompts, completions) rates higher."""
+
+    def judge(prompts, first, second):
+        """1, ½ or 0, as the first scores higher, the same or lower."""
+        scores = (score(prompts, texts) for texts in (first, second))
+        return [(x > y) + (x == y) / 2 for x, y in zip(*scores, strict=True)]
+
+    return judge
+
+
+def endpoint_judge(url: str, model: str, *, key: str = "", rubric: str = RUBRIC, timeout: float = 60, jobs: int = 8):
+    """A judge behind an OpenAI-compatible endpoint: POST {url}/chat/completions with a rubric, answered by JSON.
+
+    `rubric` is formatted with prompt, first and second. Raises RuntimeError that quotes an answer it can't read, and
+    OSError where nobody answers.
+    """
+
+    def ask(prompt: str, first: str, second: str) -> float:
+        """1 for A, 0 for B, ½ for a tie."""
+        content = rubric.format(prompt=prompt, first=first, second=second)
+        body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return _verdict(answer.read().decode())
+
+    def judge(prompts, first, second):
+        """What the model behind the endpoint prefers."""
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(ask, prompts, first, second))
+
+    return judge
+
+
+def _verdict(answer: str) -> float:
+    """The preference in a chat completion; models put words or a code fence around the JSON they were asked for."""
+    try:
+        said = json.loads(answer)["choices"][0]["message"]["content"]
+        better = json.loads(re.search(r"\{[^{}]*\}", said)[0])["better"]
+        return {"A": 1.0, "B": 0.0, "tie": 0.5}[better]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        way = 'expected {"better": "A"}, "B" or "tie" in choices[0].message.content'
+        raise RuntimeError(f"the judge's answer can't be read ({way}): {answer:.300}") from error
 
 
 def pairs_needed(effect: float, *, level: float = 0.95, power: float = 0.8) -> float:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from klq_edu.rlhf.evaluate import score
 from klq_edu.rlhf.policy import ActorCritic, context
@@ -133,6 +134,25 @@ def collect(
     stats, values = score(policy, sampled, reference=True)
     logs = {"logprobs": stats.logprob, "ref_logprobs": stats.ref_logprob, "kl": stats.kl, "entropy": stats.entropy}
     return replace(sampled, **logs, behaviour=stats.logprob, values=torch.where(mask, values, 0.0))
+
+
+@torch.no_grad()
+def transcribe(policy: ActorCritic, tokenizer, prompts: list[str], completions: list[str]) -> Rollout:
+    """Given completions as a Rollout, as if the policy had sampled them and then ended: tokens, mask and the frozen
+    trunk's activations; all statistics are left at zero. ValueError where a token is not the policy's to choose."""
+    eos = stop_ids(policy, tokenizer)[:1]
+    rows = [row + eos for row in tokenizer(list(completions), add_special_tokens=False)["input_ids"]]
+    tokens, mask = (pad_sequence(list(map(torch.tensor, x)), True) for x in (rows, [[True] * len(r) for r in rows]))
+    tokens, mask = tokens.to(policy.device), mask.to(policy.device)
+    if (unknown := mask & (policy.action_ids(tokens) < 0)).any():
+        row, token = (x[0].item() for x in (unknown.nonzero()[:, 0], tokens[unknown]))
+        raise ValueError(f"completions[{row}] has the token {tokenizer.decode([token])!r}, which `vocab` leaves out")
+    prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, mask.shape[1])
+    seen = (prompt_ids, tokens), (attention, torch.ones_like(tokens))
+    ids, attention = (torch.cat(x, dim=1)[:, :-1] for x in seen)
+    trunk = None if policy.frozen_blocks is None else policy.encode(ids, attention)["hidden"]
+    zeros = torch.zeros(mask.shape, device=policy.device)
+    return Rollout(list(prompts), list(completions), tokens, mask, *[zeros] * 6, ids, attention, trunk)
 
 
 @lru_cache(maxsize=2)

@@ -1,11 +1,25 @@
-"""How many seeds and pairs a comparison needs, against simulated comparisons."""
+"""Win-rates and their intervals; how many seeds and pairs a comparison needs, against simulated comparisons."""
 
+import json
 import math
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from klq_edu.rlhf.judge import pairs_needed, seeds_needed, t_quantile
+from klq_edu.rlhf import judge as judge_module
+from klq_edu.rlhf.judge import (
+    WinRate,
+    by_score,
+    endpoint_judge,
+    pairs_needed,
+    seeds_needed,
+    t_quantile,
+    win_rate,
+    win_rate_of_seeds,
+)
 
 
 def power_of(effect, seed_sd, pairs, seeds, rng, runs=4000):
@@ -50,3 +64,116 @@ def test_no_effect_is_never_seen_and_bad_input_is_refused():
 @pytest.mark.parametrize("freedom, known", [(2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)])
 def test_students_quantile(freedom, known):
     assert t_quantile(0.975, freedom) == pytest.approx(known, rel=0.04 if freedom < 4 else 0.003)
+
+
+def test_win_rates_count_both_orders_and_ties_half():
+    asked = []
+
+    def judge(prompts, first, second):
+        asked.append((first, second))
+        return [{"good": 0.9, "same": 0.6, "bad": 0.2}[x] if x != "b" else {"good": 0.3, "same": 0.6, "bad": 0.7}[y]
+                for x, y in zip(first, second)]  # fmt: skip
+
+    a = ["good"] * 5 + ["same"] * 3 + ["bad"] * 2  # "same" is preferred by whoever stands first
+    found = win_rate(["p"] * 10, a, ["b"] * 10, judge)
+    assert found == WinRate(0.65, found.low, found.high, 5, 3, 2, 10)
+    assert asked == [(a, ["b"] * 10), (["b"] * 10, a)] and found.low < 0.65 < found.high
+    mirrored = win_rate(["p"] * 10, ["b"] * 10, a, judge)
+    assert (mirrored.rate, mirrored.wins, mirrored.losses) == (pytest.approx(0.35), 2, 5)
+
+
+def test_one_order_alone_decides_nothing():
+    first = win_rate(["p"] * 7, ["a"] * 7, ["b"] * 7, lambda prompts, first, second: [1.0] * 7)
+    assert first == WinRate(0.5, 0.5, 0.5, 0, 7, 0, 7)
+
+
+@pytest.mark.parametrize("prompts, a, b", [([], [], []), (["p"], ["a", "b"], ["c"]), (["p", "q"], ["a"], ["c"])])
+def test_lists_that_do_not_match_are_refused(prompts, a, b):
+    with pytest.raises(ValueError, match="as long as each other and not empty"):
+        win_rate(prompts, a, b, lambda *_: [1.0] * len(prompts))
+
+
+@pytest.mark.parametrize("said", [[1.0], [0.5, math.nan], [0.5, 1.5], [-0.1, 0.5], [0.5] * 3, [[0.5, 0.5]]])
+def test_preferences_that_are_none_are_refused(said):
+    with pytest.raises(ValueError, match=r"2 numbers in \[0, 1\]"):
+        win_rate(["p"] * 2, ["a"] * 2, ["b"] * 2, lambda *_: said)
+
+
+def coverage(draw, interval, repeats=400):
+    """Share of data sets whose interval holds a half."""
+    rng = np.random.default_rng(0)
+    return np.mean([low <= 0.5 <= high for low, high in (interval(draw(rng), i) for i in range(repeats))])
+
+
+def test_the_interval_of_one_pair_of_policies_covers_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(judge_module, "RESAMPLES", 1000)
+    draw = lambda rng: rng.choice([0.0, 0.5, 1.0], p=[0.3, 0.4, 0.3], size=64)  # noqa: E731
+    said = lambda outcome, seed: win_rate(
+        ["p"] * 64, list(outcome), [0.5] * 64, by_score(lambda _, texts: texts), seed=seed
+    )[1:3]
+    assert 0.92 <= coverage(draw, said) <= 0.98
+
+
+@pytest.mark.parametrize("seeds", [4, 8])
+def test_the_interval_over_seeds_covers_where_seeds_differ(seeds, monkeypatch):
+    """256 prompts, win-rates of seeds with a standard deviation of .05; of one seed's interval it covers far less."""
+    monkeypatch.setattr(judge_module, "RESAMPLES", 1000)
+
+    def draw(rng):
+        rates = rng.normal(0.5, 0.05, size=seeds)
+        return [(rng.random(256) < rate).astype(float) for rate in rates]
+
+    both = coverage(draw, lambda found, seed: win_rate_of_seeds(found, seed=seed)[1:])
+    prompts = coverage(draw, lambda found, seed: win_rate_of_seeds([np.concatenate(found)] * 2, seed=seed)[1:])
+    assert (0.92 if seeds == 8 else 0.88) <= both <= 0.98 and prompts < 0.8
+
+
+def test_the_mean_over_seeds_is_of_seeds_not_of_comparisons():
+    rate, low, high = win_rate_of_seeds([[1.0] * 10, [0.0] * 1000])
+    assert rate == 0.5 and low == 0.0 and high == 1.0
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        win_rate_of_seeds([[1.0]])
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Prefers the longer answer, in the words of a chatty model."""
+
+    heard: ClassVar[list] = []
+
+    def do_POST(self):
+        """One chat completion."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.heard.append((self.path, self.headers["Authorization"], asked["model"]))
+        text = asked["messages"][0]["content"]
+        a, b = text.split("Answer A:\n")[1].split("\n\nReply")[0].split("\n\nAnswer B:\n")
+        better = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
+        said = "no idea" if "?" in a else f'Sure!\n```json\n{{"better": "{better}"}}\n```'
+        body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture
+def url():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_language_model_behind_an_endpoint_judges(url):
+    Endpoint.heard.clear()
+    judge = endpoint_judge(url, "some-model", key="secret")
+    found = win_rate(["p", "q {x}", "r"], ["long {y}", "s", "same"], ["x", "long", "also"], judge)
+    assert found[3:] == (1, 1, 1, 3)
+    assert set(Endpoint.heard) == {("/v1/chat/completions", "Bearer secret", "some-model")} and len(Endpoint.heard) == 6
+    with pytest.raises(RuntimeError, match=r'"better": "A".*no idea'):
+        judge(["p"], ["what?"], ["b"])
+    with pytest.raises(OSError):
+        endpoint_judge("http://127.0.0.1:9/v1", "m")(["p"], ["a"], ["b"])

@@ -1,0 +1,150 @@
+"""Preferences and what is learnt from them: samples, pairs labelled with noise, a reward model on a frozen model.
+
+The chain of RLHF: completions of a policy -> pairs (prompt, chosen, rejected) -> a reward model by Bradley and Terry's
+likelihood -> a reward callable. Whoever labels is an argument.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel
+
+from klq_edu.rlhf.reading import Reader
+
+Scorer = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of −log σ(chosen − rejected): the negative log-likelihood of preferences under Bradley and Terry (1952).
+
+    Scores of the same shape, with gradients for both; nothing overflows. ValueError for other shapes or none at all.
+
+    >>> round(bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0])).item(), 4)
+    0.3133
+    """
+    if chosen.shape != rejected.shape or not chosen.numel():
+        shapes = f"{list(chosen.shape)} and {list(rejected.shape)}"
+        raise ValueError(f"chosen and rejected must be of one shape and not empty, got {shapes}")
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def preference_pairs(
+    prompts: list[str], completions: list[list[str]], scores: list[list[float]], *, scale: float, seed: int = 0
+) -> Dataset:
+    """All pairs of different completions of each prompt as a preference set: prompt, chosen, rejected, margin.
+
+    The first of a pair is preferred with probability σ(scale · (its score − the other's)); `margin` is chosen minus
+    rejected by the true scores, negative where the label is wrong.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for prompt, texts, known in zip(prompts, completions, scores, strict=True):
+        for i, j in combinations(range(len(texts)), 2):
+            if texts[i] == texts[j]:
+                continue
+            preferred = torch.tensor(scale * (known[i] - known[j]), dtype=torch.float64).sigmoid().item()
+            i, j = (i, j) if torch.rand((), generator=generator).item() < preferred else (j, i)
+            rows.append((prompt, texts[i], texts[j], known[i] - known[j]))
+    if not rows:
+        raise ValueError(f"completions must differ: no pair of different ones in {len(prompts)} prompts")
+    return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected", "margin"), map(list, zip(*rows)))))
+
+
+class RewardModel(nn.Module):
+    """A linear head on what a frozen language model makes of a completion: a reward callable like any other.
+
+    The features are the means over the completion's tokens of the hidden states after `layers`, side by side,
+    standardised; the head has no bias, since preferences do not say where zero is.
+    """
+
+    def __init__(self, reader: Reader, layers: Sequence[int]):
+        super().__init__()
+        self.reader, self.layers = reader, tuple(layers)
+        self.head = nn.Linear(len(self.layers) * reader.width, 1, bias=False)
+        self.register_buffer("mean", torch.zeros(self.head.in_features))
+        self.register_buffer("std", torch.ones(self.head.in_features))
+
+    @property
+    def identity(self) -> str:
+        """What a run on this reward records: head and reader in digits."""
+        from klq_edu.rlhf.identity import fingerprint
+
+        return f"RewardModel {fingerprint([self.layers, self.state_dict(), self.reader.lm])}"
+
+    def features(self, prompts: list[str], completions: list[str]) -> Tensor:
+        """Standardised features [N, layers · d]."""
+        return (self.reader(prompts, completions, self.layers).means - self.mean) / self.std
+
+    def forward(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """The scores of these completions."""
+        with torch.no_grad():
+            return self.head(self.features(prompts, completions)).squeeze(1).tolist()
+
+    def __call__(self, prompts, completions, **columns) -> list[float]:
+        """Likewise; further columns of a dataset are not looked at."""
+        return self.forward(prompts, completions)
+
+    def fit(self, pairs: Dataset, *, ridge: float, steps: int = 200) -> list[float]:
+        """Minimise `bradley_terry_loss` + ridge/2 |w|² over the head by L-BFGS; returns the loss of each step."""
+        texts = {name: self.reader(pairs["prompt"][:], pairs[name][:], self.layers).means for name in SIDES}
+        both = torch.cat(list(texts.values()))
+        self.mean, self.std = both.mean(0), both.std(0).clamp(min=1e-6)
+        chosen, rejected = ((x - self.mean) / self.std for x in texts.values())
+        optimizer, losses = torch.optim.LBFGS(self.head.parameters(), max_iter=steps, line_search_fn="strong_wolfe"), []
+        nn.init.zeros_(self.head.weight)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = bradley_terry_loss(self.head(chosen), self.head(rejected))
+            losses.append(loss.item())
+            (total := loss + ridge / 2 * self.head.weight.square().sum()).backward()
+            return total
+
+        optimizer.step(closure)
+        return losses
+
+
+SIDES = ("chosen", "rejected")
+
+
+class ClassifierReward:
+    """A sequence-classification checkpoint with its own tokenizer as a reward: its first logit for prompt + completion.
+
+    `template(prompt, completion)` makes the text it was trained on; plain concatenation by default. What is longer than
+    the model reads is cut off in front, so that the completion stays.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, *, template: Callable[[str, str], str] = str.__add__,
+                 batch_size: int = 16):  # fmt: skip
+        self.model, self.tokenizer, self.template, self.batch_size = model.eval(), tokenizer, template, batch_size
+        tokenizer.truncation_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    @property
+    def identity(self) -> str:
+        """What a run on this reward records: the model in digits."""
+        from klq_edu.rlhf.identity import fingerprint
+
+        return f"{type(self.model).__name__} {fingerprint(self.model)}"
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
+        """The scores of these completions; further columns of a dataset are not looked at."""
+        texts, scores = list(map(self.template, prompts, completions)), []
+        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**6))
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(texts[start : start + self.batch_size], padding=True, truncation=True,
+                                   max_length=limit, return_tensors="pt")  # fmt: skip
+            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+        return scores
+
+
+def agreement(reward: Scorer, pairs: Dataset) -> list[float]:
+    """Per pair 1 where the reward scores the chosen higher, ½ for a tie, 0 otherwise."""
+    chosen, rejected = (reward(pairs["prompt"][:], pairs[name][:]) for name in SIDES)
+    return [float(x > y) + (x == y) / 2 for x, y in zip(chosen, rejected, strict=True)]

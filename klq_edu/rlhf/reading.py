@@ -1,0 +1,68 @@
+"""Reading given texts with a frozen language model: how probable each completion is, and what its layers make of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from klq_edu.rlhf.rollout import tokenise
+from klq_kernels import linear_token_stats
+
+
+class Reading(NamedTuple):
+    """What a model made of N completions."""
+
+    logprob: Tensor  # [N] mean log-probability per token, in nats
+    means: Tensor  # [N, layers · d] hidden states after the layers asked for, means over the completion's tokens
+
+
+class Reader:
+    """A frozen language model that reads completions after prompts; it never sees an end of text.
+
+    Args:
+        lm: a Hugging Face causal LM with a linear head; its parameters are frozen here.
+        tokenizer: its tokenizer.
+        dtype: of forward passes (autocast).
+        batch_size: completions at a time, those of similar length together.
+    """
+
+    def __init__(self, lm: PreTrainedModel, tokenizer, *, dtype=torch.float32, batch_size: int = 32):
+        self.lm, self.tokenizer, self.dtype, self.batch_size = (
+            lm.eval().requires_grad_(False),
+            tokenizer,
+            dtype,
+            batch_size,
+        )
+        self.width = lm.get_output_embeddings().in_features
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], layers: Sequence[int] = ()) -> Reading:
+        """Read them all. An empty completion is read as an end of text, since there is nothing else to read."""
+        front = tokenise(self.tokenizer, prompts)
+        back = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        back = [row or [self.tokenizer.eos_token_id] for row in back]
+        order = sorted(range(len(front)), key=lambda i: len(front[i]) + len(back[i]))
+        parts = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
+        found = [self._read([front[i] for i in part], [back[i] for i in part], layers) for part in parts]
+        place = torch.tensor(order).argsort()
+        return Reading(*(torch.cat(parts)[place] for parts in zip(*found)))
+
+    def _read(self, front: list[list[int]], back: list[list[int]], layers: Sequence[int]) -> Reading:
+        """One batch, padded on the right: of row b the completion's tokens are at len(front[b]) and after."""
+        rows = [torch.tensor(f + b, device=self.lm.device) for f, b in zip(front, back)]
+        ids, attention = pad_sequence(rows, True), pad_sequence([torch.ones_like(r) for r in rows], True)
+        begin = torch.tensor([len(f) for f in front], device=ids.device).unsqueeze(1)
+        spoken = attention.bool() & (torch.arange(ids.shape[1], device=ids.device) >= begin)
+        device = ids.device.type
+        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            out = self.lm.base_model(input_ids=ids, attention_mask=attention, output_hidden_states=bool(layers))
+        head, mask = self.lm.get_output_embeddings(), spoken[:, 1:]
+        hidden = out.last_hidden_state[:, :-1].to(head.weight.dtype)
+        stats = linear_token_stats(hidden, head.weight, ids[:, 1:], bias=head.bias, mask=mask)
+        counts = spoken.sum(1, keepdim=True)
+        means = [(out.hidden_states[k].float() * spoken.unsqueeze(2)).sum(1) / counts for k in layers]
+        means = torch.cat(means, dim=1) if means else counts.new_zeros((len(front), 0))
+        return Reading((stats.logprob.sum(1) / counts.squeeze(1)).cpu(), means.cpu())
