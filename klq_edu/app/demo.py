@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.worlds.registry import VARIANTS, WORLDS, named, preset
+from klq_edu.worlds.registry import ROAD, VARIANTS, WORLDS, named, preset
 
+STAGES = (*ROAD, "rl", "judge")
 ABOUT = "; ".join(
     f"{name}: {w.about} ({', '.join(w.demo)}; {w.settings.updates} updates, {w.quick_updates} with --quick)"
     for name, w in WORLDS.items()
@@ -29,6 +30,9 @@ class DemoConfig:
     tau: float | None = None  # KL coefficient τ; not given: the world's.
     replay: int | None = None  # Earlier completions added to each batch; not given: the world's.
     tau_start: float | None = None  # τ falls from here at first (τ or less: it does not); not given: the world's.
+    remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = (
+        None  # Make this stage and all after it anew.
+    )
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
@@ -37,6 +41,9 @@ class DemoConfig:
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        stages = (*named("world", self.world, WORLDS).made, "rl", "judge")
+        if self.remake and self.remake not in stages:
+            raise ValueError(f"--from must be one of {stages} in the world {self.world}, got {self.remake!r}")
 
     def experiments(self) -> dict[str, TrainConfig]:
         """Folder name -> settings of everything this demo runs."""
@@ -77,7 +84,7 @@ def run_demo(config: DemoConfig) -> None:
 
     folder, start = writable_folder(config.out / config.world), time.perf_counter()
     experiments = {folder / name: settings for name, settings in config.experiments().items()}
-    page = write_report(folder / "report.html", *run_all(config.world, experiments))
+    page = write_report(folder / "report.html", *run_all(config.world, experiments, config.remake))
     print(f"\nreport: {page}   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
     if config.open:
         webbrowser.open(page.resolve().as_uri())

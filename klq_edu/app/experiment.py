@@ -18,7 +18,6 @@ from klq_edu.rlhf.runs import Run, load_checkpoint
 from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
 
-SAMPLES_PER_PROMPT = 2
 SAMPLING_SEED = 20_250_823
 SAMPLES_FILE = "test_samples.json"
 
@@ -51,7 +50,7 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
             run.say_finished(config.updates)
             return result
         policy = world.make_policy(config).to(resolve_device(config.device))
-        before = held_out_samples(world, policy, config)
+        before = reference_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
         exact = world.tree and world.tree.expected_reward(world.tree.ref).item()
         if config.centre == "none":
@@ -60,6 +59,7 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         train(
             policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
             evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
+            baselines=world.baselines if config.centre == "prompt" else None,
         )  # fmt: skip
         after = held_out_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
@@ -82,9 +82,17 @@ def read_result(run: Run) -> Result | None:
     return Result(run.settings, rows, **{name: pd.DataFrame(table) for name, table in read_json(samples).items()})
 
 
+def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
+    """`held_out_samples` of a policy that still is the reference; sampled once where several runs start from it."""
+    key = config.max_new_tokens, config.temperature, config.device, config.dtype
+    if key not in world.reference_samples:
+        world.reference_samples[key] = held_out_samples(world, policy, config)
+    return world.reference_samples[key]
+
+
 def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
     """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call."""
-    rows = world.test_prompts[list(range(len(world.test_prompts))) * SAMPLES_PER_PROMPT]
+    rows = world.test_prompts[list(range(len(world.test_prompts))) * world.samples_per_prompt]
     rollout = collect(
         policy, world.tokenizer, rows.pop("prompt"), max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, constraint=world.constraint,
@@ -92,8 +100,8 @@ def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> 
     )  # fmt: skip
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
     columns |= {"reward": score(world.reward, rollout, **rows).tolist(), "kl": rollout.kl.sum(1).tolist()}
-    if world.judge:
-        columns["judge"] = world.judge(rollout.prompts, rollout.completions, **rows)
+    columns |= {"length": rollout.mask.sum(1).tolist(), "ended": rollout.ended.tolist()}
+    columns |= {name: judge(rollout.prompts, rollout.completions, **rows) for name, judge in world.judges.items()}
     return pd.DataFrame(columns)
 
 
@@ -102,8 +110,9 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
     rows = []
     for r in results:
         log, before, after = pd.DataFrame(r.rows), *(t.mean(numeric_only=True) for t in (r.before, r.after))
-        row = {"test_before": before["reward"], "test_after": after["reward"]}
-        row |= {"judge_before": before.get("judge"), "judge_after": after.get("judge")}
+        row = {
+            f"{name}_{when}": x for when, means in (("before", before), ("after", after)) for name, x in means.items()
+        }
         row |= log[["reward", "kl"]].tail(max(1, len(log) // 4)).mean().to_dict()
         row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": log["seconds"].sum()}
         rows.append(r.labels | row)

@@ -1,6 +1,7 @@
 """What experiments show: progress, a table and completions on the terminal, and a self-contained page with figures."""
 
 import base64
+import shutil
 from itertools import repeat
 from pathlib import Path
 
@@ -12,19 +13,17 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from klq_edu import figures
-from klq_edu.app.experiment import Result, run_experiment, summarise_results
+from klq_edu.app.experiment import SAMPLES_FILE, Result, run_experiment, summarise_results
 from klq_edu.figures import STYLES, Picture
 from klq_edu.machine import facts
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds import load
-from klq_edu.worlds.registry import variant_of
+from klq_edu.worlds.registry import WORLDS, variant_of
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
-    "test reward": ("test_before", "test_after"),
-    "second opinion": ("judge_before", "judge_after"),
     "reward*": ("reward",),
     "KL* [nats]": ("kl",),
     "attained": ("attained",),
@@ -37,11 +36,16 @@ BARS = (
 )  # fmt: skip
 
 
-def run_all(name: str, experiments: dict[Path, TrainConfig]) -> tuple[World, list[Result]]:
-    """The world of this name and the results of all experiments (folder -> settings): run what is missing, print."""
+def run_all(
+    name: str, experiments: dict[Path, TrainConfig], remake: str | None = None
+) -> tuple[World, list[Result]]:  # fmt: skip
+    """The world of this name and the results of all experiments (folder -> settings): run what is missing, and all from
+    the stage `remake` on; print."""
     console = Console()
-    with console.status(f"loading the world {name} (the first time takes up to half a minute longer)"):
-        world = load(name)
+    console.print(f"loading the world {name} (the first time it is made)")
+    world = load(name, **({"remake": remake} if remake in WORLDS[name].made else {}))
+    for folder in experiments if remake else ():
+        forget(folder, judged_only=remake == "judge")
     results, tasks = [], []
     with bars.Progress(*BARS, console=console) as progress:
         for settings in experiments.values():
@@ -58,6 +62,14 @@ def run_all(name: str, experiments: dict[Path, TrainConfig]) -> tuple[World, lis
             progress.update(task, completed=settings.updates)
     print_results(console, world, results)
     return world, results
+
+
+def forget(folder: Path, judged_only: bool) -> None:
+    """Remove a run, or only its test samples and what judges said of them."""
+    if judged_only:
+        (folder / SAMPLES_FILE).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def print_results(console: Console, world: World, results: list[Result]) -> None:
@@ -79,7 +91,11 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
 def results_table(results: list[Result]) -> pd.DataFrame:
     """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
-    shown = {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
+    tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
+    shown = {
+        f"test {name}": (f"{name}_before", f"{name}_after") for name in tested if name not in ("kl", "length", "ended")
+    }
+    shown |= {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
     for name, part in figures.in_order(summary, "algorithm", STYLES):
         cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}

@@ -60,7 +60,7 @@ def win_rate(
     (0.5,)
     """
     outcome = outcomes(prompts, a, b, judge)
-    low, high = _interval(_resampled(outcome, np.random.default_rng(seed), RESAMPLES), level)
+    low, high = bootstrap_interval(outcome, seed=seed, level=level)
     wins, ties = int((outcome == 1).sum()), int((outcome == 0.5).sum())
     return WinRate(outcome.mean().item(), low, high, wins, ties, len(outcome) - wins - ties, len(outcome))
 
@@ -73,11 +73,16 @@ def win_rate_of_seeds(
     if len(by_seed) < 2 or not all(len(o) for o in by_seed):
         raise ValueError(f"by_seed must hold outcomes of at least 2 seeds, got {[len(o) for o in by_seed]} of them")
     rng = np.random.default_rng(seed)
-    means = np.stack([_resampled(np.asarray(o), rng, RESAMPLES) for o in by_seed])
+    means = np.stack([_resampled(np.asarray(o), rng) for o in by_seed])
     drawn = rng.integers(len(by_seed), size=(len(by_seed), RESAMPLES))
     # A seed that is drawn twice gets the same prompts both times: that is conservative by the prompts' share alone.
     rates = np.take_along_axis(means, drawn, axis=0).mean(0)
     return float(np.mean([np.mean(o) for o in by_seed])), *_interval(rates, level)
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent values."""
+    return _interval(_resampled(np.asarray(values, dtype=float), np.random.default_rng(seed)), level)
 
 
 def outcomes(prompts: list[str], a: list[str], b: list[str], judge: Judge) -> np.ndarray:
@@ -96,10 +101,10 @@ def _preferences(judge: Judge, prompts: list[str], first: list[str], second: lis
     return found
 
 
-def _resampled(outcome: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Means of bootstrap samples of outcomes 0, ½, 1: their counts are multinomial."""
-    values, counts = np.unique(outcome, return_counts=True)
-    return rng.multinomial(len(outcome), counts / len(outcome), size=count) @ values / len(outcome)
+def _resampled(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means of bootstrap samples: how often each value is drawn is multinomial."""
+    distinct, counts = np.unique(values, return_counts=True)
+    return rng.multinomial(len(values), counts / len(values), size=RESAMPLES) @ distinct / len(values)
 
 
 def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:

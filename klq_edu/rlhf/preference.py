@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from klq_edu.rlhf.reading import Reader
 
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
+SIDES = ("chosen", "rejected")
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -107,9 +108,6 @@ class RewardModel(nn.Module):
         return losses
 
 
-SIDES = ("chosen", "rejected")
-
-
 class ClassifierReward:
     """A sequence-classification checkpoint with its own tokenizer as a reward: its first logit for prompt + completion.
 
@@ -144,7 +142,8 @@ class ClassifierReward:
         return scores
 
 
-def agreement(reward: Scorer, pairs: Dataset) -> list[float]:
-    """Per pair 1 where the reward scores the chosen higher, ½ for a tie, 0 otherwise."""
-    chosen, rejected = (reward(pairs["prompt"][:], pairs[name][:]) for name in SIDES)
-    return [float(x > y) + (x == y) / 2 for x, y in zip(chosen, rejected, strict=True)]
+def margins(reward: Scorer, pairs: Dataset) -> list[float]:
+    """The reward of the chosen completion minus that of the rejected one, of each pair: above 0 they agree, and the
+    odds that the label says so are exp(margin) if the reward is calibrated."""
+    chosen, rejected = (reward(pairs["prompt"][:], pairs[side][:]) for side in SIDES)
+    return [x - y for x, y in zip(chosen, rejected, strict=True)]

@@ -299,7 +299,7 @@ def load(seed: int = 0, proxy: bool = False) -> World:
     tree = tree.with_ref(policy_table(tree, tokenizer, ActorCritic.from_pretrained(folder)))
     truth = with_tastes(tree, TASTE, seed)
     tree = with_tastes(truth, PROXY, seed + 1) if proxy else truth
-    judge = {"judge": lexicon_reward(truth, folder.name), "judge_name": "the true reward", "truth": truth}
+    judge = {"judges": {"true reward": lexicon_reward(truth, folder.name)}, "truth": truth}
 
     def make_policy(config: TrainConfig) -> ActorCritic:
         if config.temperature != 1:

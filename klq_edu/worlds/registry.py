@@ -24,10 +24,25 @@ class Entry(NamedTuple):
     settings: TrainConfig  # of a run, for every algorithm alike but for what defines the algorithm
     demo: tuple[str, ...]  # the variants that its demo compares
     quick_updates: int  # per run of `klq demo --quick`
+    made: tuple[str, ...] = ()  # the stages before RL, whose artefacts are in the cache
 
 
 GRAMMAR = TrainConfig(
     updates=160, batch_size=32, replay=96, tau_start=0.5, eval_every=10, max_new_tokens=4, critic="separate"
+)
+ROAD = ("sft", "pairs", "reward")
+TEXT = TrainConfig(
+    updates=24,
+    batch_size=32,
+    samples_per_prompt=4,
+    replay=32,
+    centre="prompt",
+    epochs=2,
+    learning_rate=2e-4,
+    warmup_updates=2,
+    tau=0.1,
+    tau_start=0.3,
+    temperature=0.7,
 )
 WORLDS = {
     "stories": Entry(
@@ -35,6 +50,14 @@ WORLDS = {
         TrainConfig(updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05,
                     max_new_tokens=20, temperature=0.8),
         demo=("klq", "ppo_clip"), quick_updates=10,
+    ),
+    "tldr": Entry(
+        "SmolLM2-135M sums up posts, rewarded by a learnt model", replace(TEXT, max_new_tokens=24),
+        demo=("klq", "ppo_clip"), quick_updates=8, made=ROAD,
+    ),
+    "dialogue": Entry(
+        "SmolLM2-135M answers requests, rewarded by a learnt model", replace(TEXT, max_new_tokens=64),
+        demo=("klq", "ppo_clip"), quick_updates=8, made=ROAD,
     ),
     "grammar": Entry(
         "a tiny language model whose exact optimum is known", GRAMMAR, demo=("klq", "ppo_clip", "ppo_penalty"),

@@ -88,5 +88,5 @@ def load() -> World:
     return World(
         "stories", __doc__, Dataset.from_dict({"prompt": openers[:-TEST_PROMPTS]}),
         Dataset.from_dict({"prompt": openers[-TEST_PROMPTS:]}), tokenizer, sentiment_reward(), make_policy,
-        judge=textblob_judge, judge_name="TextBlob polarity",
+        judges={"TextBlob": textblob_judge},
     )  # fmt: skip

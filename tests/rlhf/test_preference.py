@@ -10,8 +10,8 @@ from datasets import Dataset
 from klq_edu.rlhf.preference import (
     ClassifierReward,
     RewardModel,
-    agreement,
     bradley_terry_loss,
+    margins,
     preference_pairs,
 )
 from klq_edu.rlhf.reading import Reader
@@ -93,9 +93,8 @@ def test_a_reward_model_learns_what_the_labels_are_made_of(tiny_lm, tokenizer, p
     losses = model.fit(known, ridge=0.01)
     assert losses[0] == pytest.approx(math.log(2)) and losses[-1] < 0.5 and model.identity != before
     sure = unseen.filter(lambda row: abs(row["margin"]) >= 1)
-    truth = agreement(good, sure)
-    learnt = agreement(model, sure)
-    assert sum(truth) / len(truth) > 0.8 and sum(learnt) / len(learnt) > 0.7
+    labels, learnt = ([m > 0 for m in margins(reward, sure)] for reward in (good, model))
+    assert sum(labels) / len(sure) > 0.8 and sum(learnt) / len(sure) > 0.7
     policy = collect_policy(tiny_lm())
     rollout = collect(policy, tokenizer, PROMPTS[:3], max_new_tokens=4)
     scores = score(model, rollout, reference=["x"] * 3)
@@ -150,6 +149,6 @@ def test_a_classifier_scores_prompt_and_completion_in_its_own_words(classifier, 
     assert reward.identity.startswith("LlamaForSequenceClassification ")
 
 
-def test_agreement_counts_ties_half():
+def test_margins_are_of_chosen_less_rejected():
     pairs = Dataset.from_dict({"prompt": ["p"] * 3, "chosen": ["aa", "b", "c"], "rejected": ["b", "bb", "d"]})
-    assert agreement(lambda prompts, texts: [len(t) for t in texts], pairs) == [1.0, 0.0, 0.5]
+    assert margins(lambda prompts, texts: [len(t) for t in texts], pairs) == [1, -1, 0]

@@ -136,9 +136,9 @@ def test_the_proxy_correlates_with_the_truth_as_promised_and_the_judge_is_the_tr
     assert (weights * truth * seen).sum() == pytest.approx(0.86, abs=0.03)
     texts = [" ".join(words_of(c)) for c in grammar.tree.completions()[::5000]]
     prompts, completions = zip(*[(" ".join(t.split()[:3]), " ".join(t.split()[3:])) for t in texts])
-    assert proxy.judge(prompts, completions) == grammar.reward(prompts, completions)
-    assert proxy.judge(prompts, completions) != proxy.reward(prompts, completions)
-    assert grammar.judge is None and torch.equal(grammar.tree.ref, proxy.tree.ref)
+    assert proxy.judges["true reward"](prompts, completions) == grammar.reward(prompts, completions)
+    assert proxy.judges["true reward"](prompts, completions) != proxy.reward(prompts, completions)
+    assert not grammar.judges and torch.equal(grammar.tree.ref, proxy.tree.ref)
 
 
 def test_win_rates_count_every_pair_of_completions(random_policy):

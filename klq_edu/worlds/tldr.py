@@ -1,0 +1,15 @@
+"""SmolLM2-135M learns to sum up everyday posts in a sentence: summarisation, one of the two tasks of KLQ's paper.
+
+728 posts with summaries were written for this project (worlds/data/README.md). The model is fine-tuned on 472 of them;
+pairs of its own summaries are labelled by a gold that knows the reference, with noise; a reward model learns from the
+pairs, and RL maximises what it says.
+"""
+
+from klq_edu.worlds.text import Task, load_task
+
+TASK = Task("tldr", __doc__, ("text", "summary"), lambda _, text: f"TEXT: {text}\n\nTL;DR:", lead=" ", words=14)
+
+
+def load(remake: str | None = None):
+    """The tldr world; the first call takes the road up to the reward model."""
+    return load_task(TASK, remake)
