@@ -125,6 +125,47 @@ def optimum_gaps(runs: pd.DataFrame, labels: dict[str, str]) -> Picture:
     return Picture(figure, caption, f"Distance to the optimum against τ for {_names(runs)}, by use of completions.")
 
 
+def calibration(pairs: pd.DataFrame, bins: int = 6) -> Picture:
+    """How often a reward model agrees with held-out labels, by how sure it is. `pairs` has a column "proxy": its reward
+    of the chosen completion less that of the rejected one."""
+    figure, (axis,) = panels(1, width=4.6)
+    sure, agrees = 1 / (1 + np.exp(-pairs["proxy"].abs())), pairs["proxy"] > 0
+    groups = pd.qcut(sure, bins, labels=False, duplicates="drop")
+    share, count = agrees.groupby(groups).mean(), agrees.groupby(groups).size()
+    error = 1.96 * (share * (1 - share) / count) ** 0.5
+    axis.plot([0.5, 1], [0.5, 1], color=GREY, lw=1, zorder=0, label="calibrated")
+    axis.errorbar(sure.groupby(groups).mean(), share, error, color=BLUE, marker="o", ls="", label="reward model")
+    axis.set(xlabel="how sure it is, σ(|difference of rewards|)", ylabel="share of labels it agrees with")
+    axis.legend(loc="lower right")
+    caption = (
+        f"The reward model on {len(pairs)} pairs of prompts it was not fitted to, in {share.size} equal groups; "
+        "bars are 95 % intervals. On the line it is as often right as it says; below, it is too sure of itself."
+    )
+    return Picture(figure, caption, "Agreement with held-out labels against the reward model's confidence.")
+
+
+def win_rates(verdicts: pd.DataFrame) -> Picture:
+    """Win-rates with their intervals, one row per comparison, coloured by judge; `verdicts` as `comparison.verdicts`
+    returns them."""
+    rows = verdicts.iloc[::-1].reset_index(drop=True)
+    judges = list(dict.fromkeys(verdicts["judge"]))
+    figure, (axis,) = panels(1, width=7.0, height=1.2 + 0.32 * len(rows))
+    for colour, marker, judge in zip((AMBER, BLUE, GREEN, PINK), "osD^", judges):
+        part = rows[rows["judge"] == judge]
+        reach = [part["rate"] - part["low"], part["high"] - part["rate"]]
+        axis.errorbar(part["rate"], part.index, xerr=reach, color=colour, marker=marker, ls="", label=judge)
+    axis.axvline(0.5, color=GREY, lw=1)
+    axis.set_yticks(rows.index, rows["a"] + " against " + rows["b"])
+    axis.set(xlabel="win-rate of the first (ties count half)", ylabel="comparison", xlim=(0, 1))
+    axis.legend(title="judge", loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges), frameon=False)
+    caption = (
+        "How often completions of the first beat those of the second after the same held-out prompt, with 95 % "
+        "intervals. An interval that holds ½ shows no difference. The gold has labelled what the reward was learnt "
+        "from; the other judges have labelled nothing."
+    )
+    return Picture(figure, caption, f"Win-rates with intervals before {', '.join(judges)}.")
+
+
 def exact_steps() -> Picture:
     """The exact KLQ step against the exact PPO-penalty step for several α at τ = 1; right: with β on the bare Δ."""
     tau, tree, old = 1.0, TokenTree.random(4, 3, seed=0), TokenTree.random(4, 3, seed=1).ref

@@ -1,11 +1,20 @@
 """What the CSV of `klq sweep` says, as Markdown tables: algorithms and schedules compared seed by seed."""
 
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from klq_edu.figures import STYLES
-from klq_edu.rlhf.judge import pairs_needed, seeds_needed, t_quantile
+from klq_edu.rlhf.judge import (
+    bootstrap_interval,
+    by_score,
+    outcomes,
+    pairs_needed,
+    seeds_needed,
+    t_quantile,
+    win_rate_of_seeds,
+)
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
@@ -79,6 +88,32 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
         rows.append([f"{tau:g}", LABELS[used], STYLES[name]["label"], f"{wins.mean():.3f} ± {error:.3f}", f"{sd:.3f}"])
         rows[-1] += counts
     return table(heads + [f"seeds, {n} pairs each" for n in pairs], rows)
+
+
+def verdicts(results: list) -> pd.DataFrame:
+    """Win-rates on held-out prompts before each judge: each algorithm against the reference, and KLQ against the others
+    of the same seed. Columns a, b, judge, rate, low, high (95 %), seeds, n; of several seeds see `win_rate_of_seeds`.
+    Columns of judges are those of the test samples that stand behind "ended"."""
+    before, rows = results[0].before, []
+    judges = list(before.columns)[list(before.columns).index("ended") + 1 :]
+    by = {}
+    for r in results:
+        by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
+    pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
+    for judge, (name, rival) in product(judges, pairs):
+        seeds = [s for s in by[name] if rival is None or s in by[rival]]
+        tables = [(by[name][s], before if rival is None else by[rival][s]) for s in seeds]
+        pointwise = by_score(lambda _, scores: scores)
+        found = [outcomes(*map(list, (a["prompt"], a[judge], b[judge])), pointwise) for a, b in tables]
+        if len(found) > 1:
+            rate, low, high = win_rate_of_seeds(found)
+        else:
+            rate, (low, high) = found[0].mean(), bootstrap_interval(found[0])
+        about = {"a": STYLES[name]["label"], "b": "reference" if rival is None else STYLES[rival]["label"]}
+        rows.append(
+            about | {"judge": judge, "rate": rate, "low": low, "high": high, "seeds": len(found), "n": len(before)}
+        )
+    return pd.DataFrame(rows)
 
 
 def several_rates(runs: pd.DataFrame) -> bool:

@@ -30,9 +30,7 @@ class DemoConfig:
     tau: float | None = None  # KL coefficient τ; not given: the world's.
     replay: int | None = None  # Earlier completions added to each batch; not given: the world's.
     tau_start: float | None = None  # τ falls from here at first (τ or less: it does not); not given: the world's.
-    remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = (
-        None  # Make this stage and all after it anew.
-    )
+    remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = None  # Make anew from this stage on.
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.

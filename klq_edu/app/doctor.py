@@ -6,12 +6,12 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from klq_edu.worlds.weights import ABSENT, cache_root, weights_folder
+from klq_edu.worlds.weights import ABSENT, cache_root, minilm_folder, weights_folder
 
-DEMO = "pip install -c constraints.txt -e '.[demo]' (needed by the stories world)"
+DEMO = "pip install -c constraints.txt -e '.[demo]' (needed by stories, tldr and dialogue)"
 NEEDED = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "rich", "tyro")
 PACKAGES = dict.fromkeys(NEEDED, "pip install -c constraints.txt -e .")
-PACKAGES |= dict.fromkeys(("gguf", "vaderSentiment", "textblob"), DEMO)
+PACKAGES |= dict.fromkeys(("gguf", "vaderSentiment", "textblob", "rouge-score"), DEMO)
 
 
 class Finding(NamedTuple):
@@ -35,6 +35,9 @@ def examine() -> list[Finding]:
             findings.append(Finding(name, False, "not installed", advice))
     findings += _devices() if importlib.util.find_spec("torch") else []
     findings.append(Finding("SmolLM2 weights", not absent, *(("absent", ABSENT) if absent else ("installed",))))
+    judge = minilm_folder() is not None
+    advice = "tldr and dialogue do without this judge; `make setup` brings it"
+    findings.append(Finding("MiniLM weights", judge, *(("installed",) if judge else ("absent", advice))))
     return [*findings, Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}")]
 
 

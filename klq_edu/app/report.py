@@ -13,10 +13,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from klq_edu import figures
+from klq_edu.app import comparison
 from klq_edu.app.experiment import SAMPLES_FILE, Result, run_experiment, summarise_results
 from klq_edu.figures import STYLES, Picture
 from klq_edu.machine import facts
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.judge import bootstrap_interval
 from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds import load
 from klq_edu.worlds.registry import WORLDS, variant_of
@@ -132,6 +134,16 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
         shown += [
             ("optimum", "Distance to the exact optimum", figures.optimum_curves(runs, results[0].settings["tau"]))
         ]
+    if "held_out_pairs" in world.tables:
+        shown += [
+            (
+                "calibration",
+                "The reward model on pairs it has not seen",
+                figures.calibration(world.tables["held_out_pairs"]),
+            )
+        ]
+    if world.judges:
+        shown += [("judges", "Before judges", figures.win_rates(comparison.verdicts(results)))]
     shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
     if world.tree and pair["algorithm"].nunique() == 2:
@@ -154,15 +166,40 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
         picture.figure.savefig(svg, metadata={"Date": None})
         shown.append((title, base64.b64encode(svg.read_bytes()).decode(), picture))
     summarise_results(results).to_csv(path.parent / "results.csv", index=False)
+    for name, made in (world.tables | ({"win_rates": comparison.verdicts(results)} if world.judges else {})).items():
+        made.to_csv(path.parent / f"{name}.csv", index=False)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), machine=facts(results[0].settings["device"]),
+        samples=samples_table(results), road=road(world), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def road(world: World) -> list[tuple[str, str, pd.DataFrame]]:
+    """How reference and reward were made, for worlds where they are: (heading, what to see, table of text)."""
+    if not world.tables:
+        return []
+    loss, pairs, trials = (world.tables[name] for name in ("loss", "held_out_pairs", "trials"))
+    by_prompt = (pairs["proxy"] > 0).groupby(pairs["prompt"]).mean()
+    low, high = bootstrap_interval(by_prompt)
+    right, true = (pairs["gold"] > 0).mean(), ((pairs["proxy"] > 0) == (pairs["gold"] > 0)).mean()
+    agreement = (
+        f"On {len(pairs)} pairs of {len(by_prompt)} prompts it was not fitted to, the reward model agrees with "
+        f"{by_prompt.mean():.0%} [{low:.0%}, {high:.0%}] of the labels (95 % interval over prompts) and with the gold "
+        f"in {true:.0%}; the labels themselves agree with the gold in {right:.0%}."
+    )
+    scores = trials.assign(cell=trials["score"].map("{:.2f}".format) + trials["loses"].map(" ({:.0%})".format))
+    scores = scores.pivot(index="kind", columns="judge", values="cell").loc[trials["kind"].unique()]
+    tried = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
+    losses = loss.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
+    return [
+        ("Fine-tuning", "Loss in nats per token of the reference completions, held-out ones last.", losses),
+        ("What gold, judges and reward model say of hacks", f"{tried} {agreement}", scores.reset_index()),
+    ]
 
 
 def scale(results: list[Result]) -> str:

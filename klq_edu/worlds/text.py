@@ -33,6 +33,7 @@ from klq_edu.worlds.stories import TRAINABLE_BLOCKS, model_folder
 from klq_edu.worlds.weights import minilm_folder
 from klq_edu.worlds.world import World
 
+DATA = Path(__file__).parent / "data"
 FREQUENT_TOKENS = 32_000  # the others only where the data have them
 SFT = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
 PAIRS = {
@@ -59,7 +60,7 @@ class Task:
 
     def read(self, tokenizer, part: str) -> Dataset:
         """Columns prompt, completion (the reference as the model would say it), source and reference."""
-        path = Path(__file__).parent / "data" / f"{self.name}_{part}.jsonl"
+        path = DATA / f"{self.name}_{part}.jsonl"
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         source, reference = ([row[name] for row in rows] for name in self.columns)
         prompts = [self.prompt(tokenizer, s) for s in source]
@@ -101,7 +102,7 @@ class Road:
     def data(self) -> dict[str, str]:
         """Digests of the data and the base model."""
         names = [f"{self.task.name}_{part}" for part in ("train", "test")]
-        found = {name: digest(Path(__file__).parent / "data" / f"{name}.jsonl") for name in names}
+        found = {name: digest(DATA / f"{name}.jsonl") for name in names}
         return found | {"base": digest(next(iter(sorted(self.base.glob("*.safetensors")))))}
 
     def stage(self, name: str, inputs: dict, make: Callable[[Path], None]) -> Path:

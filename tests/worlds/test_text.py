@@ -1,0 +1,162 @@
+"""The text tasks: data, gold against hacks, and the whole road on a tiny model."""
+
+import json
+from importlib.resources import files
+
+import pandas as pd
+import pytest
+import torch
+
+from klq_edu.rlhf.reading import Reading
+from klq_edu.worlds import dialogue, text, tldr
+from klq_edu.worlds.gold import Gold, hacks, words_of
+
+TASKS = {"tldr": tldr.TASK, "dialogue": dialogue.TASK}
+WORDS = {"text": (30, 60), "summary": (5, 14), "prompt": (4, 30), "answer": (15, 40)}
+
+
+def rows(name):
+    return [json.loads(line) for line in (files("klq_edu.worlds") / "data" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_data_are_as_the_datasheet_says(task):
+    source, reference = TASKS[task].columns
+    train, test = rows(f"{task}_train"), rows(f"{task}_test")
+    assert len(train) >= {"tldr": 400, "dialogue": 300}[task] and len(test) == 256
+    seen = {}
+    for number, row in enumerate(train + test):
+        for name in (source, reference):
+            low, high = WORDS[name]
+            assert low <= len(row[name].split()) <= high and row[name] == " ".join(row[name].split()), row
+        assert row[reference][-1] in ".!?", row
+        copied, said = words_of(row[source]), words_of(row[reference])
+        runs = {tuple(copied[i : i + 5]) for i in range(len(copied) - 4)}
+        assert not any(tuple(said[i : i + 5]) in runs for i in range(len(said) - 4)), row
+        for i in range(len(said) - 5):  # no reference is another's, not even half
+            assert seen.setdefault(tuple(said[i : i + 6]), number) == number, row
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("task", TASKS)
+def test_no_item_is_nearly_another(task):
+    """By sentence embeddings, within and across the split; the same question in other words has a cosine above .75."""
+    from klq_edu.worlds.judges import EmbeddingJudge
+    from klq_edu.worlds.weights import minilm_folder
+
+    if not (folder := minilm_folder()):
+        pytest.skip("all-MiniLM-L6-v2 is not installed (see klq doctor)")
+    texts = [row[TASKS[task].columns[0]] for part in ("train", "test") for row in rows(f"{task}_{part}")]
+    vectors = EmbeddingJudge(folder).embed(texts)
+    assert (vectors @ vectors.T).fill_diagonal_(0).max() < 0.75
+
+
+class Indifferent:
+    """A reader that finds everything equally natural."""
+
+    def __call__(self, prompts, completions):
+        return Reading(torch.full((len(completions),), -3.0), torch.zeros(len(completions), 0))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_gold_prefers_every_reference_to_every_hack(task):
+    task = TASKS[task]
+    data = [row for part in ("train", "test") for row in rows(f"{task.name}_{part}")]
+    source, reference = ([row[name] for row in data] for name in task.columns)
+    gold = Gold(Indifferent(), task.words)
+    scores = {kind: gold(source, texts, source=source, reference=reference)
+              for kind, texts in hacks(source, reference, task.lead).items()}  # fmt: skip
+    best = scores.pop("reference")
+    for kind, found in scores.items():
+        assert all(x < y for x, y in zip(found, best)), kind
+
+
+@pytest.mark.parametrize("fault", ["copied", "borrowed", "long", "repeated", "unfinished"])
+def test_each_penalty_sees_its_own_fault(fault):
+    source = "my old dog ran over the new fence and bit the kind postman on his left hand today"
+    good = "Dog bites postman; what now?"
+    bad = {
+        "copied": "He ran over the new fence, what now?",
+        "borrowed": "today hand left his on postman kind.",
+        "long": " ".join(f"word{i}" for i in range(20)) + ".",
+        "repeated": "Dog bites dog bites dog bites?",
+        "unfinished": "Dog bites postman; what",
+    }[fault]
+    gold = Gold(Indifferent(), words=14)
+    assert gold.penalty(good, source) == 0 < gold.penalty(bad, source)
+
+
+@pytest.fixture
+def road(tmp_path, monkeypatch, tiny_lm, tokenizer):
+    """A function (remake) -> the road of a tiny task for a tiny model, in a cache of its own."""
+    monkeypatch.setenv("KLQ_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    tiny_lm().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for name, value in {
+        "TRAINABLE_BLOCKS": 1,
+        "TEST_PROMPTS": 4,
+        "HACKED": 4,
+        "SFT": text.SFT | {"batch_size": 4},
+    }.items():
+        monkeypatch.setattr(text, name, value)
+    monkeypatch.setitem(text.REWARD, "layers", [1, 3])
+    monkeypatch.setattr(text, "minilm_folder", lambda: None)
+    monkeypatch.setattr(text, "DATA", tmp_path)
+    for part, numbers in {"train": range(2, 22), "test": range(22, 30)}.items():
+        lines = [json.dumps({"q": f"w{i} w{i + 1} w{i + 2}", "a": f"w{i + 2} w{2 * i % 60} ."}) for i in numbers]
+        (tmp_path / f"tiny_{part}.jsonl").write_text("\n".join(lines))
+    task = text.Task("tiny", "A tiny task.", ("q", "a"), lambda _, q: f"{q} w60", lead="", words=4)
+    settings = tldr_settings(max_new_tokens=5)
+    return lambda remake=None: text.Road(task, base, settings, remake)
+
+
+def tldr_settings(**changes):
+    from klq_edu.worlds.registry import preset
+
+    return preset("tldr", **changes)
+
+
+def test_the_road_ends_in_a_world_and_is_walked_once(road, capsys):
+    world = road().world()
+    said = capsys.readouterr().out
+    assert all(f"tiny/{stage}: not there yet" in said for stage in ("sft", "pairs", "reward", "trials"))
+    assert set(world.prompts.column_names) == {"prompt", "source", "reference"} and len(world.test_prompts) == 4
+    assert list(world.judges) == ["gold", "SmolLM2"] and len(world.baselines) == len(world.prompts) == 20
+    samples = world.tables["samples"]
+    assert len(samples) == 80
+    first = samples[samples["prompt"] == world.prompts[0]["prompt"]]
+    assert world.baselines[0] == pytest.approx(first["proxy"].mean())
+    unseen = set(world.tables["held_out_pairs"]["prompt"])
+    assert unseen and unseen <= set(world.prompts["prompt"][::5])
+    again = road().world()
+    assert "not there" not in capsys.readouterr().out
+    prompts, texts = world.prompts["prompt"][:3], ["w5 w6", "w7", ""]
+    assert (
+        again.reward(prompts, texts) == world.reward(prompts, texts) and again.reward.identity == world.reward.identity
+    )
+    pd.testing.assert_frame_equal(again.tables["trials"], world.tables["trials"])
+
+
+@pytest.mark.parametrize("stage, made", [("sft", 4), ("pairs", 3), ("reward", 2)])
+def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(stage, made, road, capsys):
+    before = road().world()
+    capsys.readouterr()
+    after = road(stage).world()
+    said = capsys.readouterr().out
+    assert said.count("to be made anew") + said.count("made of something else") == made, said
+    assert after.reward.identity == before.reward.identity and after.baselines == before.baselines
+
+
+def test_training_on_the_road_uses_its_baselines(road, tmp_path, monkeypatch):
+    from klq_edu.app import comparison
+    from klq_edu.app.experiment import run_experiment
+
+    world = road().world()
+    config = tldr_settings(updates=2, batch_size=8, replay=4, max_new_tokens=5)
+    results = [run_experiment(world, config, tmp_path / "klq")]
+    first = results[0].rows[0]
+    assert first["rollouts"] == 8  # none for the means
+    table = comparison.verdicts(results)
+    assert list(table["judge"]) == ["gold", "SmolLM2"] and (table["b"] == "reference").all()
+    assert table["rate"].between(0, 1).all() and (table["low"] <= table["rate"]).all() and (table["n"] == 4).all()
