@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from klq_edu.app.demo import run_demo, run_train
+from klq_edu.app.demo import run_demo, run_hub, run_train
 from klq_edu.app.doctor import run_doctor
 from klq_edu.app.inspection import run_inspect
 from klq_edu.app.sweep import run_sweep
@@ -43,7 +43,7 @@ def course(
 
 
 COMMANDS = {
-    "demo": run_demo, "train": run_train, "sweep": run_sweep, "inspect": run_inspect, "bench": bench,
+    "demo": run_demo, "train": run_train, "hub": run_hub, "sweep": run_sweep, "inspect": run_inspect, "bench": bench,
     "course": course, "doctor": run_doctor,
 }  # fmt: skip
 

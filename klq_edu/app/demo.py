@@ -2,11 +2,12 @@
 
 import time
 import webbrowser
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.registry import ROAD, VARIANTS, WORLDS, named, preset
@@ -86,6 +87,32 @@ def run_demo(config: DemoConfig) -> None:
     print(f"\nreport: {page}   runs: {folder}   time: {(time.perf_counter() - start) / 60:.1f} min")
     if config.open:
         webbrowser.open(page.resolve().as_uri())
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Ctrl-C keeps what is done; the same command continues."""
+
+    recipe: Positional[str]  # A YAML file, or the name of one that comes with the package: tldr_pythia, hh_pythia.
+    model: str | None = None  # Policy at the start, a path or hub id; not given: the recipe's.
+    reward_model: str | None = None  # Sequence-classification checkpoint, a path or hub id; not given: the recipe's.
+    data: str | None = None  # Data set with splits train and test, a path or hub id; not given: the recipe's.
+    algorithm: Literal[*VARIANTS] = "klq"  # Algorithm variant.
+    updates: int | None = None  # Not given: the recipe's.
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, mps …
+    out: Path = Path("runs/hub")  # Folder for the run.
+
+
+def run_hub(config: HubConfig) -> None:
+    """Train a model from the hub (or a folder) by a recipe: the paper's tasks with its hyper-parameters."""
+    from klq_edu.app.report import run_in
+    from klq_edu.worlds.hub import load_recipe, read_recipe
+
+    recipe = read_recipe(config.recipe, model=config.model, reward_model=config.reward_model, data=config.data)
+    changes = {"seed": config.seed, "device": config.device} | VARIANTS[config.algorithm]
+    changes |= {} if config.updates is None else {"updates": config.updates}
+    run_in(load_recipe(recipe), {config.out: replace(recipe.train, **changes)})
 
 
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:

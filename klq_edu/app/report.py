@@ -43,11 +43,16 @@ def run_all(
 ) -> tuple[World, list[Result]]:  # fmt: skip
     """The world of this name and the results of all experiments (folder -> settings): run what is missing, and all from
     the stage `remake` on; print."""
-    console = Console()
-    console.print(f"loading the world {name} (the first time it is made)")
+    print(f"loading the world {name}; what it needs is made the first time", flush=True)
     world = load(name, **({"remake": remake} if remake in WORLDS[name].made else {}))
     for folder in experiments if remake else ():
         forget(folder, judged_only=remake == "judge")
+    return world, run_in(world, experiments)
+
+
+def run_in(world: World, experiments: dict[Path, TrainConfig]) -> list[Result]:
+    """The results of all experiments in this world (folder -> settings): run what is missing, print."""
+    console = Console()
     results, tasks = [], []
     with bars.Progress(*BARS, console=console) as progress:
         for settings in experiments.values():
@@ -63,7 +68,7 @@ def run_all(
             results.append(run_experiment(world, settings, folder, show_update))
             progress.update(task, completed=settings.updates)
     print_results(console, world, results)
-    return world, results
+    return results
 
 
 def forget(folder: Path, judged_only: bool) -> None:

@@ -112,11 +112,15 @@ class ClassifierReward:
     """A sequence-classification checkpoint with its own tokenizer as a reward: its first logit for prompt + completion.
 
     `template(prompt, completion)` makes the text it was trained on; plain concatenation by default. What is longer than
-    the model reads is cut off in front, so that the completion stays.
+    the model reads is cut off in front, so that the completion stays. `missing_eos_penalty` is subtracted where the
+    length limit cut a completion off.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer, *, template: Callable[[str, str], str] = str.__add__,
-                 batch_size: int = 16):  # fmt: skip
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, *, template: Callable[[str, str], str] = str.__add__,
+        missing_eos_penalty: float = 0.0, batch_size: int = 16,
+    ):  # fmt: skip
+        self.missing_eos_penalty = missing_eos_penalty
         self.model, self.tokenizer, self.template, self.batch_size = model.eval(), tokenizer, template, batch_size
         tokenizer.truncation_side = "left"
         if tokenizer.pad_token is None:
@@ -131,7 +135,7 @@ class ClassifierReward:
         return f"{type(self.model).__name__} {fingerprint(self.model)}"
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def __call__(self, prompts: list[str], completions: list[str], ended=None, **columns) -> list[float]:
         """The scores of these completions; further columns of a dataset are not looked at."""
         texts, scores = list(map(self.template, prompts, completions)), []
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**6))
@@ -139,7 +143,8 @@ class ClassifierReward:
             batch = self.tokenizer(texts[start : start + self.batch_size], padding=True, truncation=True,
                                    max_length=limit, return_tensors="pt")  # fmt: skip
             scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-        return scores
+        cut = [not e for e in ended] if ended else [False] * len(scores)
+        return [s - self.missing_eos_penalty * c for s, c in zip(scores, cut, strict=True)]
 
 
 def margins(reward: Scorer, pairs: Dataset) -> list[float]:
