@@ -160,8 +160,8 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     axis.legend(title="judge", loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges), frameon=False)
     caption = (
         "How often completions of the first beat those of the second after the same held-out prompt, with 95 % "
-        "intervals. An interval that holds ½ shows no difference. The gold has labelled what the reward was learnt "
-        "from; the other judges have labelled nothing."
+        "intervals. An interval that holds ½ shows no difference. The reward is what was maximised, the gold has "
+        "labelled what it was learnt from; the other judges have labelled nothing."
     )
     return Picture(figure, caption, f"Win-rates with intervals before {', '.join(judges)}.")
 

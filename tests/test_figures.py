@@ -1,10 +1,19 @@
 """Every figure draws, is labelled, and says in words what to see."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from klq_edu import figures
 from klq_edu.core.tree import TokenTree
+
+VERDICTS = pd.DataFrame(
+    [
+        {"a": a, "b": b, "judge": judge, "rate": 0.6, "low": 0.5, "high": 0.7, "seeds": 1, "n": 128}
+        for judge in ("gold", "MiniLM")
+        for a, b in (("KLQ", "reference"), ("PPO-clip", "reference"), ("KLQ", "PPO-clip"))
+    ]
+)
 
 
 @pytest.fixture
@@ -30,6 +39,8 @@ def drawings(runs):
         figures.reward_kl_plane(runs, figures.frontier(tree)),
         figures.optimum_curves(runs, 0.2),
         figures.exact_steps(),
+        figures.calibration(pd.DataFrame({"proxy": [0.1 * i - 1 for i in range(60)]})),
+        figures.win_rates(VERDICTS),
     ]
 
 
@@ -56,3 +67,23 @@ def test_the_frontier_bounds_every_policy(random_policy):
         kl, reward = tree.sequence_kl(policy).item(), tree.expected_reward(policy).item()
         above = best[best["kl"] >= kl]
         assert above.empty or reward <= above["reward"].iloc[0] + 1e-9
+
+
+def test_a_calibrated_reward_model_lies_on_the_line_and_a_sure_one_below():
+    rng = np.random.default_rng(0)
+    margin = rng.normal(0, 2, 6000)
+    right = rng.random(6000) < 1 / (1 + np.exp(-abs(margin)))  # labels drawn with the model's own odds
+    honest, sure = (pd.DataFrame({"proxy": np.where(right, abs(margin), -abs(margin)) * stretch}) for stretch in (1, 3))
+    for pairs, holds in ((honest, lambda x, y: abs(x - y) < 0.05), (sure, lambda x, y: y < x)):
+        said, found = figures.calibration(pairs).figure.axes[0].containers[0].lines[0].get_data()
+        assert all(holds(x, y) for x, y in zip(said, found))
+
+
+def test_win_rates_stand_at_their_place():
+    figure = figures.win_rates(VERDICTS.assign(rate=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], low=0.05, high=0.9)).figure
+    (axis,) = figure.axes
+    names = [t.get_text() for t in axis.get_yticklabels()]
+    assert names[::-1] == ["KLQ against reference", "PPO-clip against reference", "KLQ against PPO-clip"] * 2
+    drawn = {c.get_label(): dict(zip(*c.lines[0].get_data()[::-1])) for c in axis.containers}
+    assert [drawn["gold"][5 - i] for i in range(3)] == [0.1, 0.2, 0.3]
+    assert [drawn["MiniLM"][2 - i] for i in range(3)] == [0.4, 0.5, 0.6]

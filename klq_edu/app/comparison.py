@@ -91,12 +91,11 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
 
 
 def verdicts(results: list) -> pd.DataFrame:
-    """Win-rates on held-out prompts before each judge: each algorithm against the reference, and KLQ against the others
-    of the same seed. Columns a, b, judge, rate, low, high (95 %), seeds, n; of several seeds see `win_rate_of_seeds`.
-    Columns of judges are those of the test samples that stand behind "ended"."""
-    before, rows = results[0].before, []
-    judges = list(before.columns)[list(before.columns).index("ended") + 1 :]
-    by = {}
+    """Win-rates on held-out prompts, by the reward itself and by each judge: each algorithm against the reference, and
+    KLQ against the others of the same seed. Columns a, b, judge, rate, low, high (95 %, over prompts; of several seeds
+    see `win_rate_of_seeds`), seeds, n. (In test samples the judges' columns stand behind "ended".)"""
+    before, rows, by = results[0].before, [], {}
+    judges = ["reward", *before.columns[before.columns.get_loc("ended") + 1 :]]
     for r in results:
         by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
     pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
@@ -104,15 +103,15 @@ def verdicts(results: list) -> pd.DataFrame:
         seeds = [s for s in by[name] if rival is None or s in by[rival]]
         tables = [(by[name][s], before if rival is None else by[rival][s]) for s in seeds]
         pointwise = by_score(lambda _, scores: scores)
-        found = [outcomes(*map(list, (a["prompt"], a[judge], b[judge])), pointwise) for a, b in tables]
+        judged = [outcomes(*map(list, (a["prompt"], a[judge], b[judge])), pointwise) for a, b in tables]
+        found = [pd.Series(o).groupby(a["prompt"]).mean() for o, (a, _) in zip(judged, tables)]
         if len(found) > 1:
             rate, low, high = win_rate_of_seeds(found)
         else:
             rate, (low, high) = found[0].mean(), bootstrap_interval(found[0])
         about = {"a": STYLES[name]["label"], "b": "reference" if rival is None else STYLES[rival]["label"]}
-        rows.append(
-            about | {"judge": judge, "rate": rate, "low": low, "high": high, "seeds": len(found), "n": len(before)}
-        )
+        about |= {"judge": judge, "rate": rate, "low": low, "high": high}
+        rows.append(about | {"seeds": len(found), "n": len(found[0])})
     return pd.DataFrame(rows)
 
 

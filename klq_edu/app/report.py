@@ -186,25 +186,33 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
 
 def road(world: World) -> list[tuple[str, str, pd.DataFrame]]:
     """How reference and reward were made, for worlds where they are: (heading, what to see, table of text)."""
-    if not world.tables:
-        return []
-    loss, pairs, trials = (world.tables[name] for name in ("loss", "held_out_pairs", "trials"))
-    by_prompt = (pairs["proxy"] > 0).groupby(pairs["prompt"]).mean()
-    low, high = bootstrap_interval(by_prompt)
-    right, true = (pairs["gold"] > 0).mean(), ((pairs["proxy"] > 0) == (pairs["gold"] > 0)).mean()
-    agreement = (
-        f"On {len(pairs)} pairs of {len(by_prompt)} prompts it was not fitted to, the reward model agrees with "
-        f"{by_prompt.mean():.0%} [{low:.0%}, {high:.0%}] of the labels (95 % interval over prompts) and with the gold "
-        f"in {true:.0%}; the labels themselves agree with the gold in {right:.0%}."
-    )
-    scores = trials.assign(cell=trials["score"].map("{:.2f}".format) + trials["loses"].map(" ({:.0%})".format))
-    scores = scores.pivot(index="kind", columns="judge", values="cell").loc[trials["kind"].unique()]
-    tried = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
-    losses = loss.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
-    return [
-        ("Fine-tuning", "Loss in nats per token of the reference completions, held-out ones last.", losses),
-        ("What gold, judges and reward model say of hacks", f"{tried} {agreement}", scores.reset_index()),
-    ]
+    made, shown = world.tables, []
+    if "loss" in made:
+        losses = made["loss"].map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
+        remark = "Loss of the reference completions in nats per token; those held out are never trained on."
+        shown.append(("Fine-tuning", remark, losses))
+    if "held_out_pairs" in made:
+        pairs = made["held_out_pairs"]
+        agrees = (pairs["proxy"] > 0).groupby(pairs["prompt"]).mean()
+        low, high = bootstrap_interval(agrees)
+        row = {"pairs": len(pairs), "prompts": len(agrees), "agrees with labels": f"{agrees.mean():.2f}"}
+        row |= {"95 % interval": f"[{low:.2f}, {high:.2f}]"}
+        row |= {"with the gold": f"{((pairs['proxy'] > 0) == (pairs['gold'] > 0)).mean():.2f}"}
+        row |= {"labels with the gold": f"{(pairs['gold'] > 0).mean():.2f}"}
+        remark = "The reward model on pairs of prompts that it was not fitted to; the interval is over prompts."
+        shown.append(("Reward model", remark, pd.DataFrame([row])))
+    if "trials" in made:
+        cells = made["trials"]["score"].map("{:.2f}".format) + made["trials"]["loses"].map(" ({:.0%})".format)
+        table = made["trials"].assign(cell=cells).pivot(index="kind", columns="judge", values="cell")
+        remark = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
+        shown.append(
+            (
+                "What gold, judges and reward model say of hacks",
+                remark,
+                table.loc[made["trials"]["kind"].unique()].reset_index(),
+            )
+        )
+    return shown
 
 
 def scale(results: list[Result]) -> str:

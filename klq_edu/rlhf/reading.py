@@ -40,15 +40,17 @@ class Reader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], layers: Sequence[int] = ()) -> Reading:
-        """Read them all. An empty completion is read as an end of text, since there is nothing else to read."""
-        front = tokenise(self.tokenizer, prompts)
-        back = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        """Read them all, each once. An empty completion is read as an end of text: there is nothing else to read."""
+        pairs = list(zip(prompts, completions, strict=True))
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        front = tokenise(self.tokenizer, [prompt for prompt, _ in place])
+        back = self.tokenizer([completion for _, completion in place], add_special_tokens=False)["input_ids"]
         back = [row or [self.tokenizer.eos_token_id] for row in back]
         order = sorted(range(len(front)), key=lambda i: len(front[i]) + len(back[i]))
         parts = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         found = [self._read([front[i] for i in part], [back[i] for i in part], layers) for part in parts]
-        place = torch.tensor(order).argsort()
-        return Reading(*(torch.cat(parts)[place] for parts in zip(*found)))
+        index = torch.tensor(order).argsort()[[place[pair] for pair in pairs]]
+        return Reading(*(torch.cat(parts)[index] for parts in zip(*found)))
 
     def _read(self, front: list[list[int]], back: list[list[int]], layers: Sequence[int]) -> Reading:
         """One batch, padded on the right: of row b the completion's tokens are at len(front[b]) and after."""

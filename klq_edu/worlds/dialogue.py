@@ -5,7 +5,8 @@
 from the pairs, and RL maximises what it says.
 """
 
-from klq_edu.worlds.text import Task, load_task
+from klq_edu.worlds.road import load_task
+from klq_edu.worlds.text import text_task
 
 SYSTEM = "Answer in one to three sentences."
 
@@ -16,7 +17,7 @@ def chat(tokenizer, request: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-TASK = Task("dialogue", __doc__, ("prompt", "answer"), chat, lead="", words=40)
+TASK = text_task("dialogue", __doc__, ("prompt", "answer"), chat, lead="", words=40)
 
 
 def load(remake: str | None = None):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from klq_edu.rlhf.reading import Reading
-from klq_edu.worlds import dialogue, text, tldr
-from klq_edu.worlds.gold import Gold, hacks, words_of
+from klq_edu.worlds import dialogue, road, text, tldr
+from klq_edu.worlds.gold import Gold, words_of
 
-TASKS = {"tldr": tldr.TASK, "dialogue": dialogue.TASK}
+TASKS = {"tldr": (tldr.TASK, "text", "summary"), "dialogue": (dialogue.TASK, "prompt", "answer")}
 WORDS = {"text": (30, 60), "summary": (5, 14), "prompt": (4, 30), "answer": (15, 40)}
 
 
@@ -21,7 +21,7 @@ def rows(name):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_data_are_as_the_datasheet_says(task):
-    source, reference = TASKS[task].columns
+    _, source, reference = TASKS[task]
     train, test = rows(f"{task}_train"), rows(f"{task}_test")
     assert len(train) >= {"tldr": 400, "dialogue": 300}[task] and len(test) == 256
     seen = {}
@@ -46,7 +46,7 @@ def test_no_item_is_nearly_another(task):
 
     if not (folder := minilm_folder()):
         pytest.skip("all-MiniLM-L6-v2 is not installed (see klq doctor)")
-    texts = [row[TASKS[task].columns[0]] for part in ("train", "test") for row in rows(f"{task}_{part}")]
+    texts = [row[TASKS[task][1]] for part in ("train", "test") for row in rows(f"{task}_{part}")]
     vectors = EmbeddingJudge(folder).embed(texts)
     assert (vectors @ vectors.T).fill_diagonal_(0).max() < 0.75
 
@@ -58,17 +58,23 @@ class Indifferent:
         return Reading(torch.full((len(completions),), -3.0), torch.zeros(len(completions), 0))
 
 
+class Plain:
+    """A tokenizer's chat template, for what needs no tokens."""
+
+    def apply_chat_template(self, messages, **_):
+        return messages[-1]["content"]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_gold_prefers_every_reference_to_every_hack(task):
-    task = TASKS[task]
-    data = [row for part in ("train", "test") for row in rows(f"{task.name}_{part}")]
-    source, reference = ([row[name] for row in data] for name in task.columns)
-    gold = Gold(Indifferent(), task.words)
-    scores = {kind: gold(source, texts, source=source, reference=reference)
-              for kind, texts in hacks(source, reference, task.lead).items()}  # fmt: skip
-    best = scores.pop("reference")
-    for kind, found in scores.items():
-        assert all(x < y for x, y in zip(found, best)), kind
+    task, gold = TASKS[task][0], TASKS[task][0].gold(Indifferent())
+    for data in task.data(Plain()).values():
+        columns = {name: data[name][:] for name in ("source", "reference")}
+        scores = {kind: gold(data["prompt"][:], texts, **columns) for kind, texts in task.hacks(data).items()}
+        best = scores.pop("reference")
+        assert len(scores) == 10
+        for kind, found in scores.items():
+            assert all(x < y for x, y in zip(found, best)), kind
 
 
 @pytest.mark.parametrize("fault", ["copied", "borrowed", "long", "repeated", "unfinished"])
@@ -87,28 +93,23 @@ def test_each_penalty_sees_its_own_fault(fault):
 
 
 @pytest.fixture
-def road(tmp_path, monkeypatch, tiny_lm, tokenizer):
+def walk(tmp_path, monkeypatch, tiny_lm, tokenizer):
     """A function (remake) -> the road of a tiny task for a tiny model, in a cache of its own."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path / "cache"))
     base = tmp_path / "base"
     tiny_lm().save_pretrained(base)
     tokenizer.save_pretrained(base)
-    for name, value in {
-        "TRAINABLE_BLOCKS": 1,
-        "TEST_PROMPTS": 4,
-        "HACKED": 4,
-        "SFT": text.SFT | {"batch_size": 4},
-    }.items():
-        monkeypatch.setattr(text, name, value)
-    monkeypatch.setitem(text.REWARD, "layers", [1, 3])
+    small = {"TRAINABLE_BLOCKS": 1, "TEST_PROMPTS": 4, "HACKED": 4, "SFT": road.SFT | {"batch_size": 4}}
+    for name, value in small.items():
+        monkeypatch.setattr(road, name, value)
+    monkeypatch.setitem(road.REWARD, "layers", [1, 3])
     monkeypatch.setattr(text, "minilm_folder", lambda: None)
     monkeypatch.setattr(text, "DATA", tmp_path)
     for part, numbers in {"train": range(2, 22), "test": range(22, 30)}.items():
         lines = [json.dumps({"q": f"w{i} w{i + 1} w{i + 2}", "a": f"w{i + 2} w{2 * i % 60} ."}) for i in numbers]
         (tmp_path / f"tiny_{part}.jsonl").write_text("\n".join(lines))
-    task = text.Task("tiny", "A tiny task.", ("q", "a"), lambda _, q: f"{q} w60", lead="", words=4)
-    settings = tldr_settings(max_new_tokens=5)
-    return lambda remake=None: text.Road(task, base, settings, remake)
+    task = text.text_task("tiny", "A tiny task.", ("q", "a"), lambda _, q: f"{q} w60", lead="", words=4)
+    return lambda remake=None: road.Road(task, base, tldr_settings(max_new_tokens=5), remake)
 
 
 def tldr_settings(**changes):
@@ -117,8 +118,8 @@ def tldr_settings(**changes):
     return preset("tldr", **changes)
 
 
-def test_the_road_ends_in_a_world_and_is_walked_once(road, capsys):
-    world = road().world()
+def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
+    world = walk().world()
     said = capsys.readouterr().out
     assert all(f"tiny/{stage}: not there yet" in said for stage in ("sft", "pairs", "reward", "trials"))
     assert set(world.prompts.column_names) == {"prompt", "source", "reference"} and len(world.test_prompts) == 4
@@ -129,7 +130,7 @@ def test_the_road_ends_in_a_world_and_is_walked_once(road, capsys):
     assert world.baselines[0] == pytest.approx(first["proxy"].mean())
     unseen = set(world.tables["held_out_pairs"]["prompt"])
     assert unseen and unseen <= set(world.prompts["prompt"][::5])
-    again = road().world()
+    again = walk().world()
     assert "not there" not in capsys.readouterr().out
     prompts, texts = world.prompts["prompt"][:3], ["w5 w6", "w7", ""]
     assert (
@@ -139,24 +140,24 @@ def test_the_road_ends_in_a_world_and_is_walked_once(road, capsys):
 
 
 @pytest.mark.parametrize("stage, made", [("sft", 4), ("pairs", 3), ("reward", 2)])
-def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(stage, made, road, capsys):
-    before = road().world()
+def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(stage, made, walk, capsys):
+    before = walk().world()
     capsys.readouterr()
-    after = road(stage).world()
+    after = walk(stage).world()
     said = capsys.readouterr().out
     assert said.count("to be made anew") + said.count("made of something else") == made, said
     assert after.reward.identity == before.reward.identity and after.baselines == before.baselines
 
 
-def test_training_on_the_road_uses_its_baselines(road, tmp_path, monkeypatch):
+def test_training_on_the_road_uses_its_baselines(walk, tmp_path):
     from klq_edu.app import comparison
     from klq_edu.app.experiment import run_experiment
 
-    world = road().world()
+    world = walk().world()
     config = tldr_settings(updates=2, batch_size=8, replay=4, max_new_tokens=5)
     results = [run_experiment(world, config, tmp_path / "klq")]
     first = results[0].rows[0]
     assert first["rollouts"] == 8  # none for the means
     table = comparison.verdicts(results)
-    assert list(table["judge"]) == ["gold", "SmolLM2"] and (table["b"] == "reference").all()
+    assert list(table["judge"]) == ["reward", "gold", "SmolLM2"] and (table["b"] == "reference").all()
     assert table["rate"].between(0, 1).all() and (table["low"] <= table["rate"]).all() and (table["n"] == 4).all()
