@@ -29,7 +29,7 @@ from klq_edu.rlhf.reading import Reader
 from klq_edu.rlhf.rewards import Reward
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.sft import finetune
-from klq_edu.worlds.artefacts import MANIFEST, artefact, digest
+from klq_edu.worlds.artefacts import artefact, contents, digest
 from klq_edu.worlds.registry import ROAD, WORLDS
 from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import World
@@ -134,7 +134,7 @@ class Road:
             pairs.to_json(folder / "pairs.jsonl")
 
         about = {name: getattr(self.settings, name) for name in ("max_new_tokens", "temperature")}
-        before = {"sft": digest(self.sft / MANIFEST)} if self.sft != self.base else {}
+        before = {"sft": contents(self.sft)} if self.sft != self.base else {}
         about |= {"samples": self.task.samples, "gold": reward_identity(self.gold)}
         return self.stage("pairs", PAIRS | about | before, make)
 
@@ -156,7 +156,7 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        made = self.reward_folder = self.stage("reward", REWARD | {"pairs": digest(self.pairs / MANIFEST)}, make)
+        made = self.reward_folder = self.stage("reward", REWARD | {"pairs": contents(self.pairs)}, make)
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model
 
@@ -188,7 +188,7 @@ class Road:
                     rows.append({"judge": name, "kind": kind, "score": sum(found) / len(found), "loses": loses})
             pd.DataFrame(rows).to_csv(folder / "trials.csv", index=False)
 
-        made = self.stage("trials", {"n": HACKED, "reward": digest(self.reward_folder / MANIFEST)}, make)
+        made = self.stage("trials", {"n": HACKED, "reward": contents(self.reward_folder)}, make)
         return pd.read_csv(made / "trials.csv")
 
     def sampled(self, prompts: list[str], seed: int = 0) -> list[str]:

@@ -139,13 +139,13 @@ def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
     pd.testing.assert_frame_equal(again.tables["trials"], world.tables["trials"])
 
 
-@pytest.mark.parametrize("stage, made", [("sft", 4), ("pairs", 3), ("reward", 2)])
+@pytest.mark.parametrize("stage, made", [("sft", 3), ("pairs", 2), ("reward", 1)])
 def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(stage, made, walk, capsys):
     before = walk().world()
     capsys.readouterr()
     after = walk(stage).world()
     said = capsys.readouterr().out
-    assert said.count("to be made anew") + said.count("made of something else") == made, said
+    assert said.count("to be made anew") == said.count("tiny/") == made, said  # what comes of it is the same
     assert after.reward.identity == before.reward.identity and after.baselines == before.baselines
 
 
