@@ -27,18 +27,8 @@ def algorithms(csv: Path, schedule: str | None = None) -> str:
     KLQ's of the same seed. Of one schedule, or of all."""
     runs = pd.read_csv(csv)
     runs = runs if schedule is None else runs[runs["schedule"] == schedule]
-    heads = [
-        "τ",
-        "completions",
-        "algorithm",
-        "lr",
-        "attained",
-        "mean",
-        "early",
-        "mode",
-        "KL(π‖π*) [nats]",
-        "KL − KLQ's",
-    ]
+    heads = ["τ", "completions", "algorithm", "lr", "attained", "mean", "early", "mode"]
+    heads += ["KL(π‖π*) [nats]", "KL − KLQ's"]
     rows = []
     for (tau, used, name, rate), part in runs.groupby(SETTING, sort=False):
         share, early, mode, best, nats = (part[c] for c in SHOWN)
@@ -50,10 +40,12 @@ def algorithms(csv: Path, schedule: str | None = None) -> str:
     return table(heads, rows, without=None if schedule is None else 1)
 
 
-def schedules(csv: Path) -> str:
+def schedules(csv: Path, names: tuple[str, ...] = tuple(STYLES)) -> str:
     """The median share of the possible improvement by use of the completions, and how much is gained over on-policy
-    training with the same seed; a last row has what it costs. Empty for one schedule, or for several learning rates."""
+    training with the same seed; a last row has what it costs. Empty for one schedule, or for several learning rates.
+    `names` are the algorithms to show."""
     runs = pd.read_csv(csv)
+    runs = runs[runs["algorithm"].isin(names)]
     used = [name for name in LABELS if (runs["schedule"] == name).any()]
     if used[:1] != ["on_policy"] or len(used) == 1 or several_rates(runs):
         return ""

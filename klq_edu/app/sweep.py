@@ -166,16 +166,13 @@ def win_rates(world: str, experiments: dict, runs: Path) -> list[dict]:
 
     world = load(world)
 
-    def policy(name: str):
-        settings = experiments[name][1]
-        return policy_table(world.tree, world.tokenizer, trained_policy(world, settings, runs / name))
-
-    place, klq, rows = {name: (used, s.tau, s.seed) for name, (used, s) in experiments.items()}, {}, []
-    for name, (_, settings) in experiments.items():
-        if settings.algorithm == "klq" and place[name] not in klq:
-            klq[place[name]] = policy(name)
-    for name in track(experiments, "win-rates"):
-        table, rival = policy(name), klq.get(place[name])
+    tables, klq, rows = {}, {}, []
+    for name, (used, settings) in track(experiments.items(), "policies"):
+        tables[name] = policy_table(world.tree, world.tokenizer, trained_policy(world, settings, runs / name))
+        if settings.algorithm == "klq":
+            klq.setdefault((used, settings.tau, settings.seed), tables[name])
+    for name, (used, settings) in track(experiments.items(), "win-rates"):
+        table, rival = tables[name], klq.get((used, settings.tau, settings.seed))
         row = {"true_reward": world.truth.expected_reward(table).item()}
         row["wins_over_reference"] = win_rate(world.truth, table, world.tree.ref)
         rows.append(row | {"wins_over_klq": None if rival is None else win_rate(world.truth, table, rival)})
