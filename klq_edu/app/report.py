@@ -99,9 +99,8 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
-    shown = {
-        f"test {name}": (f"{name}_before", f"{name}_after") for name in tested if name not in ("kl", "length", "ended")
-    }
+    tested = [name for name in tested if name not in ("kl", "length", "ended")]
+    shown = {"test " * (name == "reward") + name: (f"{name}_before", f"{name}_after") for name in tested}
     shown |= {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
     for name, part in figures.in_order(summary, "algorithm", STYLES):
@@ -188,7 +187,8 @@ def road(world: World) -> list[tuple[str, str, pd.DataFrame]]:
     """How reference and reward were made, for worlds where they are: (heading, what to see, table of text)."""
     made, shown = world.tables, []
     if "loss" in made:
-        losses = made["loss"].map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
+        losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
+        losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
         remark = "Loss of the reference completions in nats per token; those held out are never trained on."
         shown.append(("Fine-tuning", remark, losses))
     if "held_out_pairs" in made:
