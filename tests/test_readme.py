@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 import klq_edu
-from klq_edu.app.comparison import algorithms, schedules
+from klq_edu.app.comparison import algorithms, power, schedules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,8 +54,8 @@ def test_every_figure_and_table_of_results_is_shown_on_a_page():
 
 def test_its_tables_are_those_of_the_committed_results():
     """No number in prose that a command does not reproduce: the tables are made from the CSVs again and compared."""
-    results = ROOT / "results"
-    for table in (algorithms(results / "grammar_sweep.csv", "replay"), schedules(results / "grammar_schedules.csv")):
+    sweep, judge = (ROOT / "results" / f"grammar_{name}.csv" for name in ("sweep", "judge"))
+    for table in (algorithms(sweep, "replay"), schedules(sweep, ("klq", "ppo_clip")), power(judge)):
         assert table and table in README, "run klq sweep and update README.md"
 
 

@@ -7,7 +7,7 @@ import pytest
 from klq_edu.app.comparison import algorithms, difference, power, schedules
 from klq_edu.app.sweep import SCHEDULES, SweepConfig, tuned
 from klq_edu.figures import optimum_gaps
-from klq_edu.rlhf.judge import pairs_needed, seeds_needed
+from klq_edu.rlhf.power import pairs_needed, seeds_needed
 from klq_edu.worlds.registry import VARIANTS
 
 

@@ -3,18 +3,15 @@
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from klq_edu.figures import STYLES
 from klq_edu.rlhf.judge import (
     bootstrap_interval,
-    by_score,
-    outcomes,
-    pairs_needed,
-    seeds_needed,
-    t_quantile,
     win_rate_of_seeds,
 )
+from klq_edu.rlhf.power import pairs_needed, seeds_needed, t_quantile
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
@@ -85,18 +82,19 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
 def verdicts(results: list) -> pd.DataFrame:
     """Win-rates on held-out prompts, by the reward itself and by each judge: each algorithm against the reference, and
     KLQ against the others of the same seed. Columns a, b, judge, rate, low, high (95 %, over prompts; of several seeds
-    see `win_rate_of_seeds`), seeds, n. (In test samples the judges' columns stand behind "ended".)"""
+    see `win_rate_of_seeds`), seeds, n."""
     before, rows, by = results[0].before, [], {}
-    judges = ["reward", *before.columns[before.columns.get_loc("ended") + 1 :]]
+    known = [set(table) for r in results for table in (r.before, r.after)]
+    judges = [
+        c for c in before if c not in ("prompt", "completion", "kl", "length", "ended") and all(c in k for k in known)
+    ]
     for r in results:
         by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
     pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
     for judge, (name, rival) in product(judges, pairs):
         seeds = [s for s in by[name] if rival is None or s in by[rival]]
         tables = [(by[name][s], before if rival is None else by[rival][s]) for s in seeds]
-        pointwise = by_score(lambda _, scores: scores)
-        judged = [outcomes(*map(list, (a["prompt"], a[judge], b[judge])), pointwise) for a, b in tables]
-        found = [pd.Series(o).groupby(a["prompt"]).mean() for o, (a, _) in zip(judged, tables)]
+        found = [((np.sign(a[judge] - b[judge]) + 1) / 2).groupby(a["prompt"]).mean() for a, b in tables]
         if len(found) > 1:
             rate, low, high = win_rate_of_seeds(found)
         else:

@@ -31,7 +31,8 @@ class DemoConfig:
     tau: float | None = None  # KL coefficient τ; not given: the world's.
     replay: int | None = None  # Earlier completions added to each batch; not given: the world's.
     tau_start: float | None = None  # τ falls from here at first (τ or less: it does not); not given: the world's.
-    remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = None  # Make anew from this stage on.
+    # Make this stage and all after it anew, once: to go on after an interrupt leave it out.
+    remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = None
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
@@ -97,7 +98,7 @@ class HubConfig:
     model: str | None = None  # Policy at the start, a path or hub id; not given: the recipe's.
     reward_model: str | None = None  # Sequence-classification checkpoint, a path or hub id; not given: the recipe's.
     data: str | None = None  # Data set with splits train and test, a path or hub id; not given: the recipe's.
-    algorithm: Literal[*VARIANTS] = "klq"  # Algorithm variant.
+    algorithm: Literal[*VARIANTS] | None = None  # Algorithm variant; not given: the recipe's.
     updates: int | None = None  # Not given: the recipe's.
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, mps …
@@ -110,9 +111,10 @@ def run_hub(config: HubConfig) -> None:
     from klq_edu.worlds.hub import load_recipe, read_recipe
 
     recipe = read_recipe(config.recipe, model=config.model, reward_model=config.reward_model, data=config.data)
-    changes = {"seed": config.seed, "device": config.device} | VARIANTS[config.algorithm]
+    changes = {"seed": config.seed, "device": config.device}
+    changes |= {"algorithm": "klq", "whiten": False} | VARIANTS[config.algorithm] if config.algorithm else {}
     changes |= {} if config.updates is None else {"updates": config.updates}
-    run_in(load_recipe(recipe), {config.out: replace(recipe.train, **changes)})
+    run_in(load_recipe(recipe, config.device), {config.out: replace(recipe.train, **changes)})
 
 
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:

@@ -7,13 +7,13 @@ import pandas as pd
 import torch
 
 from klq_edu.files import read_json, write_json
-from klq_edu.machine import resolve_device, threads
+from klq_edu.machine import resolve_device, resolve_dtype, threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import identity, reward_identity
 from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
-from klq_edu.rlhf.rollout import collect
+from klq_edu.rlhf.rollout import Rollout, collect
 from klq_edu.rlhf.runs import Run, load_checkpoint
 from klq_edu.worlds.registry import variant_of
 from klq_edu.worlds.world import World
@@ -50,6 +50,7 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
             run.say_finished(config.updates)
             return result
         policy = world.make_policy(config).to(resolve_device(config.device))
+        policy.dtype = resolve_dtype(config.dtype, policy.device)
         before = reference_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
         exact = world.tree and world.tree.expected_reward(world.tree.ref).item()
@@ -92,16 +93,24 @@ def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) ->
 
 def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
     """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call."""
-    rows = world.test_prompts[list(range(len(world.test_prompts))) * world.samples_per_prompt]
-    rollout = collect(
-        policy, world.tokenizer, rows.pop("prompt"), max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, constraint=world.constraint,
-        generator=torch.Generator().manual_seed(SAMPLING_SEED),
-    )  # fmt: skip
+    index = list(range(len(world.test_prompts))) * world.samples_per_prompt
+    generator, tables = torch.Generator().manual_seed(SAMPLING_SEED), []
+    for start in range(0, len(index), config.batch_size):
+        rows = world.test_prompts[index[start : start + config.batch_size]]
+        rollout = collect(
+            policy, world.tokenizer, rows.pop("prompt"), max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, constraint=world.constraint, generator=generator,
+        )  # fmt: skip
+        tables.append(judged(world, rollout, rows))
+    return pd.concat(tables, ignore_index=True)
+
+
+def judged(world: World, rollout: Rollout, rows: dict[str, list]) -> pd.DataFrame:
+    """What the reward and each judge say of a rollout, a row per completion."""
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
     columns |= {"reward": score(world.reward, rollout, **rows).tolist(), "kl": rollout.kl.sum(1).tolist()}
     columns |= {"length": rollout.mask.sum(1).tolist(), "ended": rollout.ended.tolist()}
-    columns |= {name: judge(rollout.prompts, rollout.completions, **rows) for name, judge in world.judges.items()}
+    columns |= {name: score(judge, rollout, **rows).tolist() for name, judge in world.judges.items()}
     return pd.DataFrame(columns)
 
 

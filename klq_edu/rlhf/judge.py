@@ -1,20 +1,16 @@
-"""Comparing policies before a judge: win-rates, and how many pairs and seeds it takes to see what is really there.
+"""Comparing policies before a judge: win-rates with intervals, and judges that any scorer or language model makes.
 
 A judge is a callable f(prompts, first, second) -> preferences for the first, in [0, 1]. It is asked in both orders.
 """
 
 import json
-import math
 import re
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-
-from klq_kernels import checks
 
 Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
 RESAMPLES = 10_000  # of a bootstrap
@@ -68,16 +64,22 @@ def win_rate(
 def win_rate_of_seeds(
     by_seed: Sequence[Sequence[float]], *, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean win-rate over seeds of training and its interval [rate, low, high]: seeds are resampled, then the prompts of
-    each. `by_seed` holds the `outcomes` of every seed. ValueError for fewer than two seeds, or seeds without any."""
-    if len(by_seed) < 2 or not all(len(o) for o in by_seed):
-        raise ValueError(f"by_seed must hold outcomes of at least 2 seeds, got {[len(o) for o in by_seed]} of them")
-    rng = np.random.default_rng(seed)
-    means = np.stack([_resampled(np.asarray(o), rng) for o in by_seed])
-    drawn = rng.integers(len(by_seed), size=(len(by_seed), RESAMPLES))
-    # A seed that is drawn twice gets the same prompts both times: that is conservative by the prompts' share alone.
-    rates = np.take_along_axis(means, drawn, axis=0).mean(0)
-    return float(np.mean([np.mean(o) for o in by_seed])), *_interval(rates, level)
+    """Mean win-rate over seeds of training and its interval (rate, low, high): seeds are resampled, then prompts.
+
+    `by_seed` holds the `outcomes` of every seed, [seeds, n], on the same n prompts, which therefore are drawn for all
+    seeds together. The interval is widened by √(S/(S−1)), by which a bootstrap of S seeds is too narrow. ValueError for
+    fewer than two seeds or other than equal numbers of outcomes.
+    """
+    if len(by_seed) < 2 or len({len(o) for o in by_seed}) > 1 or not len(by_seed[0]):
+        raise ValueError(
+            f"by_seed must hold equally many outcomes of at least 2 seeds, got {[len(o) for o in by_seed]}"
+        )
+    found, rng = np.asarray([list(o) for o in by_seed], dtype=float), np.random.default_rng(seed)
+    seeds, n = found.shape
+    shares = (rng.multinomial(count, [1 / count] * count, size=RESAMPLES) / count for count in (seeds, n))
+    rates = np.einsum("rs,sn,rn->r", next(shares), found, next(shares), optimize=True)
+    rate, widened = found.mean(), (seeds / (seeds - 1)) ** 0.5
+    return float(rate), *(float(rate + widened * (x - rate)) for x in _interval(rates, level))
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
@@ -118,8 +120,8 @@ def by_score(score: Callable[[list[str], list[str]], Sequence[float]]) -> Judge:
 
     def judge(prompts, first, second):
         """1, ½ or 0, as the first scores higher, the same or lower."""
-        scores = (score(prompts, texts) for texts in (first, second))
-        return [(x > y) + (x == y) / 2 for x, y in zip(*scores, strict=True)]
+        x, y = (np.asarray(score(prompts, texts), dtype=float) for texts in (first, second))
+        return ((np.sign(x - y) + 1) / 2).tolist()  # NaN where a score is none, which is refused
 
     return judge
 
@@ -157,65 +159,3 @@ def _verdict(answer: str) -> float:
     except (ValueError, KeyError, IndexError, TypeError) as error:
         way = 'expected {"better": "A"}, "B" or "tie" in choices[0].message.content'
         raise RuntimeError(f"the judge's answer can't be read ({way}): {answer:.300}") from error
-
-
-def pairs_needed(effect: float, *, level: float = 0.95, power: float = 0.8) -> float:
-    """Independent pairs after which a win-rate of ½ + effect is told from ½, for two fixed policies: z² / (4 effect²)
-    with z = z_{(1+level)/2} + z_power. Not rounded; infinity for an effect of 0. ValueError beyond ±½.
-
-    >>> round(pairs_needed(0.05)), round(pairs_needed(0.02))
-    (785, 4906)
-    """
-    _check(effect)
-    _, z = _quantiles(level, power)
-    return z**2 / 4 / effect**2 if abs(effect) > 1e-9 else math.inf
-
-
-def seeds_needed(
-    effect: float, seed_sd: float, pairs: int, *, level: float = 0.95, power: float = 0.8
-) -> float:  # fmt: skip
-    """Seeds of training with which a mean win-rate of ½ + effect is told from ½, each judged on so many pairs.
-
-    The win-rates of single seeds scatter by √(seed_sd² + 1/(4 pairs)); Guenther's correction for a t-test at small
-    numbers (1981) is added. A whole number; infinity for an effect of 0. ValueError unless −½ ≤ effect ≤ ½, seed_sd ≥ 0
-    and pairs ≥ 1.
-
-    >>> seeds_needed(0.05, seed_sd=0.05, pairs=256)
-    13
-    """
-    _check(effect)
-    checks.non_negative(seed_sd=seed_sd)
-    if not pairs >= 1:
-        raise ValueError(f"pairs must be >= 1, got {pairs}")
-    critical, z = _quantiles(level, power)
-    if abs(effect) <= 1e-9:
-        return math.inf
-    return math.ceil((z / effect) ** 2 * (seed_sd**2 + 1 / (4 * pairs)) + critical**2 / 2)
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t from the normal one, by Cornish and Fisher's expansion: to 0.1 % from 9 degrees of
-    freedom on, to 3 % at 2.
-
-    >>> round(t_quantile(0.975, 9), 2)
-    2.26
-    """
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )  # fmt: skip
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
-
-
-def _check(effect: float) -> None:
-    if not abs(effect) <= 0.5:
-        raise ValueError(f"effect, a win-rate less a half, must lie in [-0.5, 0.5], got {effect}")
-
-
-def _quantiles(level: float, power: float) -> tuple[float, float]:
-    """z of a two-sided test at this level, and that plus z of the power; ValueError unless both lie in (0, 1)."""
-    for name, x in {"level": level, "power": power}.items():
-        if not 0 < x < 1:
-            raise ValueError(f"{name} must lie in (0, 1), got {x}")
-    critical = NormalDist().inv_cdf((1 + level) / 2)
-    return critical, critical + NormalDist().inv_cdf(power)

@@ -25,7 +25,8 @@ def clip_gradients(policy: ActorCritic, limit: float) -> Tensor:
     """
     critic = policy.critic_modules()
     others = [p for name, p in policy.trainable().items() if name.split(".")[0] not in critic]
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic.parameters(), others)])
+    norms = [torch.nn.utils.clip_grad_norm_(group, limit) for group in (critic.parameters(), others)]
+    norms = torch.stack([n.to(policy.device) for n in norms])  # that of no gradients is on the CPU
     if not norms.isfinite().all():
         raise FloatingPointError(f"gradient norms (critic, policy) are {norms.tolist()}: lower learning_rate")
     return norms[1]

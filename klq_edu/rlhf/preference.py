@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel
 
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.reading import Reader
 
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
@@ -71,9 +71,7 @@ class RewardModel(nn.Module):
     @property
     def identity(self) -> str:
         """What a run on this reward records: head and reader in digits."""
-        from klq_edu.rlhf.identity import fingerprint
-
-        return f"RewardModel {fingerprint([self.layers, self.state_dict(), self.reader.lm])}"
+        return f"RewardModel {fingerprint([self.layers, self.state_dict(), self.reader.identity])}"
 
     def features(self, prompts: list[str], completions: list[str]) -> Tensor:
         """Standardised features [N, layers · d]."""
@@ -89,7 +87,7 @@ class RewardModel(nn.Module):
         return self.forward(prompts, completions)
 
     def fit(self, pairs: Dataset, *, ridge: float, steps: int = 200) -> list[float]:
-        """Minimise `bradley_terry_loss` + ridge/2 |w|² over the head by L-BFGS; returns the loss of each step."""
+        """Minimise `bradley_terry_loss` + ridge/2 |w|² over the head by L-BFGS; returns the loss of each evaluation."""
         texts = {name: self.reader(pairs["prompt"][:], pairs[name][:], self.layers).means for name in SIDES}
         both = torch.cat(list(texts.values()))
         self.mean, self.std = both.mean(0), both.std(0).clamp(min=1e-6)
@@ -106,45 +104,6 @@ class RewardModel(nn.Module):
 
         optimizer.step(closure)
         return losses
-
-
-class ClassifierReward:
-    """A sequence-classification checkpoint with its own tokenizer as a reward: its first logit for prompt + completion.
-
-    `template(prompt, completion)` makes the text it was trained on; plain concatenation by default. What is longer than
-    the model reads is cut off in front, so that the completion stays. `missing_eos_penalty` is subtracted where the
-    length limit cut a completion off.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer, *, template: Callable[[str, str], str] = str.__add__,
-        missing_eos_penalty: float = 0.0, batch_size: int = 16,
-    ):  # fmt: skip
-        self.missing_eos_penalty = missing_eos_penalty
-        self.model, self.tokenizer, self.template, self.batch_size = model.eval(), tokenizer, template, batch_size
-        tokenizer.truncation_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    @property
-    def identity(self) -> str:
-        """What a run on this reward records: the model in digits."""
-        from klq_edu.rlhf.identity import fingerprint
-
-        return f"{type(self.model).__name__} {fingerprint(self.model)}"
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str], ended=None, **columns) -> list[float]:
-        """The scores of these completions; further columns of a dataset are not looked at."""
-        texts, scores = list(map(self.template, prompts, completions)), []
-        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**6))
-        for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(texts[start : start + self.batch_size], padding=True, truncation=True,
-                                   max_length=limit, return_tensors="pt")  # fmt: skip
-            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-        cut = [not e for e in ended] if ended else [False] * len(scores)
-        return [s - self.missing_eos_penalty * c for s, c in zip(scores, cut, strict=True)]
 
 
 def margins(reward: Scorer, pairs: Dataset) -> list[float]:

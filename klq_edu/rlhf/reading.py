@@ -1,6 +1,7 @@
 """Reading given texts with a frozen language model: how probable each completion is, and what its layers make of it."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from klq_edu.rlhf.identity import fingerprint
+from klq_edu.rlhf.policy import context
 from klq_edu.rlhf.rollout import tokenise
 from klq_kernels import linear_token_stats
 
@@ -29,14 +32,14 @@ class Reader:
         batch_size: completions at a time, those of similar length together.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer, *, dtype=torch.float32, batch_size: int = 32):
-        self.lm, self.tokenizer, self.dtype, self.batch_size = (
-            lm.eval().requires_grad_(False),
-            tokenizer,
-            dtype,
-            batch_size,
-        )
-        self.width = lm.get_output_embeddings().in_features
+    def __init__(self, lm: PreTrainedModel, tokenizer, *, dtype: torch.dtype = torch.float32, batch_size: int = 32):
+        self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
+        self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
+
+    @cached_property
+    def identity(self) -> str:
+        """The model in digits, wherever it was loaded from."""
+        return f"{type(self.lm).__name__} {fingerprint(self.lm.state_dict())}"
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], layers: Sequence[int] = ()) -> Reading:
@@ -46,6 +49,12 @@ class Reader:
         front = tokenise(self.tokenizer, [prompt for prompt, _ in place])
         back = self.tokenizer([completion for _, completion in place], add_special_tokens=False)["input_ids"]
         back = [row or [self.tokenizer.eos_token_id] for row in back]
+        if bad := [i for i, f in enumerate(front) if not f or len(f) + len(back[i]) > context(self.lm)]:
+            prompt, completion = list(place)[bad[0]]
+            raise ValueError(
+                f"prompts need tokens, and at most {context(self.lm)} with their completion, got {prompt!r:.60} with "
+                f"{completion!r:.60}"
+            )
         order = sorted(range(len(front)), key=lambda i: len(front[i]) + len(back[i]))
         parts = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         found = [self._read([front[i] for i in part], [back[i] for i in part], layers) for part in parts]

@@ -8,7 +8,9 @@ import inspect
 from collections.abc import Callable, Mapping, Set
 
 import torch
+from transformers import PreTrainedModel
 
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.rollout import Rollout
 
 Reward = Callable[..., list[float]]
@@ -49,3 +51,40 @@ def _asked_for(reward: Reward, rollout: Rollout) -> dict[str, list]:
     facts = {"completion_ids": [row[keep].tolist() for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]}
     facts |= {"ended": rollout.ended.tolist()} if rollout.ended is not None else {}
     return {name: facts[name] for name in facts if name in names}
+
+
+class ClassifierReward:
+    """A sequence-classification checkpoint with its own tokenizer as a reward: its first logit for prompt + completion.
+
+    `template(prompt, completion)` makes the text it was trained on; plain concatenation by default. What is longer than
+    the model reads is cut off in front, so that the completion stays. No end of text is appended;
+    `missing_eos_penalty` is subtracted where the length limit cut a completion off.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, *, template: Callable[[str, str], str] = str.__add__,
+        missing_eos_penalty: float = 0.0, batch_size: int = 16,
+    ):  # fmt: skip
+        self.missing_eos_penalty = missing_eos_penalty
+        self.model, self.tokenizer, self.template, self.batch_size = model.eval(), tokenizer, template, batch_size
+        tokenizer.truncation_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    @property
+    def identity(self) -> str:
+        """What a run on this reward records: the model in digits."""
+        return f"{type(self.model).__name__} {fingerprint(self.model.state_dict())}"
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str], ended=None, **columns) -> list[float]:
+        """The scores of these completions; further columns of a dataset are not looked at."""
+        texts, scores = list(map(self.template, prompts, completions)), []
+        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 10**6))
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(texts[start : start + self.batch_size], padding=True, truncation=True,
+                                   max_length=limit, return_tensors="pt")  # fmt: skip
+            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+        cut = [not e for e in ended] if ended else [False] * len(scores)
+        return [s - self.missing_eos_penalty * c for s, c in zip(scores, cut, strict=True)]

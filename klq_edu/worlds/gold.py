@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.reading import Reader
 
 NATURAL = 0.05  # per nat of mean log-probability per token: from −5 to −1 nats is worth 0.2
@@ -28,6 +29,7 @@ class Gold:
 
     def __init__(self, reader: Reader, words: int):
         self.reader, self.words = reader, words
+        self.identity = f"Gold {fingerprint([type(self), words, reader.identity])}"
 
     def __call__(self, prompts, completions, source: Sequence[str], reference: Sequence[str], **_) -> list[float]:
         """About 1 for the reference itself; samples of a small model lie between 0 and 0.4."""

@@ -11,9 +11,10 @@ import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from klq_edu.machine import resolve_device
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.policy import ActorCritic
-from klq_edu.rlhf.preference import ClassifierReward
+from klq_edu.rlhf.rewards import ClassifierReward
 from klq_edu.rlhf.rollout import tokenise
 from klq_edu.worlds.world import World
 
@@ -73,10 +74,16 @@ def single_turn(row: dict) -> str | None:
 FORMATS: dict[str, Callable[[dict], str | None]] = {"prompt": as_prompt, "single_turn": single_turn}
 
 
-def load_recipe(recipe: Recipe) -> World:
-    """The recipe as a world: prompts of the training split, and of the test split for comparing before and after."""
+def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
+    """The recipe as a world: prompts of the training split, and of the test split for comparing before and after. The
+    reward model is put on `device`. ValueError for one without a trained head, and for data that do not fit."""
     tokenizer, judge = (AutoTokenizer.from_pretrained(name) for name in (recipe.model, recipe.reward_model))
-    classifier = AutoModelForSequenceClassification.from_pretrained(recipe.reward_model, num_labels=1)
+    classifier, about = AutoModelForSequenceClassification.from_pretrained(
+        recipe.reward_model, num_labels=1, output_loading_info=True
+    )
+    if absent := sorted(about["missing_keys"]):
+        raise ValueError(f"reward_model {recipe.reward_model} must be a sequence classifier, it lacks {absent}")
+    classifier.to(resolve_device(device))
     reward = ClassifierReward(classifier, judge, missing_eos_penalty=recipe.missing_eos_penalty)
     splits = load_dataset(recipe.data)
     if missing := {"train", "test"} - set(splits):

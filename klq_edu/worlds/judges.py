@@ -1,4 +1,4 @@
-"""Judges of texts that work offline: pointwise scores f(prompts, completions, source, reference), better is higher.
+"""Judges of texts that work offline: pointwise scores f(prompts, completions, reference), better is higher.
 
 MiniLM never labels anything that is trained on, so it is the independent one. How biased each of them is, for length or
 copying, `gold.hacks` shows.
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.reading import Reader
 
 
@@ -23,7 +24,7 @@ class EmbeddingJudge:
 
     def __init__(self, folder: str | Path, batch_size: int = 64):
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        self.batch_size = batch_size
+        self.batch_size, self.identity = batch_size, f"EmbeddingJudge {fingerprint(self.model.state_dict())}"
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -46,7 +47,7 @@ class ReferenceJudge:
     completion tell of it?"""
 
     def __init__(self, reader: Reader):
-        self.reader = reader
+        self.reader, self.identity = reader, f"ReferenceJudge {reader.identity}"
 
     def __call__(self, prompts, completions, reference: Sequence[str], **_) -> list[float]:
         """Mean log p(reference | completion) per token."""

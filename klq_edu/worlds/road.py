@@ -20,6 +20,7 @@ from rich.progress import Progress, track
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from klq_edu.files import write_json
 from klq_edu.machine import resolve_dtype
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, reward_identity
@@ -29,7 +30,7 @@ from klq_edu.rlhf.reading import Reader
 from klq_edu.rlhf.rewards import Reward
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.sft import finetune
-from klq_edu.worlds.artefacts import artefact, contents, digest
+from klq_edu.worlds.artefacts import artefact, contents
 from klq_edu.worlds.registry import ROAD, WORLDS
 from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import World
@@ -40,7 +41,7 @@ PAIRS = {"scale": 1.5, "seed": 1}  # scale: a label's odds are exp(scale · diff
 REWARD = {"layers": [12, 20, 30], "ridge": 0.1}
 UNSEEN = 5  # every fifth prompt's pairs are for testing the reward model
 TEST_PROMPTS = 128  # of the 256 held-out ones, for the demo
-HACKED = 48  # held-out prompts on which gold and judges are tried
+HACKED = 48  # training prompts on which gold and judges are tried
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,14 @@ class Road:
         self.again = ROAD[ROAD.index(remake) :] if remake in ROAD else ()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.train, self.test = map(task.data(self.tokenizer).get, ("train", "test"))
-        texts = [t for data in (self.train, self.test) for t in data.to_dict().get("completion", [])]
-        known = {i for text in texts for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]}
+        known = {i for text in self.train.to_dict().get("completion", []) for i in self.ids(text)}
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.eos_token_id}
         frequent = range(min(task.frequent_tokens, len(self.tokenizer)))  # ids are numbered by frequency
         self.vocab = torch.tensor(sorted((known | set(frequent)) - special))
+
+    def ids(self, text: str) -> list[int]:
+        """Its token ids."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def policy(self, folder: Path, critic: str = "shared") -> ActorCritic:
         """A fresh policy from this model."""
@@ -90,9 +94,10 @@ class Road:
 
     @cached_property
     def given(self) -> dict[str, str]:
-        """Digests of the data and the base model."""
-        found = {name: fingerprint(data.to_dict()) for name, data in (("train", self.train), ("test", self.test))}
-        return found | {"base": digest(next(iter(sorted(self.base.glob("*.safetensors")))))}
+        """Digests of the data, the base model and the vocabulary, and what is trained in which precision."""
+        found = {"train": self.train.to_dict(), "test": self.test.to_dict(), "vocabulary": self.vocab}
+        found = {name: fingerprint(x) for name, x in found.items()} | {"base": self.reader.identity}
+        return found | {"blocks": TRAINABLE_BLOCKS, "dtype": str(self.reader.dtype)}
 
     def stage(self, name: str, inputs: dict, make: Callable[[Path], None]) -> Path:
         """The folder of a stage; its settings and all that comes before go in."""
@@ -105,11 +110,12 @@ class Road:
             return self.base
 
         def make(folder: Path) -> None:
-            policy = self.policy(self.base)
-            policy.dtype = resolve_dtype("auto", policy.device)
+            policy, vocab = self.policy(self.base), set(self.vocab.tolist())
+            policy.dtype = self.reader.dtype
+            held_out = self.test.filter(lambda row: vocab.issuperset(self.ids(row["completion"])))
             with Progress() as bar:
                 task = bar.add_task("fine-tuning")
-                rows = finetune(policy, self.tokenizer, self.train, self.test, **SFT,
+                rows = finetune(policy, self.tokenizer, self.train, held_out, **SFT,
                                 on_step=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
             pd.DataFrame(rows).to_csv(folder / "loss.csv", index=False)
             policy.lm.to(torch.bfloat16).save_pretrained(folder)
@@ -129,7 +135,8 @@ class Road:
             samples = {"prompt": rows["prompt"][:], "completion": texts, "gold": scores}
             Dataset.from_dict(samples).to_json(folder / "samples.jsonl")
             groups = ([x[i : i + count] for i in range(0, len(x), count)] for x in (texts, scores))
-            noise = {"scale": PAIRS["scale"] / pstdev(scores), "seed": PAIRS["seed"]}
+            noise = {"scale": PAIRS["scale"] / max(pstdev(scores), 1e-9), "seed": PAIRS["seed"] + 1}
+            write_json(folder / "noise.json", noise)
             pairs = preference_pairs(self.train["prompt"][:], *groups, **noise)
             pairs.to_json(folder / "pairs.jsonl")
 
@@ -156,7 +163,9 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        made = self.reward_folder = self.stage("reward", REWARD | {"pairs": contents(self.pairs)}, make)
+        made = self.reward_folder = self.stage(
+            "reward", REWARD | {"unseen": UNSEEN, "pairs": contents(self.pairs)}, make
+        )
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model
 
@@ -178,9 +187,8 @@ class Road:
         reference is better. One row per kind and judge."""
 
         def make(folder: Path) -> None:
-            data, rows = self.test.select(range(HACKED)), []
-            kinds = self.task.hacks(data) | {"sample of the reference policy": self.sampled(data["prompt"][:])}
-            for name, judge in (self.judges() | {"reward model": self.reward}).items():
+            rows, kinds = [], hacks | {"sample of the reference policy": self.sampled(data["prompt"][:])}
+            for name, judge in (judges | {"reward model": self.reward}).items():
                 scores = {kind: judge(data["prompt"][:], texts, **self.columns(data))
                           for kind, texts in track(kinds.items(), f"what {name} says")}  # fmt: skip
                 for kind, found in scores.items():
@@ -188,13 +196,17 @@ class Road:
                     rows.append({"judge": name, "kind": kind, "score": sum(found) / len(found), "loses": loses})
             pd.DataFrame(rows).to_csv(folder / "trials.csv", index=False)
 
-        made = self.stage("trials", {"n": HACKED, "reward": contents(self.reward_folder)}, make)
+        data, judges = self.train.select(range(HACKED)), self.judges()
+        hacks = self.task.hacks(data)
+        inputs = {f"judge {name}": reward_identity(judge) for name, judge in judges.items()}
+        inputs |= {"hacks": fingerprint(hacks), "reward": contents(self.reward_folder)}
+        made = self.stage("trials", inputs, make)
         return pd.read_csv(made / "trials.csv")
 
     def sampled(self, prompts: list[str], seed: int = 0) -> list[str]:
         """Completions of the fine-tuned model."""
         policy, generator, texts = self.policy(self.sft), torch.Generator().manual_seed(seed), []
-        policy.dtype = resolve_dtype("auto", policy.device)
+        policy.dtype = self.reader.dtype
         settings = {"max_new_tokens": self.settings.max_new_tokens, "temperature": self.settings.temperature}
         for start in track(range(0, len(prompts), 32), "sampling"):
             part = prompts[start : start + 32]

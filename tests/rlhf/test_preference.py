@@ -8,14 +8,13 @@ import transformers
 from datasets import Dataset
 
 from klq_edu.rlhf.preference import (
-    ClassifierReward,
     RewardModel,
     bradley_terry_loss,
     margins,
     preference_pairs,
 )
 from klq_edu.rlhf.reading import Reader
-from klq_edu.rlhf.rewards import score
+from klq_edu.rlhf.rewards import ClassifierReward, score
 from klq_edu.rlhf.rollout import collect
 
 

@@ -48,7 +48,7 @@ def test_it_teaches_the_completions_and_their_end(tiny_lm, tokenizer, trainable_
     assert sum(c in ("w9 w8 w7", "w30") for c in rollout.completions) > 0.5 * len(rollout)  # of some 60³
     assert all(torch.equal(p, frozen[n]) for n, p in policy.named_parameters() if n in frozen)
     assert rows[-1]["held_out"] == pytest.approx(
-        reference_loss(policy.lm, tokenizer, EXAMPLES.select(range(4))), rel=1e-4
+        reference_loss(policy.lm, tokenizer, EXAMPLES.select(range(4))), rel=1e-3, abs=1e-6
     )
 
 

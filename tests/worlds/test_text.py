@@ -54,6 +54,8 @@ def test_no_item_is_nearly_another(task):
 class Indifferent:
     """A reader that finds everything equally natural."""
 
+    identity = "indifferent"
+
     def __call__(self, prompts, completions):
         return Reading(torch.full((len(completions),), -3.0), torch.zeros(len(completions), 0))
 
