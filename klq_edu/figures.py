@@ -139,7 +139,8 @@ def calibration(pairs: pd.DataFrame, bins: int = 6) -> Picture:
     axis.legend(loc="lower right")
     caption = (
         f"The reward model on {len(pairs)} pairs of prompts it was not fitted to, in {share.size} equal groups; "
-        "bars are 95 % intervals. On the line it is as often right as it says; below, it is too sure of itself."
+        "bars are 95 % intervals, as if pairs were independent. On the line it is as often right as it says; below "
+        "it is too sure of itself."
     )
     return Picture(figure, caption, "Agreement with held-out labels against the reward model's confidence.")
 
@@ -160,8 +161,7 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     axis.legend(title="judge", loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges), frameon=False)
     caption = (
         "How often completions of the first beat those of the second after the same held-out prompt, with 95 % "
-        "intervals. An interval that holds ½ shows no difference. The reward is what was maximised, the gold has "
-        "labelled what it was learnt from; the other judges have labelled nothing."
+        "intervals. An interval that holds ½ shows no difference."
     )
     return Picture(figure, caption, f"Win-rates with intervals before {', '.join(judges)}.")
 

@@ -25,6 +25,10 @@ from klq_edu.worlds.registry import WORLDS, variant_of
 from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
+WHO = (
+    "The reward is what was maximised. Where there is a gold, it labelled the pairs that the reward was learnt from; "
+    "SmolLM2 is the frozen base model, with which gold and reward model read too. MiniLM and TextBlob had no part."
+)
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
     "reward*": ("reward",),
     "KL* [nats]": ("kl",),
@@ -81,18 +85,23 @@ def forget(folder: Path, judged_only: bool) -> None:
 
 def print_results(console: Console, world: World, results: list[Result]) -> None:
     """The results table and the completions, on the terminal."""
-    data = results_table(results)
     caption = f"* mean over the last quarter of training. {seeds(results)}"
-    numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
-    title = f"world {escape(world.name)}, {scale(results)}"
-    table = Table(Column("algorithm", no_wrap=True), *numbers, title=title, caption=caption)
-    for row in data.itertuples(index=False):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, results_table(results), f"world {world.name}, {scale(results)}", caption)
+    for title, caption, data in road(world, results):
+        print_table(console, data, title, caption)
     for prompt, lines in samples_table(results):
         console.print(f"\n[bold]{escape(prompt)}[/] …")
         for who, text, reward in lines:
             console.print(f"  {who:<12} {reward:+.2f}  {' '.join(text.split())}", markup=False, highlight=False)
+
+
+def print_table(console: Console, data: pd.DataFrame, title: str, caption: str) -> None:
+    """A table of text, numbers to the right."""
+    numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
+    table = Table(Column(data.columns[0], no_wrap=True), *numbers, title=escape(title), caption=escape(caption))
+    for row in data.itertuples(index=False):
+        table.add_row(*map(str, row))
+    console.print(table)
 
 
 def results_table(results: list[Result]) -> pd.DataFrame:
@@ -175,7 +184,7 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), road=road(world), machine=facts(results[0].settings["device"]),
+        samples=samples_table(results), road=road(world, results), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
@@ -183,8 +192,8 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     return path
 
 
-def road(world: World) -> list[tuple[str, str, pd.DataFrame]]:
-    """How reference and reward were made, for worlds where they are: (heading, what to see, table of text)."""
+def road(world: World, results: list[Result]) -> list[tuple[str, str, pd.DataFrame]]:
+    """How reference and reward were made, for worlds where they are, and win-rates: (heading, what to see, table)."""
     made, shown = world.tables, []
     if "loss" in made:
         losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
@@ -212,6 +221,13 @@ def road(world: World) -> list[tuple[str, str, pd.DataFrame]]:
                 table.loc[made["trials"]["kind"].unique()].reset_index(),
             )
         )
+    if world.judges:
+        rates = comparison.verdicts(results)
+        cells = rates.apply(lambda r: f"{r['rate']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", axis=1)
+        table = rates.assign(cell=cells, pair=rates["a"] + " against " + rates["b"])
+        table = table.pivot(index="pair", columns="judge", values="cell").loc[table["pair"].unique()]
+        remark = "Share of held-out prompts where the first is better, ties counting half, with 95 % intervals. " + WHO
+        shown.append(("Win-rates", remark, table[rates["judge"].unique()].reset_index()))
     return shown
 
 

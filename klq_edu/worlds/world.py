@@ -29,7 +29,7 @@ class World:
     tree: TokenTree | None = None  # the same task where it can be enumerated: optimum and every objective are exact
     evaluate: Callable[[TrainConfig], Callable[[ActorCritic], dict]] | None = None  # settings -> policy -> metrics
     metrics: dict[str, str] = field(default_factory=dict)  # what those metrics mean
-    judges: dict[str, Reward] = field(default_factory=dict)  # by name: other opinions of completions, never trained on
+    judges: dict[str, Reward] = field(default_factory=dict)  # by name: other scores of completions, not maximised
     baselines: list[float] | None = None  # the reference's mean reward after each prompt, where it is known
     samples_per_prompt: int = 2  # of `test_prompts`
     tables: dict[str, DataFrame] = field(default_factory=dict)  # by stage: how the reference and the reward were made
