@@ -134,7 +134,7 @@ def test_texts_with_markup_are_shown_as_they_are(capsys):
     samples = pd.DataFrame({"prompt": ["[/] w5 [red]"] * 3, "completion": ["[/b] τ"] * 3, "reward": [1.0] * 3})
     rows = [{"update": 0, "reward": 1.0, "kl": 0.1, "seconds": 1.0}]
     result = Result({"world": "mine", **TrainConfig().to_dict()}, rows, samples, samples)
-    print_results(Console(), SimpleNamespace(name="[/]"), [result])
+    print_results(Console(), SimpleNamespace(name="[/]", tables={}, judges={}), [result])
     assert capsys.readouterr().out.count("[/] w5 [red]") == 3
 
 
