@@ -124,10 +124,7 @@ def test_a_world_is_what_its_entry_says(name):
 
 @pytest.mark.parametrize("ask", [load, preset, lambda name: DemoConfig(world=name).experiments()])
 def test_an_unknown_world_is_refused_with_the_names_of_those_known(ask):
-    with pytest.raises(
-        ValueError,
-        match=r"world must be one of \('stories', 'tldr', 'dialogue', 'grammar', 'grammar_proxy'\), got 'nowhere'",
-    ):
+    with pytest.raises(ValueError, match=r"world must be one of \('stories', .*'grammar_proxy'\), got 'nowhere'"):
         ask("nowhere")
     with pytest.raises(ValueError, match="--from must be one of .'rl', 'judge'. in the world grammar, got 'sft'"):
         DemoConfig(world="grammar", remake="sft")

