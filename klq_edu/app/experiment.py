@@ -85,7 +85,7 @@ def read_result(run: Run) -> Result | None:
 
 def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
     """`held_out_samples` of a policy that still is the reference; sampled once where several runs start from it."""
-    key = config.max_new_tokens, config.temperature, config.device, config.dtype
+    key = config.batch_size, config.max_new_tokens, config.temperature, config.device, config.dtype
     if key not in world.reference_samples:
         world.reference_samples[key] = held_out_samples(world, policy, config)
     return world.reference_samples[key]

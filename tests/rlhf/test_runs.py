@@ -219,6 +219,7 @@ def test_raised_updates_cut_off_in_the_last_samples_are_not_finished(tmp_path, g
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(experiment, "held_out_samples", cut_off)
+        patch.setattr(grammar, "reference_samples", {})
         run_experiment(grammar, replace(config, updates=2), tmp_path)
     assert experiment.read_result(Run(tmp_path, {"world": "grammar", **replace(config, updates=2).to_dict()})) is None
 
@@ -586,3 +587,16 @@ def test_evaluate_may_return_tensors(tmp_path, go):
 def test_evaluate_must_return_numbers_under_names_of_their_own(tmp_path, go, result):
     with pytest.raises(TypeError, match="evaluate must return a dict of numbers"):
         go(tmp_path, evaluate=lambda policy: result)
+
+
+def test_runs_from_one_reference_share_its_samples(tmp_path, grammar, monkeypatch):
+    """… and only those: what was sampled in other batches, or other lengths, is other completions."""
+    seen, sample = [], experiment.held_out_samples
+    monkeypatch.setattr(experiment, "held_out_samples", lambda *args: seen.append(args) or sample(*args))
+    monkeypatch.setattr(grammar, "reference_samples", {})
+    config = preset("grammar", updates=1, batch_size=4, epochs=1)
+    first = run_experiment(grammar, config, tmp_path / "a")
+    second = run_experiment(grammar, replace(config, algorithm="ppo_clip"), tmp_path / "b")
+    assert len(seen) == 3 and first.before.equals(second.before) and not first.after.equals(first.before)
+    run_experiment(grammar, replace(config, batch_size=8), tmp_path / "c")
+    assert len(seen) == 5
