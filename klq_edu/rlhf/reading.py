@@ -14,6 +14,8 @@ from klq_edu.rlhf.policy import context
 from klq_edu.rlhf.rollout import tokenise
 from klq_kernels import linear_token_stats
 
+REMEMBERED = 10_000  # readings
+
 
 class Reading(NamedTuple):
     """What a model made of N completions."""
@@ -34,6 +36,7 @@ class Reader:
 
     def __init__(self, lm: PreTrainedModel, tokenizer, *, dtype: torch.dtype = torch.float32, batch_size: int = 32):
         self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
+        self.known: dict[tuple, tuple[Tensor, Tensor]] = {}  # (prompt, completion, layers) -> its row of a Reading
         self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
 
     @cached_property
@@ -43,23 +46,24 @@ class Reader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], layers: Sequence[int] = ()) -> Reading:
-        """Read them all, each once. An empty completion is read as an end of text: there is nothing else to read."""
-        pairs = list(zip(prompts, completions, strict=True))
-        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        front = tokenise(self.tokenizer, [prompt for prompt, _ in place])
-        back = self.tokenizer([completion for _, completion in place], add_special_tokens=False)["input_ids"]
+        """Read them all, each once; the latest are remembered. An empty completion is read as an end of text: there is
+        nothing else to read. ValueError for a prompt without tokens, and for more than the model's context."""
+        keys = [(*pair, tuple(layers)) for pair in zip(prompts, completions, strict=True)]
+        new = [key for key in dict.fromkeys(keys) if key not in self.known]
+        if len(self.known) + len(new) > REMEMBERED:
+            self.known, new = {}, list(dict.fromkeys(keys))
+        front = tokenise(self.tokenizer, [prompt for prompt, *_ in new]) if new else []
+        back = self.tokenizer([text for _, text, _ in new], add_special_tokens=False)["input_ids"] if new else []
         back = [row or [self.tokenizer.eos_token_id] for row in back]
-        if bad := [i for i, f in enumerate(front) if not f or len(f) + len(back[i]) > context(self.lm)]:
-            prompt, completion = list(place)[bad[0]]
-            raise ValueError(
-                f"prompts need tokens, and at most {context(self.lm)} with their completion, got {prompt!r:.60} with "
-                f"{completion!r:.60}"
-            )
-        order = sorted(range(len(front)), key=lambda i: len(front[i]) + len(back[i]))
-        parts = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
-        found = [self._read([front[i] for i in part], [back[i] for i in part], layers) for part in parts]
-        index = torch.tensor(order).argsort()[[place[pair] for pair in pairs]]
-        return Reading(*(torch.cat(parts)[index] for parts in zip(*found)))
+        for (prompt, text, _), f, b in zip(new, front, back, strict=True):
+            if not f or len(f) + len(b) > context(self.lm):
+                rule = f"prompts need tokens, and at most {context(self.lm)} with their completion"
+                raise ValueError(f"{rule}, got {prompt!r:.60} with {text!r:.60}")
+        order = sorted(range(len(new)), key=lambda i: len(front[i]) + len(back[i]))
+        for part in (order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)):
+            found = self._read([front[i] for i in part], [back[i] for i in part], layers)
+            self.known |= {new[i]: row for i, row in zip(part, zip(*found), strict=True)}
+        return Reading(*map(torch.stack, zip(*(self.known[key] for key in keys), strict=True)))
 
     def _read(self, front: list[list[int]], back: list[list[int]], layers: Sequence[int]) -> Reading:
         """One batch, padded on the right: of row b the completion's tokens are at len(front[b]) and after."""

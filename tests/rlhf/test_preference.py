@@ -130,6 +130,30 @@ def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
         torch.testing.assert_close(found.means[i].double(), means, rtol=1e-3, atol=1e-4)
 
 
+def test_a_reader_reads_nothing_twice_and_forgets_in_time(tiny_lm, tokenizer, monkeypatch):
+    reader, read = Reader(tiny_lm(), tokenizer), []
+    inner = reader._read
+    monkeypatch.setattr(reader, "_read", lambda front, *rest: read.append(len(front)) or inner(front, *rest))
+    prompts, texts = ["w2", "w3", "w2"], ["w4", "w5", "w4"]
+    first = reader(prompts, texts, layers=(1,))
+    again = reader(prompts[::-1], texts[::-1], layers=(1,))
+    assert read == [2] and torch.equal(first.means, again.means.flip(0)) and torch.equal(first.means[0], first.means[2])
+    assert reader(prompts, texts, layers=(2,)).means.ne(first.means).any() and read == [2, 2]
+    monkeypatch.setattr("klq_edu.rlhf.reading.REMEMBERED", 4)
+    reader(["w2", "w6"], ["w4", "w7"], layers=(1,))
+    torch.testing.assert_close(reader(prompts, texts, layers=(1,)).means, first.means)
+    assert read == [2, 2, 2, 1] and len(reader.known) == 3
+
+
+def test_texts_that_can_not_be_read_are_named(tiny_lm, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"prompts need tokens, and at most 64 with their completion, got '' with 'w3'"
+    ):
+        Reader(tiny_lm(), tokenizer)(["w2", ""], ["w2", "w3"])
+    with pytest.raises(ValueError, match="at most 64 with their completion"):
+        Reader(tiny_lm(), tokenizer)(["w2"], [" ".join(["w3"] * 64)])
+
+
 @pytest.fixture
 def classifier():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
