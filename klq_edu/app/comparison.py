@@ -3,18 +3,15 @@
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from klq_edu.figures import STYLES
-from klq_edu.rlhf.judge import (
-    bootstrap_interval,
-    win_rate_of_seeds,
-)
+from klq_edu.rlhf.judge import bootstrap_interval, preferred, win_rate_of_seeds
 from klq_edu.rlhf.power import pairs_needed, seeds_needed, t_quantile
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
+SAMPLED = ("prompt", "completion", "kl", "length", "ended")  # columns of test samples that no judge has filled
 SETTING = ["tau", "schedule", "algorithm", "learning_rate"]
 
 
@@ -85,16 +82,14 @@ def verdicts(results: list) -> pd.DataFrame:
     see `win_rate_of_seeds`), seeds, n."""
     before, rows, by = results[0].before, [], {}
     known = [set(table) for r in results for table in (r.before, r.after)]
-    judges = [
-        c for c in before if c not in ("prompt", "completion", "kl", "length", "ended") and all(c in k for k in known)
-    ]
+    judges = [c for c in before if c not in SAMPLED and all(c in table for table in known)]
     for r in results:
         by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
     pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
     for judge, (name, rival) in product(judges, pairs):
         seeds = [s for s in by[name] if rival is None or s in by[rival]]
         tables = [(by[name][s], before if rival is None else by[rival][s]) for s in seeds]
-        found = [((np.sign(a[judge] - b[judge]) + 1) / 2).groupby(a["prompt"]).mean() for a, b in tables]
+        found = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
         if len(found) > 1:
             rate, low, high = win_rate_of_seeds(found)
         else:

@@ -119,9 +119,7 @@ def summarise_results(results: list[Result]) -> pd.DataFrame:
     rows = []
     for r in results:
         log, before, after = pd.DataFrame(r.rows), *(t.mean(numeric_only=True) for t in (r.before, r.after))
-        row = {
-            f"{name}_{when}": x for when, means in (("before", before), ("after", after)) for name, x in means.items()
-        }
+        row = before.add_suffix("_before").to_dict() | after.add_suffix("_after").to_dict()
         row |= log[["reward", "kl"]].tail(max(1, len(log) // 4)).mean().to_dict()
         row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": log["seconds"].sum()}
         rows.append(r.labels | row)

@@ -87,7 +87,7 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     caption = f"* mean over the last quarter of training. {seeds(results)}"
     print_table(console, results_table(results), f"world {world.name}, {scale(results)}", caption)
-    for title, caption, data in road(world, results):
+    for title, caption, data in road(world, comparison.verdicts(results) if world.judges else None):
         print_table(console, data, title, caption)
     for prompt, lines in samples_table(results):
         console.print(f"\n[bold]{escape(prompt)}[/] …")
@@ -108,7 +108,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
-    tested = [name for name in tested if name not in ("kl", "length", "ended")]
+    tested = [name for name in tested if name not in comparison.SAMPLED]
     shown = {"test " * (name == "reward") + name: (f"{name}_before", f"{name}_after") for name in tested}
     shown |= {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
     rows = []
@@ -132,8 +132,8 @@ def samples_table(results: list[Result]) -> list[tuple[str, list[tuple]]]:
     return list(zip(results[0].before["prompt"][:PROMPTS_SHOWN], zip(*columns)))
 
 
-def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Picture]]:
-    """The report's figures: (name, heading, picture)."""
+def pictures(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[tuple[str, str, Picture]]:
+    """The report's figures: (name, heading, picture); `rates` are the verdicts, where the world has judges."""
     runs = pd.concat([pd.DataFrame(r.rows).assign(**r.labels) for r in results], ignore_index=True)
     smooth = 1 if world.tree and runs["seed"].nunique() > 1 else 5
     curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
@@ -144,19 +144,13 @@ def pictures(world: World, results: list[Result]) -> list[tuple[str, str, Pictur
         ("plane", "Reward against KL", figures.reward_kl_plane(runs, *plane)),
     ]
     if world.tree:
-        shown += [
-            ("optimum", "Distance to the exact optimum", figures.optimum_curves(runs, results[0].settings["tau"]))
-        ]
+        picture = figures.optimum_curves(runs, results[0].settings["tau"])
+        shown.append(("optimum", "Distance to the exact optimum", picture))
     if "held_out_pairs" in world.tables:
-        shown += [
-            (
-                "calibration",
-                "The reward model on pairs it has not seen",
-                figures.calibration(world.tables["held_out_pairs"]),
-            )
-        ]
-    if world.judges:
-        shown += [("judges", "Before judges", figures.win_rates(comparison.verdicts(results)))]
+        picture = figures.calibration(world.tables["held_out_pairs"])
+        shown.append(("calibration", "The reward model on pairs it has not seen", picture))
+    if rates is not None:
+        shown.append(("judges", "Before judges", figures.win_rates(rates)))
     shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
     if world.tree and pair["algorithm"].nunique() == 2:
@@ -174,17 +168,19 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     (SVG) and its table of numbers (results.csv, one row per run) go beside it."""
     folder, shown = path.parent / "figures", []
     folder.mkdir(exist_ok=True)
-    for name, title, picture in pictures(world, results):
+    rates = comparison.verdicts(results) if world.judges else None
+    for name, title, picture in pictures(world, results, rates):
         svg = folder / f"{name}.svg"
         picture.figure.savefig(svg, metadata={"Date": None})
         shown.append((title, base64.b64encode(svg.read_bytes()).decode(), picture))
     summarise_results(results).to_csv(path.parent / "results.csv", index=False)
-    for name, made in (world.tables | ({"win_rates": comparison.verdicts(results)} if world.judges else {})).items():
-        made.to_csv(path.parent / f"{name}.csv", index=False)
+    for name, made in (world.tables | {"win_rates": rates}).items():
+        if made is not None:
+            made.to_csv(path.parent / f"{name}.csv", index=False)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), road=road(world, results), machine=facts(results[0].settings["device"]),
+        samples=samples_table(results), road=road(world, rates), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
@@ -192,8 +188,8 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     return path
 
 
-def road(world: World, results: list[Result]) -> list[tuple[str, str, pd.DataFrame]]:
-    """How reference and reward were made, for worlds where they are, and win-rates: (heading, what to see, table)."""
+def road(world: World, rates: pd.DataFrame | None) -> list[tuple[str, str, pd.DataFrame]]:
+    """How reference and reward were made, where they are, and the verdicts: (heading, what to see, table of text)."""
     made, shown = world.tables, []
     if "loss" in made:
         losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
@@ -221,8 +217,7 @@ def road(world: World, results: list[Result]) -> list[tuple[str, str, pd.DataFra
                 table.loc[made["trials"]["kind"].unique()].reset_index(),
             )
         )
-    if world.judges:
-        rates = comparison.verdicts(results)
+    if rates is not None:
         cells = rates.apply(lambda r: f"{r['rate']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", axis=1)
         table = rates.assign(cell=cells, pair=rates["a"] + " against " + rates["b"])
         table = table.pivot(index="pair", columns="judge", values="cell").loc[table["pair"].unique()]

@@ -121,9 +121,14 @@ def by_score(score: Callable[[list[str], list[str]], Sequence[float]]) -> Judge:
     def judge(prompts, first, second):
         """1, ½ or 0, as the first scores higher, the same or lower."""
         x, y = (np.asarray(score(prompts, texts), dtype=float) for texts in (first, second))
-        return ((np.sign(x - y) + 1) / 2).tolist()  # NaN where a score is none, which is refused
+        return preferred(x, y).tolist()  # NaN where a score is none, which is refused
 
     return judge
+
+
+def preferred(x, y):
+    """1 where x > y, ½ where they are equal, 0 where x < y, NaN where one is; arrays or columns of scores."""
+    return (np.sign(x - y) + 1) / 2
 
 
 def endpoint_judge(url: str, model: str, *, key: str = "", rubric: str = RUBRIC, timeout: float = 60, jobs: int = 8):

@@ -42,8 +42,8 @@ def finetune(
             schedule.step()
             losses.append(loss.item())
             on_step(epoch * len(batches) + len(losses), total)
-        row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "held_out": mean_loss(policy, unseen)}
-        rows.append(row)
+        held_out_loss = mean_loss(policy, unseen)
+        rows.append({"epoch": epoch + 1, "loss": sum(losses) / len(losses), "held_out": held_out_loss})
     return rows
 
 

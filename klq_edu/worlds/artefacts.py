@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from klq_edu.files import read_json, write_json
 from klq_edu.machine import facts
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.worlds.weights import cache_root, cached_folder
 
 MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ def outdated(folder: Path, inputs: dict) -> str | None:
 
 def contents(folder: Path) -> str:
     """Digest of an artefact's files: the same where it was made anew with the same result."""
-    return hashlib.sha256(repr(read_json(folder / MANIFEST)["files"]).encode()).hexdigest()[:16]
+    return fingerprint(read_json(folder / MANIFEST)["files"])
 
 
 def digest(path: Path) -> str:
