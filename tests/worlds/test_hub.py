@@ -91,6 +91,14 @@ def test_a_bad_recipe_is_explained(text, message, tmp_path):
         read_recipe("nothing")
 
 
+def test_a_reward_model_without_a_head_is_refused(parts):
+    """transformers would give it a random one and only warn."""
+    recipe = parts / "recipe.yaml"
+    recipe.write_text(f"model: {parts / 'policy'}\nreward_model: {parts / 'policy'}\ndata: {parts / 'prompt'}\n")
+    with pytest.raises(ValueError, match=r"must be a sequence classifier, it lacks \['score.weight'\]"):
+        load_recipe(read_recipe(recipe))
+
+
 def test_data_that_do_not_fit_are_explained(parts):
     recipe = parts / "recipe.yaml"
     about = f"model: {parts / 'policy'}\nreward_model: {parts / 'judge'}\ntrain: {TRAIN}\n"

@@ -110,8 +110,12 @@ def walk(tmp_path, monkeypatch, tiny_lm, tokenizer):
     for part, numbers in {"train": range(2, 22), "test": range(22, 30)}.items():
         lines = [json.dumps({"q": f"w{i} w{i + 1} w{i + 2}", "a": f"w{i + 2} w{2 * i % 60} ."}) for i in numbers]
         (tmp_path / f"tiny_{part}.jsonl").write_text("\n".join(lines))
-    task = text.text_task("tiny", "A tiny task.", ("q", "a"), lambda _, q: f"{q} w60", lead="", words=4)
-    return lambda remake=None: road.Road(task, base, tldr_settings(max_new_tokens=5), remake)
+
+    def start(remake=None):
+        task = text.text_task("tiny", "A tiny task.", ("q", "a"), lambda _, q: f"{q} w60", lead="", words=4)
+        return road.Road(task, base, tldr_settings(max_new_tokens=5), remake)
+
+    return start
 
 
 def tldr_settings(**changes):
@@ -149,6 +153,43 @@ def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(sta
     said = capsys.readouterr().out
     assert said.count("to be made anew") == said.count("tiny/") == made, said  # what comes of it is the same
     assert after.reward.identity == before.reward.identity and after.baselines == before.baselines
+
+
+@pytest.mark.parametrize(
+    "change, stages",
+    [
+        (lambda patch: patch.setattr(road, "TRAINABLE_BLOCKS", 2), {"sft", "pairs", "reward", "trials"}),
+        (lambda patch: patch.setattr(text, "FREQUENT_TOKENS", 59), {"sft", "pairs", "reward", "trials"}),
+        (lambda patch: patch.setitem(road.SFT, "seed", 5), {"sft", "pairs", "reward", "trials"}),
+        (lambda patch: patch.setitem(road.PAIRS, "scale", 9.0), {"pairs", "reward", "trials"}),
+        (lambda patch: patch.setattr(text.Gold, "penalty", lambda *_: 0.1), {"pairs", "reward", "trials"}),
+        (lambda patch: patch.setattr(road, "UNSEEN", 4), {"reward", "trials"}),
+        (lambda patch: patch.setattr(text, "judges", lambda reader: {"length": longer}), {"trials"}),
+        (lambda patch: patch.setattr(road, "HACKED", 5), {"trials"}),
+        (lambda patch: None, set()),
+    ],
+    ids=["blocks", "vocabulary", "seed", "noise", "gold", "held out", "judges", "hacks", "nothing"],
+)
+def test_what_a_stage_was_made_of_decides_whether_it_is_made_anew(change, stages, walk, capsys, monkeypatch):
+    walk().world()
+    capsys.readouterr()
+    change(monkeypatch)
+    walk().world()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny/")]
+    assert {line.split(":")[0].removeprefix("tiny/") for line in said} == stages, said
+    assert all("made of something else" in line for line in said)
+
+
+def longer(prompts, completions, **_):
+    return [len(c) for c in completions]
+
+
+def test_labels_are_as_noisy_as_stated(walk):
+    """The scale is per standard deviation of the gold over all samples, whatever the gold's unit."""
+    made = walk()
+    gold = pd.read_json(made.pairs / "samples.jsonl", lines=True)["gold"]
+    noise = json.loads((made.pairs / "noise.json").read_text())
+    assert noise["scale"] * gold.std(ddof=0) == pytest.approx(road.PAIRS["scale"])
 
 
 def test_training_on_the_road_uses_its_baselines(walk, tmp_path):
