@@ -1,12 +1,13 @@
 """What the CSV of `klq sweep` says, as Markdown tables: algorithms and schedules compared seed by seed."""
 
 from itertools import product
+from operator import sub
 from pathlib import Path
 
 import pandas as pd
 
 from klq_edu.figures import STYLES
-from klq_edu.rlhf.judge import bootstrap_interval, preferred, win_rate_of_seeds
+from klq_edu.rlhf.judge import bootstrap_interval, copied, preferred, win_rate_of_seeds
 from klq_edu.rlhf.power import pairs_needed, seeds_needed, t_quantile
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
@@ -76,27 +77,58 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
     return table(heads + [f"seeds, {n} pairs each" for n in pairs], rows)
 
 
-def verdicts(results: list) -> pd.DataFrame:
-    """Win-rates on held-out prompts, by the reward itself and by each judge: each algorithm against the reference, and
-    KLQ against the others of the same seed. Columns a, b, judge, rate, low, high (95 %, over prompts; of several seeds
-    see `win_rate_of_seeds`), seeds, n."""
-    before, rows, by = results[0].before, [], {}
-    known = [set(table) for r in results for table in (r.before, r.after)]
-    judges = [c for c in before if c not in SAMPLED and all(c in table for table in known)]
+def compared(results: list) -> list[tuple[str, str | None, list[tuple[pd.DataFrame, pd.DataFrame]]]]:
+    """(algorithm, rival or None for the reference, test samples of both for each seed): each algorithm beside the
+    reference, and KLQ beside the others of the same seed."""
+    by = {}
     for r in results:
         by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
+    by_rival = {None: dict.fromkeys(sorted({r.labels["seed"] for r in results}), results[0].before)} | by
     pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
-    for judge, (name, rival) in product(judges, pairs):
-        seeds = [s for s in by[name] if rival is None or s in by[rival]]
-        tables = [(by[name][s], before if rival is None else by[rival][s]) for s in seeds]
-        found = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
-        if len(found) > 1:
-            rate, low, high = win_rate_of_seeds(found)
-        else:
-            rate, (low, high) = found[0].mean(), bootstrap_interval(found[0])
+    return [(a, b, [(by[a][s], by_rival[b][s]) for s in by[a] if s in by_rival[b]]) for a, b in pairs]
+
+
+def judges_of(results: list) -> list[str]:
+    """What has scored the test samples of every run: the reward and the judges."""
+    known = [set(table) for r in results for table in (r.before, r.after)]
+    return [c for c in results[0].before if c not in SAMPLED and all(c in table for table in known)]
+
+
+def verdicts(results: list) -> pd.DataFrame:
+    """Before the reward and each judge, all that `compared` compares on held-out prompts. Columns a, b, judge; rate,
+    low, high: the win-rate of a; gain, gain_low, gain_high: the mean score of a minus that of b; seeds, n (prompts).
+    Intervals of 95 % are over prompts, of several seeds over seeds and prompts (`win_rate_of_seeds`)."""
+    rows = []
+    for judge, (name, rival, tables) in product(judges_of(results), compared(results)):
+        wins, gains = (
+            [change(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables] for change in (preferred, sub)
+        )
         about = {"a": STYLES[name]["label"], "b": "reference" if rival is None else STYLES[rival]["label"]}
-        about |= {"judge": judge, "rate": rate, "low": low, "high": high}
-        rows.append(about | {"seeds": len(found), "n": len(found[0])})
+        about |= {"judge": judge} | dict(zip(("rate", "low", "high"), mean_interval(wins)))
+        about |= dict(zip(("gain", "gain_low", "gain_high"), mean_interval(gains)))
+        rows.append(about | {"seeds": len(wins), "n": len(wins[0])})
+    return pd.DataFrame(rows)
+
+
+def mean_interval(by_seed: list[pd.Series]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of values per prompt: over prompts of one seed, over seeds and prompts of several."""
+    if len(by_seed) > 1:
+        return win_rate_of_seeds(by_seed)
+    return by_seed[0].mean(), *bootstrap_interval(by_seed[0])
+
+
+def leanings(results: list) -> pd.DataFrame:
+    """Which way the reward and each judge lean: of all pairs that `compared` compares and that differ in it, the share
+    in which the judge prefers the "longer" completion (tokens), and that which has "copied" more word triples of its
+    prompt; a tie counts half. ½ is no leaning; NaN where no pair differs."""
+    pairs = [pair for *_, tables in compared(results) for pair in tables]
+    marks = {"longer": lambda t: t["length"], "copied": lambda t: pd.Series(map(copied, t["completion"], t["prompt"]))}
+    more = {name: [preferred(mark(a), mark(b)) for a, b in pairs] for name, mark in marks.items()}
+    rows = []
+    for judge in judges_of(results):
+        won = pd.concat([pd.Series(preferred(a[judge], b[judge])) for a, b in pairs])
+        found = {name: pd.concat([pd.Series(x) for x in parts]) for name, parts in more.items()}
+        rows.append({"judge": judge} | {k: (1 - (x - won).abs())[x != 0.5].mean() for k, x in found.items()})
     return pd.DataFrame(rows)
 
 

@@ -35,7 +35,8 @@ class DemoConfig:
     remake: Annotated[Literal[*STAGES] | None, tyro.conf.arg(name="from")] = None
     out: Path = Path("runs/demo")  # Folder for runs and report.html.
     device: str = "auto"  # auto, cpu, cuda, mps …
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # Of forward passes (autocast); else always float32.
+    # Of forward passes (autocast; all else is float32); not given: the world's.
+    dtype: Literal["float32", "bfloat16", "auto"] | None = None
     open: bool = False  # Open the report in a browser at the end.
 
     def __post_init__(self):
@@ -50,7 +51,7 @@ class DemoConfig:
         world = named("world", self.world, WORLDS)
         updates = world.quick_updates if self.quick and self.updates is None else self.updates
         given = {"tau": self.tau, "updates": updates, "replay": self.replay, "tau_start": self.tau_start}
-        given |= {"device": self.device, "dtype": self.dtype}
+        given |= {"dtype": self.dtype, "device": self.device}
         changes, names = {k: v for k, v in given.items() if v is not None}, self.algorithms or world.demo
         configs = [(n, preset(self.world, n, seed=seed, **changes)) for seed in range(self.seeds) for n in names]
         found = {}

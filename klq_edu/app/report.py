@@ -22,13 +22,14 @@ from klq_edu.rlhf.judge import bootstrap_interval
 from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds import load
 from klq_edu.worlds.registry import WORLDS, variant_of
-from klq_edu.worlds.world import World
+from klq_edu.worlds.world import SAMPLE, World
 
 PROMPTS_SHOWN = 3
 WHO = (
     "The reward is what was maximised. Where there is a gold, it labelled the pairs that the reward was learnt from; "
     "SmolLM2 is the frozen base model, with which gold and reward model read too. MiniLM and TextBlob had no part."
 )
+LEANINGS = {"longer": "longer", "more copied": "copied"}  # as read -> column of `comparison.leanings`
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
     "reward*": ("reward",),
     "KL* [nats]": ("kl",),
@@ -87,7 +88,7 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     caption = f"* mean over the last quarter of training. {seeds(results)}"
     print_table(console, results_table(results), f"world {world.name}, {scale(results)}", caption)
-    for title, caption, data in road(world, comparison.verdicts(results) if world.judges else None):
+    for title, caption, data in road(world, results, comparison.verdicts(results) if world.judges else None):
         print_table(console, data, title, caption)
     for prompt, lines in samples_table(results):
         console.print(f"\n[bold]{escape(prompt)}[/] …")
@@ -180,7 +181,7 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), road=road(world, rates), machine=facts(results[0].settings["device"]),
+        samples=samples_table(results), road=road(world, results, rates), machine=facts(results[0].settings["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
@@ -188,42 +189,63 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     return path
 
 
-def road(world: World, rates: pd.DataFrame | None) -> list[tuple[str, str, pd.DataFrame]]:
+def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[tuple[str, str, pd.DataFrame]]:
     """How reference and reward were made, where they are, and the verdicts: (heading, what to see, table of text)."""
     made, shown = world.tables, []
+    if "stages" in made:
+        remark = "Made once, kept in the cache with a manifest each; the digest is of what came out."
+        shown.append(("Stages before RL", remark, made["stages"].astype(str)))
     if "loss" in made:
         losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
         losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
         remark = "Loss of the reference completions in nats per token; those held out are never trained on."
         shown.append(("Fine-tuning", remark, losses))
     if "held_out_pairs" in made:
-        pairs = made["held_out_pairs"]
-        agrees = (pairs["proxy"] > 0).groupby(pairs["prompt"]).mean()
-        low, high = bootstrap_interval(agrees)
-        row = {"pairs": len(pairs), "prompts": len(agrees), "agrees with labels": f"{agrees.mean():.2f}"}
-        row |= {"95 % interval": f"[{low:.2f}, {high:.2f}]"}
-        row |= {"with the gold": f"{((pairs['proxy'] > 0) == (pairs['gold'] > 0)).mean():.2f}"}
-        row |= {"labels with the gold": f"{(pairs['gold'] > 0).mean():.2f}"}
         remark = "The reward model on pairs of prompts that it was not fitted to; the interval is over prompts."
-        shown.append(("Reward model", remark, pd.DataFrame([row])))
+        shown.append(("Reward model", remark, agreement(made["held_out_pairs"])))
     if "trials" in made:
         cells = made["trials"]["score"].map("{:.2f}".format) + made["trials"]["loses"].map(" ({:.0%})".format)
         table = made["trials"].assign(cell=cells).pivot(index="kind", columns="judge", values="cell")
+        table = table.loc[made["trials"]["kind"].unique()].reset_index()
         remark = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
-        shown.append(
-            (
-                "What gold, judges and reward model say of hacks",
-                remark,
-                table.loc[made["trials"]["kind"].unique()].reset_index(),
-            )
-        )
+        shown.append(("What gold, judges and reward model say of hacks", remark, table))
     if rates is not None:
-        cells = rates.apply(lambda r: f"{r['rate']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", axis=1)
-        table = rates.assign(cell=cells, pair=rates["a"] + " against " + rates["b"])
-        table = table.pivot(index="pair", columns="judge", values="cell").loc[table["pair"].unique()]
+        wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
         remark = "Share of held-out prompts where the first is better, ties counting half, with 95 % intervals. " + WHO
-        shown.append(("Win-rates", remark, table[rates["judge"].unique()].reset_index()))
+        shown.append(("Win-rates", remark, pd.concat([wins, leanings(world, results)])))
+        remark = "Mean score of the first minus that of the second, in each judge's own unit, with 95 % intervals."
+        shown.append(("Differences in score", remark, gains))
     return shown
+
+
+def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
+    """How often the reward model, the labels and the gold agree about pairs; one row of text."""
+    agrees = (pairs["proxy"] > 0).groupby(pairs["prompt"]).mean()
+    low, high = bootstrap_interval(agrees)
+    row = {"pairs": len(pairs), "prompts": len(agrees), "agrees with labels": f"{agrees.mean():.2f}"}
+    row |= {"95 % interval": f"[{low:.2f}, {high:.2f}]"}
+    row |= {"with the gold": f"{((pairs['proxy'] > 0) == (pairs['gold'] > 0)).mean():.2f}"}
+    return pd.DataFrame([row | {"labels with the gold": f"{(pairs['gold'] > 0).mean():.2f}"}])
+
+
+def by_judge(rates: pd.DataFrame, middle: str, low: str, high: str) -> pd.DataFrame:
+    """A row of text per comparison, a column per judge: middle [low, high]."""
+    cells = rates.apply(lambda r: f"{r[middle]:.2f} [{r[low]:.2f}, {r[high]:.2f}]", axis=1)
+    table = rates.assign(cell=cells, pair=rates["a"] + " against " + rates["b"])
+    table = table.pivot(index="pair", columns="judge", values="cell").loc[table["pair"].unique()]
+    return table[rates["judge"].unique()].reset_index()
+
+
+def leanings(world: World, results: list[Result]) -> pd.DataFrame:
+    """What has to be known of each judge beside its verdicts, in rows of text: for which completions it decides."""
+    table = comparison.leanings(results).set_index("judge")
+    found = {f"leaning to the {name} one": table[column] for name, column in LEANINGS.items()}
+    if "trials" in world.tables:
+        tried = world.tables["trials"].replace({"judge": {"reward model": "reward"}})
+        samples = tried[tried["kind"] == SAMPLE].set_index("judge")
+        found["trials: a reference text against a sample"] = samples["loses"].reindex(table.index)
+    rows = pd.DataFrame(found).T.map(lambda x: "" if pd.isna(x) else f"{x:.2f}")
+    return rows.rename_axis(index="pair", columns=None).reset_index()
 
 
 def scale(results: list[Result]) -> str:

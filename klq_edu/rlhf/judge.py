@@ -131,6 +131,21 @@ def preferred(x, y):
     return (np.sign(x - y) + 1) / 2
 
 
+def copied(completion: str, source: str) -> float:
+    """The share of its word triples that stand in the source, in [0, 1].
+
+    >>> copied("A cat sat on it.", "the cat sat on the mat")
+    0.3333333333333333
+    """
+    said, known = (list(zip(w, w[1:], w[2:])) for w in (words_of(completion), words_of(source)))
+    return sum(map(set(known).__contains__, said)) / max(len(said), 1)
+
+
+def words_of(text: str) -> list[str]:
+    """Its words in lower case."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
 def endpoint_judge(url: str, model: str, *, key: str = "", rubric: str = RUBRIC, timeout: float = 60, jobs: int = 8):
     """A judge behind an OpenAI-compatible endpoint: POST {url}/chat/completions with a rubric, answered by JSON.
 

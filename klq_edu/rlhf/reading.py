@@ -1,6 +1,6 @@
 """Reading given texts with a frozen language model: how probable each completion is, and what its layers make of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,9 +32,14 @@ class Reader:
         tokenizer: its tokenizer.
         dtype: of forward passes (autocast).
         batch_size: completions at a time, those of similar length together.
+        progress: shows how far it is: gets the list of batches and yields them one by one.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer, *, dtype: torch.dtype = torch.float32, batch_size: int = 32):
+    def __init__(
+        self, lm: PreTrainedModel, tokenizer, *, dtype: torch.dtype = torch.float32, batch_size: int = 32,
+        progress: Callable[[list], Iterable] = iter,
+    ):  # fmt: skip
+        self.progress = progress
         self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
         self.known: dict[tuple, tuple[Tensor, Tensor]] = {}  # (prompt, completion, layers) -> its row of a Reading
         self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
@@ -60,7 +65,7 @@ class Reader:
                 rule = f"prompts need tokens, and at most {context(self.lm)} with their completion"
                 raise ValueError(f"{rule}, got {prompt!r:.60} with {text!r:.60}")
         order = sorted(range(len(new)), key=lambda i: len(front[i]) + len(back[i]))
-        for part in (order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)):
+        for part in self.progress([order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]):
             found = self._read([front[i] for i in part], [back[i] for i in part], layers)
             self.known |= {new[i]: row for i, row in zip(part, zip(*found), strict=True)}
         return Reading(*map(torch.stack, zip(*(self.known[key] for key in keys), strict=True)))

@@ -101,7 +101,7 @@ class Run:
         start_differs = differ.pop(START, None) and not begun
         if differ:
             shown = "; ".join(f"{k} (there {' or '.join(v)}, here {identity[k]})" for k, v in differ.items())
-            way = "use another folder (--out)"
+            way = "use another folder (--out) or train anew (klq demo --from rl)"
             way += "; a reward that changes by itself may have an attribute `identity`" if "reward" in differ else ""
             raise ValueError(f"{self.folder} holds another run, it differs in {shown}; {way}")
         if start_differs:

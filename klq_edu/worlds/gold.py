@@ -7,12 +7,12 @@ deserves. `hacks` are completions that must lose against the reference: the tabl
 """
 
 import random
-import re
 from collections.abc import Callable, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 
 from klq_edu.rlhf.identity import fingerprint
+from klq_edu.rlhf.judge import copied, words_of
 from klq_edu.rlhf.reading import Reader
 
 NATURAL = 0.05  # per nat of mean log-probability per token: from −5 to −1 nats is worth 0.2
@@ -40,13 +40,11 @@ class Gold:
     def penalty(self, completion: str, source: str) -> float:
         """What is subtracted, from 0 on."""
         words, known = words_of(completion), words_of(source)
-        triples = {tuple(known[i : i + 3]) for i in range(len(known) - 2)}
-        said = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-        copied = sum(t in triples for t in said) / max(len(said), 1)
         borrowed = sum(w in set(known) for w in words) / max(len(words), 1)
         repeated = 1 - len(set(words)) / max(len(words), 1)
         unfinished = completion.rstrip()[-1:] not in (".", "!", "?")
-        found = COPIED * copied + BORROWED * max(0.0, borrowed - ALLOWED) + LONG * max(0, len(words) - self.words)
+        found = COPIED * copied(completion, source) + BORROWED * max(0.0, borrowed - ALLOWED)
+        found += LONG * max(0, len(words) - self.words)
         return found + REPEATED * max(0.0, repeated - USUAL) + UNFINISHED * unfinished
 
 
@@ -57,11 +55,6 @@ def overlap(completion: str, reference: str) -> float:
     (1.0, 0.0)
     """
     return sum(s.fmeasure for s in OVERLAP.score(reference, completion).values()) / 2
-
-
-def words_of(text: str) -> list[str]:
-    """Its words in lower case."""
-    return re.findall(r"[a-z0-9']+", text.lower())
 
 
 def hacks(sources: list[str], references: list[str], lead: str = "") -> dict[str, list[str]]:

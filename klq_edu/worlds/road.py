@@ -20,7 +20,7 @@ from rich.progress import Progress, track
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from klq_edu.files import write_json
+from klq_edu.files import read_json, write_json
 from klq_edu.machine import resolve_dtype
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, reward_identity
@@ -30,10 +30,10 @@ from klq_edu.rlhf.reading import Reader
 from klq_edu.rlhf.rewards import Reward
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.sft import finetune
-from klq_edu.worlds.artefacts import artefact, contents
+from klq_edu.worlds.artefacts import MANIFEST, artefact, contents
 from klq_edu.worlds.registry import ROAD, WORLDS
 from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
-from klq_edu.worlds.world import World
+from klq_edu.worlds.world import SAMPLE, World
 
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 SFT = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
@@ -65,6 +65,7 @@ class Road:
 
     def __init__(self, task: Task, base: Path, settings: TrainConfig, remake: str | None = None):
         self.task, self.base, self.settings = task, base, settings
+        self.made: dict[str, Path] = {}  # stage -> its folder
         self.again = ROAD[ROAD.index(remake) :] if remake in ROAD else ()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.train, self.test = map(task.data(self.tokenizer).get, ("train", "test"))
@@ -85,7 +86,8 @@ class Road:
     def reader(self) -> Reader:
         """The frozen base model, for gold, reward model and judge."""
         dtype = resolve_dtype("auto", torch.device("cpu"))
-        return Reader(AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.tokenizer, dtype=dtype)
+        return Reader(AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.tokenizer, dtype=dtype,
+                      progress=lambda parts: track(parts, "reading", disable=len(parts) < 8))  # fmt: skip
 
     @cached_property
     def gold(self) -> Reward:
@@ -101,7 +103,9 @@ class Road:
 
     def stage(self, name: str, inputs: dict, make: Callable[[Path], None]) -> Path:
         """The folder of a stage; its settings and all that comes before go in."""
-        return artefact(f"{self.task.name}/{name}", self.given | inputs, make, again=name in self.again)
+        folder = artefact(f"{self.task.name}/{name}", self.given | inputs, make, again=name in self.again)
+        self.made[name] = folder
+        return folder
 
     @cached_property
     def sft(self) -> Path:
@@ -163,15 +167,13 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        made = self.reward_folder = self.stage(
-            "reward", REWARD | {"unseen": UNSEEN, "pairs": contents(self.pairs)}, make
-        )
+        made = self.stage("reward", REWARD | {"unseen": UNSEEN, "pairs": contents(self.pairs)}, make)
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model
 
     def baselines(self) -> list[float]:
         """The reference's mean reward of each training prompt, from the samples that the pairs were made of."""
-        table = pd.read_csv(self.reward_folder / "samples.csv")
+        table = pd.read_csv(self.made["reward"] / "samples.csv")
         return table.groupby("prompt", sort=False)["proxy"].mean().loc[self.train["prompt"][:]].tolist()
 
     def columns(self, rows: Dataset) -> dict[str, list]:
@@ -187,7 +189,7 @@ class Road:
         reference is better. One row per kind and judge."""
 
         def make(folder: Path) -> None:
-            rows, kinds = [], hacks | {"sample of the reference policy": self.sampled(data["prompt"][:])}
+            rows, kinds = [], hacks | {SAMPLE: self.sampled(data["prompt"][:])}
             for name, judge in (judges | {"reward model": self.reward}).items():
                 scores = {kind: judge(data["prompt"][:], texts, **self.columns(data))
                           for kind, texts in track(kinds.items(), f"what {name} says")}  # fmt: skip
@@ -199,7 +201,7 @@ class Road:
         data, judges = self.train.select(range(HACKED)), self.judges()
         hacks = self.task.hacks(data)
         inputs = {f"judge {name}": reward_identity(judge) for name, judge in judges.items()}
-        inputs |= {"hacks": fingerprint(hacks), "reward": contents(self.reward_folder)}
+        inputs |= {"hacks": fingerprint(hacks), "reward": contents(self.made["reward"])}
         made = self.stage("trials", inputs, make)
         return pd.read_csv(made / "trials.csv")
 
@@ -216,11 +218,14 @@ class Road:
     def world(self) -> World:
         """All of it as a world: the stages that are not there yet are made now."""
         reward = self.reward
-        tables = {name: pd.read_csv(self.reward_folder / f"{name}.csv") for name in ("held_out_pairs", "samples")}
+        tables = {name: pd.read_csv(self.made["reward"] / f"{name}.csv") for name in ("held_out_pairs", "samples")}
         if self.sft != self.base:
             tables["loss"] = pd.read_csv(self.sft / "loss.csv")
         if self.task.hacks:
             tables["trials"] = self.trials()
+        seconds = {name: read_json(folder / MANIFEST)["seconds"] for name, folder in self.made.items()}
+        stages = [{"stage": k, "seconds": v, "digest": contents(self.made[k])} for k, v in seconds.items()]
+        tables["stages"] = pd.DataFrame(stages)
         train, test = ({"prompt": data["prompt"][:]} | self.columns(data) for data in (self.train, self.test))
         return World(
             self.task.name, self.task.description, Dataset.from_dict(train),

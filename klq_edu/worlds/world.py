@@ -13,6 +13,8 @@ from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import Reward
 from klq_edu.rlhf.rollout import Constraint
 
+SAMPLE = "sample of the reference policy"  # a kind of completion in the table "trials"
+
 
 @dataclass
 class World:
