@@ -1,0 +1,79 @@
+"""Verdicts of judges on held-out samples: who is compared with whom, and which way each judge leans."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from klq_edu.app import comparison, report
+from klq_edu.app.experiment import Result
+from klq_edu.worlds.world import SAMPLE
+
+PROMPTS = ["the cat sat on the mat", "one two three four"]
+
+
+def samples(completions, reward, judged, length):
+    table = {"prompt": PROMPTS * 2, "completion": completions, "reward": reward, "kl": 0.0, "length": length}
+    return pd.DataFrame(table | {"ended": True, "judge": judged})
+
+
+def result(name, seed, after):
+    before = samples(["a", "b", "c", "d"], [0.0, 1.0, 0.0, 1.0], [0.0] * 4, [1, 1, 1, 1])
+    settings = {"algorithm": name, "whiten": False, "tau": 0.1, "seed": seed}
+    return Result(settings, [{"attained": 1.0}], before, after)
+
+
+KLQ = samples(["the cat sat on", "b", "c", "one two three x"], [1.0, 1.0, 0.0, 4.0], [1, -2, 0, 1], [4, 1, 1, 4])
+PPO = samples(["a", "b", "c c", "d"], [1.0, 0.0, 2.0, 1.0], [0, 0, 0, 0], [1, 1, 2, 1])
+RESULTS = [result("klq", 0, KLQ), result("ppo_clip", 0, PPO)]
+
+
+def row(table, a, b, judge):
+    return table[(table["a"] == a) & (table["b"] == b) & (table["judge"] == judge)].iloc[0]
+
+
+def test_verdicts_average_over_a_prompts_samples_and_pair_them():
+    table = comparison.verdicts(RESULTS)
+    assert len(table) == 2 * 3  # reward and judge; KLQ, PPO-clip against the reference, KLQ against PPO-clip
+    # rewards per sample KLQ 1 1 0 4, reference 0 1 0 1: of the cat's samples 1 and ½ are won, of the numbers' ½ and 1
+    first = row(table, "KLQ", "reference", "reward")
+    assert first["rate"] == pytest.approx((1 + 0.5 + 0.5 + 1) / 4) and first["gain"] == pytest.approx(
+        (1 + 0 + 0 + 3) / 4
+    )
+    assert first["n"] == 2 and first["seeds"] == 1
+    assert first["gain_low"] == pytest.approx(0.5) and first["gain_high"] == pytest.approx(
+        1.5
+    )  # the prompts' own means
+    rival = row(table, "KLQ", "PPO-clip", "reward")
+    assert rival["rate"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and rival["gain"] == pytest.approx((0 + 1 - 2 + 3) / 4)
+
+
+def test_seeds_are_paired_with_themselves_and_missing_ones_left_out():
+    swapped = [result("klq", 1, PPO), result("ppo_clip", 1, KLQ), result("klq", 2, KLQ)]
+    rival = row(comparison.verdicts(RESULTS + swapped), "KLQ", "PPO-clip", "reward")
+    assert rival["seeds"] == 2 and rival["rate"] == pytest.approx(0.5) and rival["gain"] == pytest.approx(0)
+    assert rival["gain_low"] < 0 < rival["gain_high"]
+    alone = row(comparison.verdicts(RESULTS + swapped), "KLQ", "reference", "reward")
+    assert alone["seeds"] == 3
+
+
+def test_leanings_are_shares_of_the_pairs_that_differ():
+    table = comparison.leanings(RESULTS).set_index("judge")
+    # Longer than their rival: KLQ's samples 0 and 3 (against the reference and PPO-clip), PPO-clip's sample 2 (against
+    # the reference, and against KLQ, which is the shorter). By reward the longer one wins +1 +1, ½ +1 (ties ½), +1, +1.
+    assert table.loc["reward", "longer"] == pytest.approx((1 + 1 + 1 + 0.5 + 1 + 1) / 6)
+    assert table.loc["judge", "longer"] == pytest.approx((1 + 1 + 1 + 1 + 0.5 + 0.5) / 6)
+    # Word triples of the prompt: only KLQ's samples 0 and 3 have any.
+    assert table.loc["reward", "copied"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    same = [result("klq", 0, RESULTS[0].before)]
+    assert np.isnan(comparison.leanings(same).set_index("judge").loc["reward", "copied"])
+
+
+def test_beside_the_verdicts_stands_what_has_to_be_known_of_each_judge():
+    kinds, loses = [SAMPLE] * 2 + ["echo"] * 2, [0.75, 0.5, 1.0, 1.0]
+    trials = pd.DataFrame({"judge": ["reward model", "judge"] * 2, "kind": kinds, "loses": loses})
+    rows = report.leanings(SimpleNamespace(tables={"trials": trials}), RESULTS).set_index("pair")
+    assert rows.loc["trials: a reference text against a sample"].tolist() == ["0.75", "0.50"]
+    assert rows.loc["leaning to the longer one"].tolist() == ["0.92", "0.83"]
+    assert rows.loc["leaning to the more copied one"].tolist() == ["0.88", "1.00"]
