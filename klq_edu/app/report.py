@@ -16,6 +16,7 @@ from klq_edu import figures
 from klq_edu.app import comparison
 from klq_edu.app.experiment import SAMPLES_FILE, Result, run_experiment, summarise_results
 from klq_edu.figures import STYLES, Picture
+from klq_edu.files import write_provenance
 from klq_edu.machine import facts
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.judge import bootstrap_interval
@@ -166,22 +167,22 @@ def pictures(world: World, results: list[Result], rates: pd.DataFrame | None) ->
 
 def write_report(path: Path, world: World, results: list[Result]) -> Path:
     """Write the self-contained report page (no scripts, no links to other hosts) and return its path; its figures
-    (SVG) and its table of numbers (results.csv, one row per run) go beside it."""
-    folder, shown = path.parent / "figures", []
+    (SVG), its numbers (results.csv, one row per run, and a file per table) and where they come from go beside it."""
+    folder, shown, first = path.parent / "figures", [], results[0].settings
     folder.mkdir(exist_ok=True)
     rates = comparison.verdicts(results) if world.judges else None
     for name, title, picture in pictures(world, results, rates):
         svg = folder / f"{name}.svg"
         picture.figure.savefig(svg, metadata={"Date": None})
         shown.append((title, base64.b64encode(svg.read_bytes()).decode(), picture))
-    summarise_results(results).to_csv(path.parent / "results.csv", index=False)
-    for name, made in (world.tables | {"win_rates": rates}).items():
-        if made is not None:
-            made.to_csv(path.parent / f"{name}.csv", index=False)
+    judged = {} if rates is None else {"win_rates": rates, "leanings": comparison.leanings(results)}
+    for name, made in ({"results": summarise_results(results)} | world.tables | judged).items():
+        made.to_csv(path.parent / f"{name}.csv", index=False)
+    write_provenance(path.parent / "results.csv", first["device"], **{"settings of the first run": first})
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), road=road(world, results, rates), machine=facts(results[0].settings["device"]),
+        samples=samples_table(results), road=road(world, results, rates), machine=facts(first["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
