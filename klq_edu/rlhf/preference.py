@@ -17,6 +17,7 @@ from klq_edu.rlhf.reading import Reader
 
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
 SIDES = ("chosen", "rejected")
+PLAIN = 3  # features of a completion beside its hidden states
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -57,14 +58,16 @@ def preference_pairs(
 class RewardModel(nn.Module):
     """A linear head on what a frozen language model makes of a completion: a reward callable like any other.
 
-    The features are the means over the completion's tokens of the hidden states after `layers`, side by side,
-    standardised; the head has no bias, since preferences do not say where zero is.
+    The features are the means over the completion's tokens of the hidden states after `layers`, side by side, and three
+    plain ones that means do not show: log-probability per token, length and its square. All are standardised, the plain
+    ones to √(layers · d), so that a ridge holds them together no more than one hidden feature. The head has no bias,
+    since preferences do not say where zero is.
     """
 
     def __init__(self, reader: Reader, layers: Sequence[int]):
         super().__init__()
         self.reader, self.layers = reader, tuple(layers)
-        self.head = nn.Linear(len(self.layers) * reader.width, 1, bias=False)
+        self.head = nn.Linear(len(self.layers) * reader.width + PLAIN, 1, bias=False)
         self.register_buffer("mean", torch.zeros(self.head.in_features))
         self.register_buffer("std", torch.ones(self.head.in_features))
 
@@ -74,8 +77,13 @@ class RewardModel(nn.Module):
         return f"RewardModel {fingerprint([self.layers, self.state_dict(), self.reader.identity])}"
 
     def features(self, prompts: list[str], completions: list[str]) -> Tensor:
-        """Standardised features [N, layers · d]."""
-        return (self.reader(prompts, completions, self.layers).means - self.mean) / self.std
+        """Standardised features [N, layers · d + 3]."""
+        return (self.raw(prompts, completions) - self.mean) / self.std
+
+    def raw(self, prompts: list[str], completions: list[str]) -> Tensor:
+        """The same as they are read."""
+        logprob, length, means = self.reader(prompts, completions, self.layers)
+        return torch.cat([means, torch.stack([logprob, length, length.square()], dim=1)], dim=1)
 
     def forward(self, prompts: list[str], completions: list[str]) -> list[float]:
         """The scores of these completions."""
@@ -88,10 +96,10 @@ class RewardModel(nn.Module):
 
     def fit(self, pairs: Dataset, *, ridge: float, steps: int = 200) -> list[float]:
         """Minimise `bradley_terry_loss` + ridge/2 |w|² over the head by L-BFGS; returns the loss of each evaluation."""
-        texts = {name: self.reader(pairs["prompt"][:], pairs[name][:], self.layers).means for name in SIDES}
-        both = torch.cat(list(texts.values()))
-        self.mean, self.std = both.mean(0), both.std(0).clamp(min=1e-6)
-        chosen, rejected = ((x - self.mean) / self.std for x in texts.values())
+        texts = [self.raw(pairs["prompt"][:], pairs[name][:]) for name in SIDES]
+        self.mean, self.std = torch.cat(texts).mean(0), torch.cat(texts).std(0).clamp(min=1e-6)
+        self.std[-PLAIN:] /= (len(self.std) - PLAIN) ** 0.5
+        chosen, rejected = ((x - self.mean) / self.std for x in texts)
         optimizer, losses = torch.optim.LBFGS(self.head.parameters(), max_iter=steps, line_search_fn="strong_wolfe"), []
         nn.init.zeros_(self.head.weight)
 

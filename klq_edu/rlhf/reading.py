@@ -21,6 +21,7 @@ class Reading(NamedTuple):
     """What a model made of N completions."""
 
     logprob: Tensor  # [N] mean log-probability per token, in nats
+    length: Tensor  # [N] tokens
     means: Tensor  # [N, layers · d] hidden states after the layers asked for, means over the completion's tokens
 
 
@@ -41,7 +42,7 @@ class Reader:
     ):  # fmt: skip
         self.progress = progress
         self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
-        self.known: dict[tuple, tuple[Tensor, Tensor]] = {}  # (prompt, completion, layers) -> its row of a Reading
+        self.known: dict[tuple, tuple[Tensor, ...]] = {}  # (prompt, completion, layers) -> its row of a Reading
         self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
 
     @cached_property
@@ -85,4 +86,5 @@ class Reader:
         counts = spoken.sum(1, keepdim=True)
         means = [(out.hidden_states[k].float() * spoken.unsqueeze(2)).sum(1) / counts for k in layers]
         means = torch.cat(means, dim=1) if means else counts.new_zeros((len(front), 0))
-        return Reading((stats.logprob.sum(1) / counts.squeeze(1)).cpu(), means.cpu())
+        length = counts.squeeze(1)
+        return Reading((stats.logprob.sum(1) / length).cpu(), length.float().cpu(), means.cpu())

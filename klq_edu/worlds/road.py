@@ -38,7 +38,7 @@ from klq_edu.worlds.world import SAMPLE, World
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 SFT = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
 PAIRS = {"scale": 1.5, "seed": 1}  # scale: a label's odds are exp(scale · difference of golds in standard deviations)
-REWARD = {"layers": [12, 20, 30], "ridge": 0.1}
+REWARD = {"layers": [12, 20, 30], "ridge": 3.0}
 UNSEEN = 5  # every fifth prompt's pairs are for testing the reward model
 TEST_PROMPTS = 128  # of the 256 held-out ones, for the demo
 HACKED = 48  # training prompts on which gold and judges are tried
@@ -167,7 +167,8 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        made = self.stage("reward", REWARD | {"unseen": UNSEEN, "pairs": contents(self.pairs)}, make)
+        about = {"unseen": UNSEEN, "pairs": contents(self.pairs), "model": fingerprint(RewardModel)}
+        made = self.stage("reward", REWARD | about, make)
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model
 

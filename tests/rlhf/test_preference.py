@@ -106,6 +106,18 @@ def collect_policy(lm):
     return ActorCritic(lm, trainable_blocks=1)
 
 
+def test_a_reward_model_learns_what_length_is_liked_whatever_the_ridge_on_hidden_states(tiny_lm, tokenizer):
+    """Three words are better than one or five: no mean over tokens shows it, nor does any line in length."""
+    liked = lambda prompts, texts: [-abs(len(t.split()) - 3.0) for t in texts]  # noqa: E731
+    texts = [[" ".join([f"w{2 + (i + k) % 9}"] * n) for k, n in enumerate((1, 3, 5))] for i in range(len(PROMPTS))]
+    known, unseen = split(preference_pairs(PROMPTS, texts, [liked([], t) for t in texts], scale=3.0))
+    model = RewardModel(Reader(tiny_lm(), tokenizer), layers=(1, 3))
+    model.fit(known, ridge=3.0)
+    sure = unseen.filter(lambda row: row["margin"] > 0)
+    pairs = sure.filter(lambda row: len(row["chosen"].split()) == 3)
+    assert len(pairs) > 10 and sum(m > 0 for m in margins(model, pairs)) / len(pairs) > 0.95
+
+
 def test_the_fit_is_the_minimum_of_the_penalised_likelihood(tiny_lm, tokenizer, pairs):
     model = RewardModel(Reader(tiny_lm(), tokenizer), layers=(2,))
     model.fit(pairs, ridge=0.1)
@@ -126,7 +138,7 @@ def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
         out = alone(torch.tensor([front + back]), output_hidden_states=True)
         logp = out.logits[0].log_softmax(-1)[len(front) - 1 : -1].gather(1, torch.tensor([back]).T).mean()
         means = torch.cat([out.hidden_states[k][0, len(front) :].mean(0) for k in (1, 2)])
-        assert found.logprob[i].item() == pytest.approx(logp.item(), rel=1e-4)
+        assert found.logprob[i].item() == pytest.approx(logp.item(), rel=1e-4) and found.length[i] == len(back)
         torch.testing.assert_close(found.means[i].double(), means, rtol=1e-3, atol=1e-4)
 
 
