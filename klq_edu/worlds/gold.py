@@ -67,7 +67,7 @@ def hacks(sources: list[str], references: list[str], lead: str = "") -> dict[str
         return " ".join(text.split()[: len(reference.split())])
 
     def keywords(text: str, reference: str) -> str:
-        longest = sorted(set(words_of(text)), key=len)[-len(reference.split()) :]
+        longest = sorted(sorted(set(words_of(text))), key=len)[-len(reference.split()) :]
         return ", ".join(random.Random(text).sample(longest, len(longest))) + "."
 
     return {
