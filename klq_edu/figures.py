@@ -161,7 +161,7 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     axis.legend(title="judge", loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges), frameon=False)
     caption = (
         "How often completions of the first beat those of the second after the same held-out prompt, with 95 % "
-        "intervals. An interval that holds ½ shows no difference."
+        "intervals (of one seed: over prompts only). An interval that holds ½ shows no difference."
     )
     return Picture(figure, caption, f"Win-rates with intervals before {', '.join(judges)}.")
 

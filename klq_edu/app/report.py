@@ -26,10 +26,13 @@ from klq_edu.worlds.registry import WORLDS, variant_of
 from klq_edu.worlds.world import SAMPLE, World
 
 PROMPTS_SHOWN = 3
-WHO = (
-    "The reward is what was maximised. Where there is a gold, it labelled the pairs that the reward was learnt from; "
-    "SmolLM2 is the frozen base model, with which gold and reward model read too. MiniLM and TextBlob had no part."
-)
+WHO = {  # what has to be said of a judge
+    "reward": "the reward is what was maximised",
+    "gold": "the gold labelled the pairs that the reward was learnt from",
+    "SmolLM2": "SmolLM2 is the frozen base model, with which gold and reward model read too",
+    "MiniLM": "MiniLM had no part in anything",
+    "TextBlob": "TextBlob had no part in anything",
+}
 LEANINGS = {"longer": "longer", "more copied": "copied"}  # as read -> column of `comparison.leanings`
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
     "reward*": ("reward",),
@@ -199,7 +202,10 @@ def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> lis
     if "loss" in made:
         losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
         losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
-        remark = "Loss of the reference completions in nats per token; those held out are never trained on."
+        remark = (
+            "Loss of the reference completions in nats per token; those held out are never trained on, and are the "
+            "{held_out_texts} of {of} that the policy's vocabulary can write."
+        ).format(**made["loss"].iloc[0])
         shown.append(("Fine-tuning", remark, losses))
     if "held_out_pairs" in made:
         remark = "The reward model on pairs of prompts that it was not fitted to; the interval is over prompts."
@@ -212,11 +218,26 @@ def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> lis
         shown.append(("What gold, judges and reward model say of hacks", remark, table))
     if rates is not None:
         wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
-        remark = "Share of held-out prompts where the first is better, ties counting half, with 95 % intervals. " + WHO
+        remark = (
+            "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
+        )
+        remark += f"numbers. {spread_of(rates)} {judged_by(rates)}"
         shown.append(("Win-rates", remark, pd.concat([wins, leanings(world, results)])))
-        remark = "Mean score of the first minus that of the second, in each judge's own unit, with 95 % intervals."
+        remark = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
         shown.append(("Differences in score", remark, gains))
     return shown
+
+
+def spread_of(rates: pd.DataFrame) -> str:
+    """What the intervals of verdicts are about."""
+    one = "95 % intervals are over prompts: they are about these policies, not about the algorithms."
+    return one if rates["seeds"].max() == 1 else "95 % intervals are over seeds of training and prompts."
+
+
+def judged_by(rates: pd.DataFrame) -> str:
+    """Who the judges are, in a sentence."""
+    said = "; ".join(WHO[name] for name in rates["judge"].unique() if name in WHO)
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -225,8 +246,9 @@ def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
     low, high = bootstrap_interval(agrees)
     row = {"pairs": len(pairs), "prompts": len(agrees), "agrees with labels": f"{agrees.mean():.2f}"}
     row |= {"95 % interval": f"[{low:.2f}, {high:.2f}]"}
-    row |= {"with the gold": f"{((pairs['proxy'] > 0) == (pairs['gold'] > 0)).mean():.2f}"}
-    return pd.DataFrame([row | {"labels with the gold": f"{(pairs['gold'] > 0).mean():.2f}"}])
+    told = pairs[pairs["gold"] != 0]  # the gold has no opinion of the others
+    row |= {"with the gold": f"{((told['proxy'] > 0) == (told['gold'] > 0)).mean():.2f}"}
+    return pd.DataFrame([row | {"labels with the gold": f"{(told['gold'] > 0).mean():.2f}"}])
 
 
 def by_judge(rates: pd.DataFrame, middle: str, low: str, high: str) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Reading given texts with a frozen language model: how probable each completion is, and what its layers make of it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,8 +14,6 @@ from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.policy import context
 from klq_edu.rlhf.rollout import tokenise
 from klq_kernels import linear_token_stats
-
-REMEMBERED = 10_000  # readings
 
 
 class Reading(NamedTuple):
@@ -42,7 +41,9 @@ class Reader:
     ):  # fmt: skip
         self.progress = progress
         self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
-        self.known: dict[tuple, tuple[Tensor, ...]] = {}  # (prompt, completion, layers) -> its row of a Reading
+        self.known: dict[tuple, tuple[Tensor, ...]] | None = (
+            None  # (prompt, completion, layers) -> its row of a Reading
+        )
         self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
 
     @cached_property
@@ -50,14 +51,23 @@ class Reader:
         """The model in digits, wherever it was loaded from."""
         return f"{type(self.lm).__name__} {fingerprint(self.lm.state_dict())}"
 
+    @contextmanager
+    def remembering(self):
+        """Within this context nothing is read twice. Elsewhere a text is read on every call: what it is read beside
+        decides about its last digits, so numbers would depend on what the process has read before."""
+        self.known = {}
+        try:
+            yield
+        finally:
+            self.known = None
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], layers: Sequence[int] = ()) -> Reading:
-        """Read them all, each once; the latest are remembered. An empty completion is read as an end of text: there is
-        nothing else to read. ValueError for a prompt without tokens, and for more than the model's context."""
+        """Read them all, each once. An empty completion is read as an end of text: there is nothing else to read.
+        ValueError for a prompt without tokens, and for more than the model's context."""
         keys = [(*pair, tuple(layers)) for pair in zip(prompts, completions, strict=True)]
-        new = [key for key in dict.fromkeys(keys) if key not in self.known]
-        if len(self.known) + len(new) > REMEMBERED:
-            self.known, new = {}, list(dict.fromkeys(keys))
+        known = {} if self.known is None else self.known
+        new = [key for key in dict.fromkeys(keys) if key not in known]
         front = tokenise(self.tokenizer, [prompt for prompt, *_ in new]) if new else []
         back = self.tokenizer([text for _, text, _ in new], add_special_tokens=False)["input_ids"] if new else []
         back = [row or [self.tokenizer.eos_token_id] for row in back]
@@ -68,8 +78,8 @@ class Reader:
         order = sorted(range(len(new)), key=lambda i: len(front[i]) + len(back[i]))
         for part in self.progress([order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]):
             found = self._read([front[i] for i in part], [back[i] for i in part], layers)
-            self.known |= {new[i]: row for i, row in zip(part, zip(*found), strict=True)}
-        return Reading(*map(torch.stack, zip(*(self.known[key] for key in keys), strict=True)))
+            known |= {new[i]: row for i, row in zip(part, zip(*found), strict=True)}
+        return Reading(*map(torch.stack, zip(*(known[key] for key in keys), strict=True)))
 
     def _read(self, front: list[list[int]], back: list[list[int]], layers: Sequence[int]) -> Reading:
         """One batch, padded on the right: of row b the completion's tokens are at len(front[b]) and after."""

@@ -74,8 +74,9 @@ class ClassifierReward:
 
     @property
     def identity(self) -> str:
-        """What a run on this reward records: the model in digits."""
-        return f"{type(self.model).__name__} {fingerprint(self.model.state_dict())}"
+        """What a run on this reward records: the model, how it is asked and what is subtracted, in digits."""
+        parts = [self.model.state_dict(), self.template, self.missing_eos_penalty, self.tokenizer]
+        return f"{type(self.model).__name__} {fingerprint(parts)}"
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], ended=None, **columns) -> list[float]:

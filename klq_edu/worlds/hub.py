@@ -72,6 +72,7 @@ def single_turn(row: dict) -> str | None:
 
 
 FORMATS: dict[str, Callable[[dict], str | None]] = {"prompt": as_prompt, "single_turn": single_turn}
+COLUMNS = {"prompt": "prompt", "single_turn": "chosen"}  # that a format reads
 
 
 def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
@@ -89,8 +90,9 @@ def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
     if missing := {"train", "test"} - set(splits):
         raise ValueError(f"data must have the splits train and test, {recipe.data} lacks {', '.join(sorted(missing))}")
     test = prompts_of(splits["test"], recipe, tokenizer)
+    name = f"{Path(recipe.model).name} on {Path(recipe.data).name}"
     return World(
-        Path(recipe.data).name, f"{recipe.model} on {recipe.data}, rewarded by {recipe.reward_model}.",
+        name, f"{recipe.model} on {recipe.data}, rewarded by {recipe.reward_model}.",
         prompts_of(splits["train"], recipe, tokenizer), test.select(range(min(recipe.test_prompts, len(test)))),
         tokenizer, reward, lambda config: policy_of(recipe, config), samples_per_prompt=1,
     )  # fmt: skip
@@ -98,6 +100,8 @@ def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
 
 def prompts_of(rows: Dataset, recipe: Recipe, tokenizer) -> Dataset:
     """A column "prompt" with all of them that have the format and are short enough; ValueError if none is."""
+    if (column := COLUMNS[recipe.format]) not in rows.column_names:
+        raise ValueError(f"data {recipe.data} must have the column {column!r}, has {', '.join(rows.column_names)}")
     found = [p for p in map(FORMATS[recipe.format], rows) if p]
     lengths = map(len, tokenise(tokenizer, found) if found else [])
     kept = [p for p, n in zip(found, lengths) if n <= recipe.max_prompt_tokens]

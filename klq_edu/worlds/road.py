@@ -41,7 +41,7 @@ PAIRS = {"scale": 1.5, "seed": 1}  # scale: a label's odds are exp(scale · diff
 REWARD = {"layers": [12, 20, 30], "ridge": 3.0}
 UNSEEN = 5  # every fifth prompt's pairs are for testing the reward model
 TEST_PROMPTS = 128  # of the 256 held-out ones, for the demo
-HACKED = 48  # training prompts on which gold and judges are tried
+HACKED = 48  # training prompts, unseen by the reward model, on which gold and judges are tried
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,22 @@ class Road:
             return self.base
 
         def make(folder: Path) -> None:
-            policy, vocab = self.policy(self.base), set(self.vocab.tolist())
+            policy = self.policy(self.base)
             policy.dtype = self.reader.dtype
-            held_out = self.test.filter(lambda row: vocab.issuperset(self.ids(row["completion"])))
             with Progress() as bar:
                 task = bar.add_task("fine-tuning")
-                rows = finetune(policy, self.tokenizer, self.train, held_out, **SFT,
+                rows = finetune(policy, self.tokenizer, self.train, self.writable(), **SFT,
                                 on_step=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
             pd.DataFrame(rows).to_csv(folder / "loss.csv", index=False)
             policy.lm.to(torch.bfloat16).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
         return self.stage("sft", SFT, make)
+
+    def writable(self) -> Dataset:
+        """The held-out rows whose references the policy's vocabulary can write."""
+        vocab = set(self.vocab.tolist())
+        return self.test.filter(lambda row: vocab.issuperset(self.ids(row["completion"])))
 
     @cached_property
     def pairs(self) -> Path:
@@ -155,6 +159,10 @@ class Road:
         model = RewardModel(self.reader, REWARD["layers"])
 
         def make(folder: Path) -> None:
+            with self.reader.remembering():
+                learn(folder)
+
+        def learn(folder: Path) -> None:
             pairs, samples = (Dataset.from_json(str(self.pairs / f"{name}.jsonl")) for name in ("pairs", "samples"))
             unseen = set(self.train["prompt"][::UNSEEN])
             print(f"fitting the reward model to pairs of {len(self.train) - len(unseen)} prompts", flush=True)
@@ -199,7 +207,8 @@ class Road:
                     rows.append({"judge": name, "kind": kind, "score": sum(found) / len(found), "loses": loses})
             pd.DataFrame(rows).to_csv(folder / "trials.csv", index=False)
 
-        data, judges = self.train.select(range(HACKED)), self.judges()
+        judges, unseen = self.judges(), range(0, len(self.train), UNSEEN)
+        data = self.train.select(unseen[:HACKED])
         hacks = self.task.hacks(data)
         inputs = {f"judge {name}": reward_identity(judge) for name, judge in judges.items()}
         inputs |= {"hacks": fingerprint(hacks), "reward": contents(self.made["reward"])}
@@ -221,7 +230,8 @@ class Road:
         reward = self.reward
         tables = {name: pd.read_csv(self.made["reward"] / f"{name}.csv") for name in ("held_out_pairs", "samples")}
         if self.sft != self.base:
-            tables["loss"] = pd.read_csv(self.sft / "loss.csv")
+            counts = {"held_out_texts": len(self.writable()), "of": len(self.test)}
+            tables["loss"] = pd.read_csv(self.sft / "loss.csv").assign(**counts)
         if self.task.hacks:
             tables["trials"] = self.trials()
         seconds = {name: read_json(folder / MANIFEST)["seconds"] for name, folder in self.made.items()}

@@ -142,19 +142,22 @@ def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
         torch.testing.assert_close(found.means[i].double(), means, rtol=1e-3, atol=1e-4)
 
 
-def test_a_reader_reads_nothing_twice_and_forgets_in_time(tiny_lm, tokenizer, monkeypatch):
+def test_what_a_reader_says_does_not_depend_on_what_it_has_read(tiny_lm, tokenizer, monkeypatch):
     reader, read = Reader(tiny_lm(), tokenizer), []
     inner = reader._read
     monkeypatch.setattr(reader, "_read", lambda front, *rest: read.append(len(front)) or inner(front, *rest))
     prompts, texts = ["w2", "w3", "w2"], ["w4", "w5", "w4"]
     first = reader(prompts, texts, layers=(1,))
-    again = reader(prompts[::-1], texts[::-1], layers=(1,))
-    assert read == [2] and torch.equal(first.means, again.means.flip(0)) and torch.equal(first.means[0], first.means[2])
-    assert reader(prompts, texts, layers=(2,)).means.ne(first.means).any() and read == [2, 2]
-    monkeypatch.setattr("klq_edu.rlhf.reading.REMEMBERED", 4)
-    reader(["w2", "w6"], ["w4", "w7"], layers=(1,))
-    torch.testing.assert_close(reader(prompts, texts, layers=(1,)).means, first.means)
-    assert read == [2, 2, 2, 1] and len(reader.known) == 3
+    assert read == [2] and torch.equal(first.means[0], first.means[2])
+    reader(prompts, texts, layers=(1,))
+    assert read == [2, 2]  # the same batches again
+    with reader.remembering():
+        reader(prompts, texts, layers=(1,))
+        again = reader(prompts[::-1], texts[::-1], layers=(1,))
+        assert read == [2, 2, 2] and torch.equal(first.means, again.means.flip(0))
+        assert reader(prompts, texts, layers=(2,)).means.ne(first.means).any() and read == [2, 2, 2, 2]
+    reader(prompts, texts, layers=(1,))
+    assert len(read) == 5
 
 
 def test_texts_that_can_not_be_read_are_named(tiny_lm, tokenizer):

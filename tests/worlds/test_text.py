@@ -65,7 +65,8 @@ class Indifferent:
     identity = "indifferent"
 
     def __call__(self, prompts, completions):
-        return Reading(torch.full((len(completions),), -3.0), torch.zeros(len(completions), 0))
+        n = len(completions)
+        return Reading(torch.full((n,), -3.0), torch.ones(n), torch.zeros(n, 0))
 
 
 class Plain:
@@ -173,7 +174,7 @@ def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(sta
         (lambda patch: patch.setattr(text.Gold, "penalty", lambda *_: 0.1), {"pairs", "reward", "trials"}),
         (lambda patch: patch.setattr(road, "UNSEEN", 4), {"reward", "trials"}),
         (lambda patch: patch.setattr(text, "judges", lambda reader: {"length": longer}), {"trials"}),
-        (lambda patch: patch.setattr(road, "HACKED", 5), {"trials"}),
+        (lambda patch: patch.setattr(road, "HACKED", 2), {"trials"}),
         (lambda patch: None, set()),
     ],
     ids=["blocks", "vocabulary", "seed", "noise", "gold", "held out", "judges", "hacks", "nothing"],
