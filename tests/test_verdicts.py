@@ -77,3 +77,11 @@ def test_beside_the_verdicts_stands_what_has_to_be_known_of_each_judge():
     assert rows.loc["trials: a reference text against a sample"].tolist() == ["0.75", "0.50"]
     assert rows.loc["leaning to the longer one"].tolist() == ["0.92", "0.83"]
     assert rows.loc["leaning to the more copied one"].tolist() == ["0.88", "1.00"]
+
+
+def test_where_the_gold_has_no_opinion_nobody_can_agree_with_it():
+    pairs = pd.DataFrame({"prompt": list("aabb"), "gold": [0.0, 1.0, -1.0, 0.0], "proxy": [-1.0, 2.0, -2.0, 3.0]})
+    row = report.agreement(pairs).iloc[0]
+    assert (
+        row["with the gold"] == "1.00" and row["labels with the gold"] == "0.50" and row["agrees with labels"] == "0.50"
+    )

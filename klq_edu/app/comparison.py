@@ -4,6 +4,7 @@ from itertools import product
 from operator import sub
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from klq_edu.figures import STYLES
@@ -104,7 +105,7 @@ def verdicts(results: list) -> pd.DataFrame:
             [change(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables] for change in (preferred, sub)
         )
         about = {"a": STYLES[name]["label"], "b": "reference" if rival is None else STYLES[rival]["label"]}
-        about |= {"judge": judge} | dict(zip(("rate", "low", "high"), mean_interval(wins)))
+        about |= {"judge": judge} | dict(zip(("rate", "low", "high"), np.clip(mean_interval(wins), 0, 1)))
         about |= dict(zip(("gain", "gain_low", "gain_high"), mean_interval(gains)))
         rows.append(about | {"seeds": len(wins), "n": len(wins[0])})
     return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ import torch
 from klq_edu.files import read_json, write_json
 from klq_edu.machine import resolve_device, resolve_dtype, threads
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import identity, reward_identity
+from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
 from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
@@ -42,11 +42,13 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
 
     A finished folder is read, an interrupted one is continued from its last update, another is started. Raises
     ValueError where the folder is in use or holds a run on other prompts, for another reward or from another model.
+    Where test prompts or judges have changed, the policies are judged anew.
     """
     run = Run(folder, {"world": world.name, **config.to_dict()})
     with run.writing(), threads(world.threads):
         run.claim(identity(world.prompts, world.reward))
-        if result := read_result(run):
+        judged = judged_by(world)
+        if result := read_result(run, judged):
             run.say_finished(config.updates)
             return result
         policy = world.make_policy(config).to(resolve_device(config.device))
@@ -64,8 +66,9 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         )  # fmt: skip
         after = held_out_samples(world, policy, config)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
-        write_json(run.folder / SAMPLES_FILE, {"before": before.to_dict("records"), "after": after.to_dict("records")})
-        return read_result(run)
+        samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
+        write_json(run.folder / SAMPLES_FILE, {"judged": judged} | samples)
+        return read_result(run, judged)
 
 
 def trained_policy(world: World, config: TrainConfig, folder: Path) -> ActorCritic:
@@ -75,12 +78,21 @@ def trained_policy(world: World, config: TrainConfig, folder: Path) -> ActorCrit
     return policy
 
 
-def read_result(run: Run) -> Result | None:
-    """The result in a finished run's folder; None if the run is not finished."""
+def judged_by(world: World) -> str:
+    """A digest of the test prompts and of those who judge what is sampled after them."""
+    judges = {name: reward_identity(judge) for name, judge in world.judges.items()}
+    return fingerprint([world.test_prompts.to_dict(), world.samples_per_prompt, judges])
+
+
+def read_result(run: Run, judged: str) -> Result | None:
+    """The result in a finished run's folder; None if it is not finished or was not judged by these (`judged_by`)."""
     samples, rows = run.folder / SAMPLES_FILE, run.rows()
     if not samples.exists() or len(rows) < run.settings["updates"]:
         return None
-    return Result(run.settings, rows, **{name: pd.DataFrame(table) for name, table in read_json(samples).items()})
+    found = read_json(samples)
+    if found.pop("judged", None) != judged:
+        return None
+    return Result(run.settings, rows, **{name: pd.DataFrame(table) for name, table in found.items()})
 
 
 def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:

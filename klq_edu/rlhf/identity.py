@@ -125,8 +125,8 @@ def _function_parts(f: types.FunctionType) -> list:
     names = sorted(_names(f.__code__))
     used = {name: f.__globals__[name] for name in names if name in f.__globals__}
     for name, x in used.items():
-        if isinstance(x, types.FunctionType) and _installed(x):
-            used[name] = _name(x)
+        if isinstance(x, types.FunctionType) and (_installed(x) or x.__module__ == __name__):
+            used[name] = _name(x)  # this module's own functions know where Python is: that must not count
         elif isinstance(x, types.ModuleType) and not _installed(x):
             used[name] = {n: getattr(x, n) for n in names if hasattr(x, n)}
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]  # an empty cell has no contents

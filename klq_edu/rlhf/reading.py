@@ -48,8 +48,8 @@ class Reader:
 
     @cached_property
     def identity(self) -> str:
-        """The model in digits, wherever it was loaded from."""
-        return f"{type(self.lm).__name__} {fingerprint(self.lm.state_dict())}"
+        """The model and how it reads in digits, wherever it was loaded from."""
+        return f"{type(self.lm).__name__} {fingerprint([type(self), self.lm.state_dict()])}"
 
     @contextmanager
     def remembering(self):

@@ -24,7 +24,8 @@ class EmbeddingJudge:
 
     def __init__(self, folder: str | Path, batch_size: int = 64):
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        self.batch_size, self.identity = batch_size, f"EmbeddingJudge {fingerprint(self.model.state_dict())}"
+        self.batch_size = batch_size
+        self.identity = f"EmbeddingJudge {fingerprint([type(self), self.model.state_dict()])}"
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -47,7 +48,7 @@ class ReferenceJudge:
     completion tell of it?"""
 
     def __init__(self, reader: Reader):
-        self.reader, self.identity = reader, f"ReferenceJudge {reader.identity}"
+        self.reader, self.identity = reader, f"ReferenceJudge {fingerprint([type(self), reader.identity])}"
 
     def __call__(self, prompts, completions, reference: Sequence[str], **_) -> list[float]:
         """Mean log p(reference | completion) per token."""

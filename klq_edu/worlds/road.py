@@ -96,8 +96,8 @@ class Road:
 
     @cached_property
     def given(self) -> dict[str, str]:
-        """Digests of the data, the base model and the vocabulary, and what is trained in which precision."""
-        found = {"train": self.train.to_dict(), "test": self.test.to_dict(), "vocabulary": self.vocab}
+        """Digests of the prompts, the base model and the vocabulary, and what is trained in which precision."""
+        found = {"train": self.train.to_dict(), "vocabulary": self.vocab}
         found = {name: fingerprint(x) for name, x in found.items()} | {"base": self.reader.identity}
         return found | {"blocks": TRAINABLE_BLOCKS, "dtype": str(self.reader.dtype)}
 
@@ -124,7 +124,8 @@ class Road:
             policy.lm.to(torch.bfloat16).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-        return self.stage("sft", SFT, make)
+        about = {"test": fingerprint(self.test.to_dict()), "code": fingerprint(finetune)}
+        return self.stage("sft", SFT | about, make)
 
     def writable(self) -> Dataset:
         """The held-out rows whose references the policy's vocabulary can write."""
@@ -151,6 +152,7 @@ class Road:
         about = {name: getattr(self.settings, name) for name in ("max_new_tokens", "temperature")}
         before = {"sft": contents(self.sft)} if self.sft != self.base else {}
         about |= {"samples": self.task.samples, "gold": reward_identity(self.gold)}
+        about |= {"code": fingerprint(preference_pairs)}
         return self.stage("pairs", PAIRS | about | before, make)
 
     @cached_property

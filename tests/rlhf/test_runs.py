@@ -221,7 +221,8 @@ def test_raised_updates_cut_off_in_the_last_samples_are_not_finished(tmp_path, g
         patch.setattr(experiment, "held_out_samples", cut_off)
         patch.setattr(grammar, "reference_samples", {})
         run_experiment(grammar, replace(config, updates=2), tmp_path)
-    assert experiment.read_result(Run(tmp_path, {"world": "grammar", **replace(config, updates=2).to_dict()})) is None
+    run = Run(tmp_path, {"world": "grammar", **replace(config, updates=2).to_dict()})
+    assert experiment.read_result(run, experiment.judged_by(grammar)) is None
 
 
 def test_a_dropped_first_update_leaves_the_value_head_unset(tmp_path, go, tiny_lm):

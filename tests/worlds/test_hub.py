@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from klq_edu.app.demo import HubConfig, run_hub
+from klq_edu.rlhf.rewards import ClassifierReward
 from klq_edu.worlds.hub import RECIPES, load_recipe, read_recipe
 
 TRAIN = "{updates: 2, batch_size: 4, epochs: 1, max_new_tokens: 5, tau: 0.05, learning_rate: 1e-4, device: cpu}"
@@ -58,6 +59,9 @@ def test_a_recipe_trains_through_the_whole_path(form, parts, capsys):
         assert world.prompts["prompt"][0] == "\n\nHuman: w2 w3\n\nAssistant:"
     whole, cut = (world.reward(["w2"], ["w3"], ended=[e]) for e in (True, False))
     assert whole[0] - cut[0] == pytest.approx(100)
+    with pytest.raises(ValueError, match="holds other settings.*world"):  # a finished one, of another model
+        other = (parts / "policy").rename(parts / "other")
+        run_hub(HubConfig(str(recipe), model=str(other), reward_model=judge, algorithm="ppo_clip", out=out))
     samples = json.loads((out / "test_samples.json").read_text())["after"]
     assert all((row["reward"] < -50) is not row["ended"] for row in samples)
 
@@ -99,12 +103,25 @@ def test_a_reward_model_without_a_head_is_refused(parts):
         load_recipe(read_recipe(recipe))
 
 
+def test_a_reward_is_another_with_another_penalty_template_or_tokenizer(parts):
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    tokens = transformers.AutoTokenizer.from_pretrained
+    more = tokens(parts / "judge")
+    more.add_tokens(["w99"])
+    rewards = [ClassifierReward(load(parts / "judge"), tokens(parts / "judge"), **given)
+               for given in ({}, {}, {"missing_eos_penalty": 1.0}, {"template": "{}{}".format})]  # fmt: skip
+    rewards.append(ClassifierReward(load(parts / "judge"), more))
+    assert rewards[0].identity == rewards[1].identity and len({r.identity for r in rewards}) == 4
+
+
 def test_data_that_do_not_fit_are_explained(parts):
     recipe = parts / "recipe.yaml"
     about = f"model: {parts / 'policy'}\nreward_model: {parts / 'judge'}\ntrain: {TRAIN}\n"
     recipe.write_text(f"{about}data: {parts / 'prompt'}\nmax_prompt_tokens: 2\n")
     with pytest.raises(ValueError, match=r"at most 2 tokens, has none among 11 rows, 11 of them of the format"):
         load_recipe(read_recipe(recipe))
+    with pytest.raises(ValueError, match=r"must have the column 'chosen', has prompt, completion"):
+        load_recipe(read_recipe(recipe, format="single_turn"))
     (parts / "prompt" / "test.jsonl").unlink()
     with pytest.raises(ValueError, match="lacks test"):
         load_recipe(read_recipe(recipe))

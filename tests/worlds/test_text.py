@@ -173,7 +173,7 @@ def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(sta
         (lambda patch: patch.setitem(road.PAIRS, "scale", 9.0), {"pairs", "reward", "trials"}),
         (lambda patch: patch.setattr(text.Gold, "penalty", lambda *_: 0.1), {"pairs", "reward", "trials"}),
         (lambda patch: patch.setattr(road, "UNSEEN", 4), {"reward", "trials"}),
-        (lambda patch: patch.setattr(text, "judges", lambda reader: {"length": longer}), {"trials"}),
+        (lambda patch: patch.setattr(text, "judges", lambda reader: {"length": letters}), {"trials"}),
         (lambda patch: patch.setattr(road, "HACKED", 2), {"trials"}),
         (lambda patch: None, set()),
     ],
@@ -187,10 +187,6 @@ def test_what_a_stage_was_made_of_decides_whether_it_is_made_anew(change, stages
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny/")]
     assert {line.split(":")[0].removeprefix("tiny/") for line in said} == stages, said
     assert all("made of something else" in line for line in said)
-
-
-def longer(prompts, completions, **_):
-    return [len(c) for c in completions]
 
 
 def test_labels_are_as_noisy_as_stated(walk):
@@ -212,4 +208,21 @@ def test_training_on_the_road_uses_its_baselines(walk, tmp_path):
     assert first["rollouts"] == 8  # none for the means
     table = comparison.verdicts(results)
     assert list(table["judge"]) == ["reward", "gold", "SmolLM2"] and (table["b"] == "reference").all()
+    assert read_again(world, config, tmp_path / "klq").after.equals(results[0].after)
+    world.judges = {"letters": letters}  # the same policy before another judge
+    again = run_experiment(world, config, tmp_path / "klq")
+    assert "letters" in again.after and "gold" not in again.after
+    assert again.after["completion"].equals(results[0].after["completion"]) and again.rows == results[0].rows
     assert table["rate"].between(0, 1).all() and (table["low"] <= table["rate"]).all() and (table["n"] == 4).all()
+
+
+def letters(prompts, completions, **_):
+    return [len(c) for c in completions]
+
+
+def read_again(world, config, folder):
+    """What is known of a finished run without running anything."""
+    from klq_edu.app import experiment
+    from klq_edu.rlhf.runs import Run
+
+    return experiment.read_result(Run(folder, {"world": world.name, **config.to_dict()}), experiment.judged_by(world))
