@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from klq_edu.app.demo import run_demo, run_hub, run_train
 from klq_edu.app.doctor import run_doctor
 from klq_edu.app.inspection import run_inspect
+from klq_edu.app.judging import run_judge
 from klq_edu.app.sweep import run_sweep
 from klq_edu.bench.config import BenchConfig
 
@@ -43,8 +44,8 @@ def course(
 
 
 COMMANDS = {
-    "demo": run_demo, "train": run_train, "hub": run_hub, "sweep": run_sweep, "inspect": run_inspect, "bench": bench,
-    "course": course, "doctor": run_doctor,
+    "demo": run_demo, "train": run_train, "hub": run_hub, "judge": run_judge, "sweep": run_sweep,
+    "inspect": run_inspect, "bench": bench, "course": course, "doctor": run_doctor,
 }  # fmt: skip
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from klq_edu.rlhf import judge as judge_module
+from klq_edu.rlhf.endpoint import endpoint_judge
 from klq_edu.rlhf.judge import (
     WinRate,
     bootstrap_interval,
     by_score,
-    endpoint_judge,
     win_rate,
     win_rate_of_seeds,
 )
@@ -193,3 +193,31 @@ def test_a_language_model_behind_an_endpoint_judges(url):
         judge(["p"], ["what?"], ["b"])
     with pytest.raises(OSError):
         endpoint_judge("http://127.0.0.1:9/v1", "m")(["p"], ["a"], ["b"])
+
+
+def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypatch, capsys):
+    """Two prompts with two completions each: intervals are over prompts."""
+    from klq_edu.app.judging import JudgeConfig, run_judge
+
+    def save(name, **texts):
+        tables = {when: [{"prompt": "pq"[i // 2], "completion": t, "length": len(t)} for i, t in enumerate(found)]
+                  for when, found in texts.items()}  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test_samples.json").write_text(json.dumps(tables))
+
+    save("klq", before=["a", "bb", "c", "d"], after=["aaa", "bbb", "c", "ddd"])
+    save("ppo", before=["a", "bb", "c", "d"], after=["aaaa", "b", "cc", "ddd"])
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    run_judge(JudgeConfig(tmp_path / "klq", "some-model", url=url))
+    said = capsys.readouterr().out
+    assert "win-rate 0.875 [0.750, 1.000] (95 %, over 2 prompts)" in said and "wins 3, ties 1, losses 0" in said
+    assert "the longer in 1.00" in said and Endpoint.heard[-1][1] == "Bearer secret"
+    run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=tmp_path / "ppo", url=url))
+    assert "klq against ppo, before some-model:\nwin-rate 0.375" in capsys.readouterr().out
+    save("other", before=["a"], after=["a"])
+    for rival, message in (
+        (tmp_path / "other", "same held-out prompts"),
+        (tmp_path / "nowhere", "has no test_samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=rival, url=url))
