@@ -1,12 +1,15 @@
 """What the README shows works as it stands, and it names the two commands."""
 
+import json
 import re
 from pathlib import Path
 
 import pandas as pd
 
 import klq_edu
-from klq_edu.app.comparison import algorithms, power, schedules
+from klq_edu.app.comparison import algorithms, power, schedules, table
+from klq_edu.app.report import agreement, by_judge
+from klq_edu.worlds.registry import WORLDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,13 +53,14 @@ def test_every_figure_and_table_of_results_is_shown_on_a_page():
     assert not [path.name for path in (ROOT / "results").glob("*.svg") if f"results/{path.name}" not in pages]
     for csv in (ROOT / "results").glob("*.csv"):
         assert f"results/{csv.name}" in pages, csv.name
+    assert all(WORLDS[folder.name].made and "results/road" in pages for folder in (ROOT / "results/road").iterdir())
 
 
 def test_its_tables_are_those_of_the_committed_results():
     """No number in prose that a command does not reproduce: the tables are made from the CSVs again and compared."""
     sweep, judge = (ROOT / "results" / f"grammar_{name}.csv" for name in ("sweep", "judge"))
-    for table in (algorithms(sweep, "replay"), schedules(sweep, ("klq", "ppo_clip")), power(judge)):
-        assert table and table in README, "run klq sweep and update README.md"
+    for rows in (algorithms(sweep, "replay"), schedules(sweep, ("klq", "ppo_clip")), power(judge)):
+        assert rows and rows in README, "run klq sweep and update README.md"
 
 
 def test_the_defaults_reach_what_the_project_promises():
@@ -89,3 +93,13 @@ def test_the_benchmark_table_is_that_of_the_committed_csv():
         rows = (runs.loc[workload, who] for who in ("naive", "ours (torch)"))
         cells = [f"{row['units']:.2f} units, {row['memory_mb']:.0f} MB" for row in rows]
         assert f"| {workload} | {' | '.join(cells)} |" in text
+
+
+def test_the_roads_tables_are_those_of_the_committed_runs():
+    for folder in (ROOT / "results" / "road").iterdir():
+        gains = by_judge(pd.read_csv(folder / "win_rates.csv"), "gain", "gain_low", "gain_high")
+        assert table(list(gains), gains.values.tolist()) in README, folder.name
+        learnt = agreement(pd.read_csv(folder / "held_out_pairs.csv")).astype(str).iloc[0]
+        assert f"| {folder.name} | {' | '.join(learnt)} |" in README, folder.name
+        command = json.loads((folder / "results.json").read_text())["command"]
+        assert command == f"klq demo --world {folder.name} --out runs/road"

@@ -204,7 +204,7 @@ def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> lis
         losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
         remark = (
             "Loss of the reference completions in nats per token; those held out are never trained on, and are the "
-            "{held_out_texts} of {of} that the policy's vocabulary can write."
+            "{held_out_texts:.0f} of {of:.0f} that the policy's vocabulary can write."
         ).format(**made["loss"].iloc[0])
         shown.append(("Fine-tuning", remark, losses))
     if "held_out_pairs" in made:
