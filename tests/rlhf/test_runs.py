@@ -601,3 +601,12 @@ def test_runs_from_one_reference_share_its_samples(tmp_path, grammar, monkeypatc
     assert len(seen) == 3 and first.before.equals(second.before) and not first.after.equals(first.before)
     run_experiment(grammar, replace(config, batch_size=8), tmp_path / "c")
     assert len(seen) == 5
+
+
+def test_digests_do_not_know_where_python_is_installed(monkeypatch):
+    from klq_edu.rlhf import identity
+    from klq_edu.rlhf.preference import RewardModel  # its `identity` calls `fingerprint`
+
+    here = identity.fingerprint(RewardModel)
+    monkeypatch.setattr(identity, "LIBRARIES", (*identity.LIBRARIES, "/another/environment"))
+    assert identity.fingerprint(RewardModel) == here
