@@ -82,6 +82,8 @@ def test_the_stories_table_is_that_of_the_committed_demo():
             middle, low, high = (part[column].quantile(q) for q in (0.5, 0, 1))
             cells.append(f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
         assert f"| {label} | {' | '.join(cells)} |" in README
+        replayed = pd.read_csv(ROOT / "results" / "stories_replay.csv").set_index("algorithm").loc[name]
+        assert re.search(rf"{replayed.reward_after:.2f} at (a KL of )?{replayed.kl:.2f} \({label}\)", README)
     assert f"| reference | {runs['test_before'][0]:.3f} | {runs['judge_before'][0]:.3f} | 0 |" in README
 
 

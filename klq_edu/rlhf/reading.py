@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from klq_edu.rlhf.identity import fingerprint
+from klq_edu.rlhf.identity import code_of, fingerprint
 from klq_edu.rlhf.policy import context
 from klq_edu.rlhf.rollout import tokenise
 from klq_kernels import linear_token_stats
@@ -49,7 +49,7 @@ class Reader:
     @cached_property
     def identity(self) -> str:
         """The model and how it reads in digits, wherever it was loaded from."""
-        return f"{type(self.lm).__name__} {fingerprint([type(self), self.lm.state_dict()])}"
+        return f"{type(self.lm).__name__} {fingerprint([code_of(Reader), self.lm.state_dict()])}"
 
     @contextmanager
     def remembering(self):

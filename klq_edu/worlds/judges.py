@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from klq_edu.rlhf.identity import fingerprint
+from klq_edu.rlhf.identity import code_of, fingerprint
 from klq_edu.rlhf.reading import Reader
 
 
@@ -25,7 +25,7 @@ class EmbeddingJudge:
     def __init__(self, folder: str | Path, batch_size: int = 64):
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
         self.batch_size = batch_size
-        self.identity = f"EmbeddingJudge {fingerprint([type(self), self.model.state_dict()])}"
+        self.identity = f"EmbeddingJudge {fingerprint([code_of(EmbeddingJudge), self.model.state_dict()])}"
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -48,7 +48,7 @@ class ReferenceJudge:
     completion tell of it?"""
 
     def __init__(self, reader: Reader):
-        self.reader, self.identity = reader, f"ReferenceJudge {fingerprint([type(self), reader.identity])}"
+        self.reader, self.identity = reader, f"ReferenceJudge {fingerprint([code_of(ReferenceJudge), reader.identity])}"
 
     def __call__(self, prompts, completions, reference: Sequence[str], **_) -> list[float]:
         """Mean log p(reference | completion) per token."""

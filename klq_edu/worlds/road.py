@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from klq_edu.files import read_json, write_json
 from klq_edu.machine import resolve_dtype
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import fingerprint, reward_identity
+from klq_edu.rlhf.identity import code_of, fingerprint, reward_identity
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.preference import RewardModel, margins, preference_pairs
 from klq_edu.rlhf.reading import Reader
@@ -124,13 +124,14 @@ class Road:
             policy.lm.to(torch.bfloat16).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-        about = {"test": fingerprint(self.test.to_dict()), "code": fingerprint(finetune)}
+        about = {"test": fingerprint(self.test.to_dict()), "code": code_of(finetune)}
         return self.stage("sft", SFT | about, make)
 
     def writable(self) -> Dataset:
         """The held-out rows whose references the policy's vocabulary can write."""
         vocab = set(self.vocab.tolist())
-        return self.test.filter(lambda row: vocab.issuperset(self.ids(row["completion"])))
+        texts = self.test["completion"][:]
+        return self.test.select([i for i, text in enumerate(texts) if vocab.issuperset(self.ids(text))])
 
     @cached_property
     def pairs(self) -> Path:
@@ -152,7 +153,7 @@ class Road:
         about = {name: getattr(self.settings, name) for name in ("max_new_tokens", "temperature")}
         before = {"sft": contents(self.sft)} if self.sft != self.base else {}
         about |= {"samples": self.task.samples, "gold": reward_identity(self.gold)}
-        about |= {"code": fingerprint(preference_pairs)}
+        about |= {"code": code_of(preference_pairs)}
         return self.stage("pairs", PAIRS | about | before, make)
 
     @cached_property
@@ -177,7 +178,7 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        about = {"unseen": UNSEEN, "pairs": contents(self.pairs), "model": fingerprint(RewardModel)}
+        about = {"unseen": UNSEEN, "pairs": contents(self.pairs), "model": code_of(RewardModel)}
         made = self.stage("reward", REWARD | about, make)
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model

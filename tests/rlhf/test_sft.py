@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from klq_edu.rlhf.evaluate import score
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rollout import collect, transcribe
 from klq_edu.rlhf.sft import finetune, mean_loss
@@ -50,6 +51,31 @@ def test_it_teaches_the_completions_and_their_end(tiny_lm, tokenizer, trainable_
     assert rows[-1]["held_out"] == pytest.approx(
         reference_loss(policy.lm, tokenizer, EXAMPLES.select(range(4))), rel=1e-3, abs=1e-6
     )
+
+
+def test_steps_are_adams_with_clipped_gradients_and_a_rate_that_falls_to_zero(tiny_lm, tokenizer):
+    """Three steps on one batch beside the same by hand, on the policy's own loss."""
+    rate, limit, steps = 1e-2, 0.05, 3
+    policy, by_hand = (ActorCritic(tiny_lm(), trainable_blocks=1) for _ in range(2))
+    finetune(
+        policy, tokenizer, EXAMPLES, EXAMPLES, epochs=steps, batch_size=16, learning_rate=rate, max_grad_norm=limit
+    )
+    parameters = [p for name, p in by_hand.trainable().items() if not name.startswith("value_head")]
+    optimizer = torch.optim.Adam(parameters)
+    order = sorted(range(16), key=lambda i: len(EXAMPLES[i]["prompt"]) + len(EXAMPLES[i]["completion"]))
+    batch = transcribe(by_hand, tokenizer, *(EXAMPLES[order][name] for name in ("prompt", "completion")))
+    for k in range(steps):
+        stats, _ = score(by_hand, batch)
+        optimizer.zero_grad()
+        (-stats.logprob[batch.mask].mean()).backward()
+        norm = sum(p.grad.square().sum() for p in parameters) ** 0.5
+        assert norm > limit
+        for p in parameters:
+            p.grad *= limit / norm
+        optimizer.param_groups[0]["lr"] = rate * (1 - k / steps)
+        optimizer.step()
+    for name, p in by_hand.trainable().items():
+        torch.testing.assert_close(policy.trainable()[name], p, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_seeds_decide_the_order_and_nothing_else_does(tiny_lm, tokenizer):

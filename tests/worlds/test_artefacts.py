@@ -69,6 +69,13 @@ def test_other_inputs_or_a_wish_make_it_anew(capsys):
     assert len(made) == 2 and (folder / "sub" / "table.csv").read_text() == "again"
 
 
+@pytest.mark.parametrize("before, after", [({}, {"epochs": 2}), ({"epochs": 2}, {})])
+def test_an_input_more_or_less_makes_it_anew(before, after, capsys):
+    artefact("task/sft", {"seed": 0} | before, maker([]))
+    artefact("task/sft", {"seed": 0} | after, maker(made := []))
+    assert len(made) == 1 and "made of something else (epochs changed)" in capsys.readouterr().out
+
+
 def test_an_error_leaves_neither_half_nor_old(cache):
     artefact("task/sft", {"seed": 0}, maker([]))
 
