@@ -79,6 +79,12 @@ def test_beside_the_verdicts_stands_what_has_to_be_known_of_each_judge():
     assert rows.loc["leaning to the more copied one"].tolist() == ["0.88", "1.00"]
 
 
+def test_a_leaning_that_no_pair_can_show_is_left_out():
+    one = [result("klq", 0, samples(["a", "b", "c", "d"], [1.0] * 4, [1.0] * 4, [1, 2, 1, 1]))]
+    rows = report.leanings(SimpleNamespace(tables={}), one)
+    assert rows["pair"].tolist() == ["leaning to the longer one"] and rows["reward"].tolist() == ["0.50"]
+
+
 def test_where_the_gold_has_no_opinion_nobody_can_agree_with_it():
     pairs = pd.DataFrame({"prompt": list("aabb"), "gold": [0.0, 1.0, -1.0, 0.0], "proxy": [-1.0, 2.0, -2.0, 3.0]})
     row = report.agreement(pairs).iloc[0]

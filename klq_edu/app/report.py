@@ -220,8 +220,9 @@ def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> lis
         wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
         remark = (
             "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
+            f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers that "
+            f"one; ½ is none. {judged_by(rates)}"
         )
-        remark += f"numbers. {spread_of(rates)} {judged_by(rates)}"
         shown.append(("Win-rates", remark, pd.concat([wins, leanings(world, results)])))
         remark = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
         shown.append(("Differences in score", remark, gains))
@@ -267,7 +268,7 @@ def leanings(world: World, results: list[Result]) -> pd.DataFrame:
         tried = world.tables["trials"].replace({"judge": {"reward model": "reward"}})
         samples = tried[tried["kind"] == SAMPLE].set_index("judge")
         found["trials: a reference text against a sample"] = samples["loses"].reindex(table.index)
-    rows = pd.DataFrame(found).T.map(lambda x: "" if pd.isna(x) else f"{x:.2f}")
+    rows = pd.DataFrame(found).T.dropna(how="all").map(lambda x: "" if pd.isna(x) else f"{x:.2f}")
     return rows.rename_axis(index="pair", columns=None).reset_index()
 
 
