@@ -220,8 +220,8 @@ def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> lis
         wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
         remark = (
             "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
-            f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers that "
-            f"one; ½ is none. {judged_by(rates)}"
+            f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers "
+            f"that one; ½ is none. {judged_by(rates)}"
         )
         shown.append(("Win-rates", remark, pd.concat([wins, leanings(world, results)])))
         remark = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
