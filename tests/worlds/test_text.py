@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.judge import words_of
 from klq_edu.rlhf.reading import Reading
 from klq_edu.worlds import dialogue, road, text, tldr
@@ -195,6 +196,13 @@ def test_labels_are_as_noisy_as_stated(walk):
     gold = pd.read_json(made.pairs / "samples.jsonl", lines=True)["gold"]
     noise = json.loads((made.pairs / "noise.json").read_text())
     assert noise["scale"] * gold.std(ddof=0) == pytest.approx(road.PAIRS["scale"])
+
+
+def test_rl_starts_from_the_fine_tuned_model(walk):
+    made = walk()
+    start = fingerprint(made.world().make_policy(tldr_settings()).lm.state_dict())
+    tuned, base = (fingerprint(made.policy(folder).lm.state_dict()) for folder in (made.sft, made.base))
+    assert start == tuned != base
 
 
 def test_training_on_the_road_uses_its_baselines(walk, tmp_path):
