@@ -104,6 +104,15 @@ def test_each_penalty_sees_its_own_fault(fault):
     assert gold.penalty(good, source) == 0 < gold.penalty(bad, source)
 
 
+def test_the_gold_is_overlap_and_naturalness_less_the_penalties():
+    """By hand: of four words two stand in the reference of five, in order: F = 4/9; −2 nats are worth −0.1."""
+    reader = lambda *_: Reading(torch.tensor([-2.0, -4.0]), torch.ones(2), torch.zeros(2, 0))  # noqa: E731
+    reader.identity = "two and four nats"
+    texts, source, reference = ["dogs bite kind postmen"] * 2, ["nothing of it"] * 2, ["dogs bite us every day"] * 2
+    known = [4 / 9 - 0.05 * nats - 0.2 for nats in (2, 4)]  # 0.2: neither stops
+    assert Gold(reader, words=14)(["p"] * 2, texts, source, reference) == pytest.approx(known)
+
+
 @pytest.fixture
 def walk(tmp_path, monkeypatch, tiny_lm, tokenizer):
     """A function (remake) -> the road of a tiny task for a tiny model, in a cache of its own."""
