@@ -155,6 +155,8 @@ def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
     assert world.baselines[0] == pytest.approx(first["proxy"].mean())
     unseen = set(world.tables["held_out_pairs"]["prompt"])
     assert unseen and unseen <= set(world.prompts["prompt"][::5])
+    trials = world.tables["trials"]
+    assert (trials[trials["kind"] == "reference"]["loses"] == 0).all() and trials["loses"].max() > 0
     again = walk().world()
     assert "not there" not in capsys.readouterr().out
     prompts, texts = world.prompts["prompt"][:3], ["w5 w6", "w7", ""]
