@@ -12,6 +12,7 @@ from klq_edu.rlhf.judge import words_of
 from klq_edu.rlhf.reading import Reading
 from klq_edu.worlds import dialogue, road, text, tldr
 from klq_edu.worlds.gold import Gold, hacks
+from klq_edu.worlds.judges import ReferenceJudge
 
 TASKS = {"tldr": (tldr.TASK, "text", "summary"), "dialogue": (dialogue.TASK, "prompt", "answer")}
 WORDS = {"text": (30, 60), "summary": (5, 14), "prompt": (4, 30), "answer": (15, 40)}
@@ -102,6 +103,14 @@ def test_each_penalty_sees_its_own_fault(fault):
     }[fault]
     gold = Gold(Indifferent(), words=14)
     assert gold.penalty(good, source) == 0 < gold.penalty(bad, source)
+
+
+def test_the_frozen_model_judges_what_a_completion_tells_of_the_reference():
+    heard = []
+    reader = lambda prompts, texts: heard.append((prompts, texts)) or Indifferent()(prompts, texts)  # noqa: E731
+    reader.identity = "heard"
+    assert ReferenceJudge(reader)(["a prompt"], [" said "], reference=["true"]) == [-3.0]
+    assert heard == [(["said\nIn other words:"], [" true"])]
 
 
 def test_the_gold_is_overlap_and_naturalness_less_the_penalties():
