@@ -127,10 +127,14 @@ def leanings(results: list) -> pd.DataFrame:
     more = {name: [preferred(mark(a), mark(b)) for a, b in pairs] for name, mark in marks.items()}
     rows = []
     for judge in judges_of(results):
-        won = pd.concat([pd.Series(preferred(a[judge], b[judge])) for a, b in pairs])
-        found = {name: pd.concat([pd.Series(x) for x in parts]) for name, parts in more.items()}
-        rows.append({"judge": judge} | {k: (1 - (x - won).abs())[x != 0.5].mean() for k, x in found.items()})
+        won = pd.concat([preferred(a[judge], b[judge]) for a, b in pairs])
+        rows.append({"judge": judge} | {name: leaning(pd.concat(parts), won) for name, parts in more.items()})
     return pd.DataFrame(rows)
+
+
+def leaning(more: pd.Series, won: pd.Series) -> float:
+    """Of the pairs in which one has more of something (1: the first, 0: the second, ½: neither), how often it won."""
+    return (1 - (more - won).abs())[more != 0.5].mean()
 
 
 def several_rates(runs: pd.DataFrame) -> bool:

@@ -22,8 +22,9 @@ def run_judge(config: JudgeConfig) -> None:
     import pandas as pd
     from rich.progress import track
 
+    from klq_edu.app.comparison import leaning, mean_interval
     from klq_edu.rlhf.endpoint import endpoint_judge
-    from klq_edu.rlhf.judge import bootstrap_interval, outcomes, preferred
+    from klq_edu.rlhf.judge import outcomes, preferred
 
     a = samples_of(config.run, "after")
     b = samples_of(config.rival, "after") if config.rival else samples_of(config.run, "before")
@@ -34,13 +35,12 @@ def run_judge(config: JudgeConfig) -> None:
         progress=lambda answers: track(answers, "judging", total=len(a)),
     )  # fmt: skip
     won = pd.Series(outcomes(*(x.tolist() for x in (a["prompt"], a["completion"], b["completion"])), judge))
-    low, high = bootstrap_interval(by_prompt := won.groupby(a["prompt"]).mean())
-    longer = preferred(a["length"], b["length"])
-    leaning = (1 - (longer - won).abs())[longer != 0.5].mean()
+    rate, low, high = mean_interval([by_prompt := won.groupby(a["prompt"]).mean()])
+    lean = leaning(preferred(a["length"], b["length"]), won)
     print(f"{config.run.name} against {config.rival.name if config.rival else 'its reference'}, before {config.model}:")
-    print(f"win-rate {by_prompt.mean():.3f} [{low:.3f}, {high:.3f}] (95 %, over {len(by_prompt)} prompts)")
+    print(f"win-rate {rate:.3f} [{low:.3f}, {high:.3f}] (95 %, over {len(by_prompt)} prompts)")
     print(f"wins {(won == 1).sum()}, ties {(won == 0.5).sum()}, losses {(won == 0).sum()}")
-    print(f"where lengths differ it prefers the longer in {leaning:.2f} of the pairs")
+    print(f"where lengths differ it prefers the longer in {lean:.2f} of the pairs")
 
 
 def samples_of(folder: Path, when: str):

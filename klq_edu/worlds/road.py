@@ -237,9 +237,8 @@ class Road:
             tables["loss"] = pd.read_csv(self.sft / "loss.csv").assign(**counts)
         if self.task.hacks:
             tables["trials"] = self.trials()
-        seconds = {name: read_json(folder / MANIFEST)["seconds"] for name, folder in self.made.items()}
-        stages = [{"stage": k, "seconds": v, "digest": contents(self.made[k])} for k, v in seconds.items()]
-        tables["stages"] = pd.DataFrame(stages)
+        stages = [(k, read_json(f / MANIFEST)["seconds"], contents(f)) for k, f in self.made.items()]
+        tables["stages"] = pd.DataFrame(stages, columns=["stage", "seconds", "digest"])
         train, test = ({"prompt": data["prompt"][:]} | self.columns(data) for data in (self.train, self.test))
         return World(
             self.task.name, self.task.description, Dataset.from_dict(train),
