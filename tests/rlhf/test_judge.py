@@ -221,3 +221,9 @@ def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypat
     ):
         with pytest.raises(ValueError, match=message):
             run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=rival, url=url))
+
+
+def test_the_interval_over_seeds_is_wider_by_what_a_bootstrap_of_few_seeds_lacks():
+    """Two seeds, one always wins and one never: resampled means reach from 0 to 1, widened by √2 about ½."""
+    rate, low, high = win_rate_of_seeds([[1.0] * 4, [0.0] * 4])
+    assert (rate, low, high) == pytest.approx((0.5, 0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
