@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from klq_edu.rlhf.identity import code_of, fingerprint
 from klq_edu.rlhf.policy import context
 from klq_edu.rlhf.rollout import tokenise
+from klq_edu.rlhf.sampling import positions
 from klq_kernels import linear_token_stats
 
 
@@ -31,7 +32,7 @@ class Reader:
         lm: a Hugging Face causal LM with a linear head; its parameters are frozen here.
         tokenizer: its tokenizer.
         dtype: of forward passes (autocast).
-        batch_size: completions at a time, those of similar length together.
+        batch_size: completions at a time, those of one prompt together, which is read once.
         progress: shows how far it is: gets the list of batches and yields them one by one.
     """
 
@@ -41,9 +42,7 @@ class Reader:
     ):  # fmt: skip
         self.progress = progress
         self.lm, self.tokenizer = lm.eval().requires_grad_(False), tokenizer
-        self.known: dict[tuple, tuple[Tensor, ...]] | None = (
-            None  # (prompt, completion, layers) -> its row of a Reading
-        )
+        self.known: dict[tuple, tuple[Tensor, ...]] | None = None  # (prompt, completion, layers) -> its row
         self.dtype, self.batch_size, self.width = dtype, batch_size, lm.get_output_embeddings().in_features
 
     @cached_property
@@ -75,26 +74,42 @@ class Reader:
             if not f or len(f) + len(b) > context(self.lm):
                 rule = f"prompts need tokens, and at most {context(self.lm)} with their completion"
                 raise ValueError(f"{rule}, got {prompt!r:.60} with {text!r:.60}")
-        order = sorted(range(len(new)), key=lambda i: len(front[i]) + len(back[i]))
+        order = sorted(range(len(new)), key=lambda i: (len(front[i]), front[i], len(back[i])))
         for part in self.progress([order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]):
             found = self._read([front[i] for i in part], [back[i] for i in part], layers)
             known |= {new[i]: row for i, row in zip(part, zip(*found), strict=True)}
         return Reading(*map(torch.stack, zip(*(known[key] for key in keys), strict=True)))
 
     def _read(self, front: list[list[int]], back: list[list[int]], layers: Sequence[int]) -> Reading:
-        """One batch, padded on the right: of row b the completion's tokens are at len(front[b]) and after."""
-        rows = [torch.tensor(f + b, device=self.lm.device) for f, b in zip(front, back)]
-        ids, attention = pad_sequence(rows, True), pad_sequence([torch.ones_like(r) for r in rows], True)
-        begin = torch.tensor([len(f) for f in front], device=ids.device).unsqueeze(1)
-        spoken = attention.bool() & (torch.arange(ids.shape[1], device=ids.device) >= begin)
-        device = ids.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            out = self.lm.base_model(input_ids=ids, attention_mask=attention, output_hidden_states=bool(layers))
-        head, mask = self.lm.get_output_embeddings(), spoken[:, 1:]
-        hidden = out.last_hidden_state[:, :-1].to(head.weight.dtype)
-        stats = linear_token_stats(hidden, head.weight, ids[:, 1:], bias=head.bias, mask=mask)
+        """One batch: the different prompts, padded on the left, then the completions, padded on the right."""
+        once, place = {tuple(f): None for f in front}, self.lm.device
+        where = {f: i for i, f in enumerate(once)}
+        which = torch.tensor([where[tuple(f)] for f in front], device=place)
+        prompts, known = _padded(once, "left", place)
+        tokens, spoken = _padded(back, "right", place)
+        with torch.autocast(place.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            told = self.lm.base_model(input_ids=prompts, attention_mask=known, position_ids=positions(known),
+                                      use_cache=True)  # fmt: skip
+            told.past_key_values.batch_select_indices(which)
+            seen = torch.cat([known[which], spoken], dim=1)
+            out = self.lm.base_model(
+                input_ids=tokens, attention_mask=seen, position_ids=positions(seen)[:, -tokens.shape[1] :],
+                past_key_values=told.past_key_values, output_hidden_states=bool(layers),
+            )  # fmt: skip
+        head = self.lm.get_output_embeddings()
+        hidden = torch.cat([told.last_hidden_state[which, -1:], out.last_hidden_state[:, :-1]], dim=1)
+        stats = linear_token_stats(
+            hidden.to(head.weight.dtype), head.weight, tokens, bias=head.bias, mask=spoken.bool()
+        )  # fmt: skip
         counts = spoken.sum(1, keepdim=True)
         means = [(out.hidden_states[k].float() * spoken.unsqueeze(2)).sum(1) / counts for k in layers]
         means = torch.cat(means, dim=1) if means else counts.new_zeros((len(front), 0))
         length = counts.squeeze(1)
         return Reading((stats.logprob.sum(1) / length).cpu(), length.float().cpu(), means.cpu())
+
+
+def _padded(rows: Iterable[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [N, L] of rows of different lengths."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    ids, mask = (pad_sequence(x, True, padding_side=side) for x in (rows, [torch.ones_like(r) for r in rows]))
+    return ids, mask

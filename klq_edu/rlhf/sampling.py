@@ -30,6 +30,18 @@ class Decoder:
             self.cache = out.past_key_values
             return policy.head(out.last_hidden_state[:, -1])
 
+    def read(self, prompt_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The prompts' next-token logits [B, A]; a prompt that comes several times is fed once, where the cache of the
+        model lets rows be picked."""
+        once, place = torch.cat([prompt_ids, attention_mask], dim=1).unique(dim=0, return_inverse=True)
+        if len(once) == len(place) or not self.policy.can_drop_rows:
+            return self(prompt_ids, attention_mask)
+        logits = self(*once.tensor_split(2, dim=1))
+        self.cache.batch_select_indices(place)
+        self.rows = torch.arange(len(place), device=place.device)
+        self.trunk = [(self.rows, x[place]) for _, x in self.trunk]
+        return logits[place]
+
     def keep(self, index: Tensor) -> None:
         """Go on with these of the present rows only."""
         self.cache.batch_select_indices(index)
@@ -53,20 +65,21 @@ def sample(
     Row b's token at step t is decided by one uniform number, drawn for every row and step in advance: when other rows
     end changes nothing. Finished rows go on, masked; once left out of the forward passes they repeat their last token.
     """
-    decode, ids, last = Decoder(policy), prompt_ids, prompt_ids[:, -1]
-    place = "cpu" if ids.device.type == "mps" else ids.device  # MPS has no float64
-    uniform = torch.rand((steps, len(ids)), generator=generator, dtype=torch.float64).to(place)
-    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    decode, ids, last = Decoder(policy), None, prompt_ids[:, -1]
+    place = "cpu" if last.device.type == "mps" else last.device  # MPS has no float64
+    uniform = torch.rand((steps, len(last)), generator=generator, dtype=torch.float64).to(place)
+    alive = torch.ones(len(last), dtype=torch.bool, device=last.device)
     tokens, mask, allowed = [], [], []
     with packed_linears(policy):
         for u in uniform.unbind():
-            logits = decode(ids, attention).float() / temperature
+            logits = decode.read(prompt_ids, attention) if ids is None else decode(ids, attention)
+            logits = logits.float() / temperature
             rows = decode.rows
             if constraint is not None:
                 allowed.append(constraint.allowed(state).to(logits.device))
                 logits = logits.masked_fill(~allowed[-1][rows], -torch.inf)
             probs = logits.softmax(-1)
-            chosen = draw(probs.to(place), u[rows.to(place)]).to(ids.device)
+            chosen = draw(probs.to(place), u[rows.to(place)]).to(last.device)
             last = last.index_copy(0, rows, policy.token_ids(chosen))
             tokens.append(last)
             mask.append(alive)

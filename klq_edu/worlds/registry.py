@@ -37,15 +37,15 @@ TEXT = TrainConfig(
 )  # fmt: skip
 WORLDS = {
     "stories": Entry(
-        "SmolLM2-135M, a real language model",
+        "SmolLM2-135M continues stories, rewarded by a learnt model of a lexicon's taste",
+        replace(TEXT, max_new_tokens=20, temperature=0.8, samples_per_prompt=2),
+        demo=("klq", "ppo_clip"), quick_updates=8, made=ROAD[1:],
+    ),
+    "stories_lexicon": Entry(
+        "the same, rewarded by the lexicon itself",
         TrainConfig(updates=24, batch_size=32, epochs=2, learning_rate=2e-4, warmup_updates=3, tau=0.05,
                     max_new_tokens=20, temperature=0.8),
         demo=("klq", "ppo_clip"), quick_updates=10,
-    ),
-    "stories_learnt": Entry(
-        "the same with a reward model learnt from labelled pairs",
-        replace(TEXT, max_new_tokens=20, temperature=0.8, samples_per_prompt=2),
-        demo=("klq", "ppo_clip"), quick_updates=8, made=ROAD[1:],
     ),
     "tldr": Entry(
         "SmolLM2-135M sums up posts, rewarded by a learnt model", replace(TEXT, max_new_tokens=24),

