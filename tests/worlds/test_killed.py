@@ -56,7 +56,9 @@ main()
 def walk(world: str, cache: Path, out: Path, killed_in: str = "") -> str:
     """Walk the road in this cache, to its end or until it is killed; what it printed."""
     cache.mkdir(exist_ok=True)
-    if not any(cache.iterdir()) and (models := weights.cache_root()).exists():  # the converted model, where there is one
+    if (
+        not any(cache.iterdir()) and (models := weights.cache_root()).exists()
+    ):  # the converted model, where there is one
         (cache / "smollm2-135m-instruct-q4_1").symlink_to(models / "smollm2-135m-instruct-q4_1")
     about = os.environ | {"KLQ_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
     command = [sys.executable, "-c", WALK, world, str(out), killed_in]
