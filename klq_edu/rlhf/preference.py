@@ -58,23 +58,23 @@ def preference_pairs(
 class RewardModel(nn.Module):
     """A linear head on what a frozen language model makes of a completion: a reward callable like any other.
 
-    The features are the means over the completion's tokens of the hidden states after `layers`, side by side, and three
-    plain ones that means do not show: log-probability per token, length and its square. All are standardised, the plain
-    ones to √(layers · d), so that a ridge holds them together no more than one hidden feature. The head has no bias,
-    since preferences do not say where zero is.
+    The features are the means over the completion's tokens of the hidden states after the reader's layers, side by
+    side, and three plain ones that means do not show: log-probability per token, length and its square. All are
+    standardised, the plain ones to √(layers · d), so that a ridge holds them together no more than one hidden feature.
+    The head has no bias, since preferences do not say where zero is.
     """
 
-    def __init__(self, reader: Reader, layers: Sequence[int]):
+    def __init__(self, reader: Reader):
         super().__init__()
-        self.reader, self.layers = reader, tuple(layers)
-        self.head = nn.Linear(len(self.layers) * reader.width + PLAIN, 1, bias=False)
+        self.reader = reader
+        self.head = nn.Linear(len(reader.layers) * reader.width + PLAIN, 1, bias=False)
         self.register_buffer("mean", torch.zeros(self.head.in_features))
         self.register_buffer("std", torch.ones(self.head.in_features))
 
     @property
     def identity(self) -> str:
         """What a run on this reward records: head and reader in digits."""
-        return f"RewardModel {fingerprint([self.layers, self.state_dict(), self.reader.identity])}"
+        return f"RewardModel {fingerprint([self.state_dict(), self.reader.identity])}"
 
     def features(self, prompts: list[str], completions: list[str]) -> Tensor:
         """Standardised features [N, layers · d + 3]."""
@@ -82,7 +82,7 @@ class RewardModel(nn.Module):
 
     def raw(self, prompts: list[str], completions: list[str]) -> Tensor:
         """The same as they are read."""
-        logprob, length, means = self.reader(prompts, completions, self.layers)
+        logprob, length, means = self.reader(prompts, completions)
         return torch.cat([means, torch.stack([logprob, length, length.square()], dim=1)], dim=1)
 
     def forward(self, prompts: list[str], completions: list[str]) -> list[float]:

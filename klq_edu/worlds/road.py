@@ -38,9 +38,10 @@ from klq_edu.worlds.world import SAMPLE, World
 TRAINABLE_BLOCKS = 4  # of 30; the others are frozen and shared with the reference
 SFT = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
 PAIRS = {"scale": 1.5, "seed": 1}  # scale: a label's odds are exp(scale · difference of golds in standard deviations)
-REWARD = {"layers": [12, 20, 30], "ridge": 3.0}
+LAYERS = (12, 20, 30)  # whose hidden states the reward model sees
+RIDGE = 3.0
 UNSEEN = 5  # every fifth prompt's pairs are for testing the reward model
-TEST_PROMPTS = 128  # of the 256 held-out ones, for the demo
+TEST_SAMPLES = 256  # of the held-out prompts, at least
 HACKED = 48  # training prompts, unseen by the reward model, on which gold and judges are tried
 
 
@@ -86,7 +87,8 @@ class Road:
     def reader(self) -> Reader:
         """The frozen base model, for gold, reward model and judge."""
         dtype = resolve_dtype("auto", torch.device("cpu"))
-        return Reader(AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32), self.tokenizer, dtype=dtype,
+        lm = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        return Reader(lm, self.tokenizer, dtype=dtype, layers=LAYERS,
                       progress=lambda parts: track(parts, "reading", disable=len(parts) < 8))  # fmt: skip
 
     @cached_property
@@ -159,7 +161,7 @@ class Road:
     @cached_property
     def reward(self) -> RewardModel:
         """The reward model, with tables of held-out pairs and of all samples beside it."""
-        model = RewardModel(self.reader, REWARD["layers"])
+        model = RewardModel(self.reader)
 
         def make(folder: Path) -> None:
             with self.reader.remembering():
@@ -169,7 +171,7 @@ class Road:
             pairs, samples = (Dataset.from_json(str(self.pairs / f"{name}.jsonl")) for name in ("pairs", "samples"))
             unseen = set(self.train["prompt"][::UNSEEN])
             print(f"fitting the reward model to pairs of {len(self.train) - len(unseen)} prompts", flush=True)
-            model.fit(pairs.filter(lambda row: row["prompt"] not in unseen), ridge=REWARD["ridge"])
+            model.fit(pairs.filter(lambda row: row["prompt"] not in unseen), ridge=RIDGE)
             held_out = pairs.filter(lambda row: row["prompt"] in unseen)
             table = pd.DataFrame({"prompt": held_out["prompt"][:], "gold": held_out["margin"][:]})
             table.assign(proxy=margins(model, held_out)).to_csv(folder / "held_out_pairs.csv", index=False)
@@ -178,8 +180,8 @@ class Road:
             table.to_csv(folder / "samples.csv", index=False)
             save_file(model.state_dict(), folder / "head.safetensors")
 
-        about = {"unseen": UNSEEN, "pairs": contents(self.pairs), "model": code_of(RewardModel)}
-        made = self.stage("reward", REWARD | about, make)
+        about = {"ridge": RIDGE, "unseen": UNSEEN, "pairs": contents(self.pairs), "model": code_of(RewardModel)}
+        made = self.stage("reward", about, make)
         model.load_state_dict(load_file(made / "head.safetensors"))
         return model
 
@@ -242,9 +244,9 @@ class Road:
         train, test = ({"prompt": data["prompt"][:]} | self.columns(data) for data in (self.train, self.test))
         return World(
             self.task.name, self.task.description, Dataset.from_dict(train),
-            Dataset.from_dict(test).select(range(min(TEST_PROMPTS, len(self.test)))), self.tokenizer, reward,
+            Dataset.from_dict(test), self.tokenizer, reward,
             lambda config: self.policy(self.sft, config.critic), judges=self.judges(), baselines=self.baselines(),
-            samples_per_prompt=max(1, TEST_PROMPTS // len(self.test)), tables=tables,
+            samples_per_prompt=max(1, TEST_SAMPLES // len(self.test)), tables=tables,
         )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def split(pairs):
 def test_a_reward_model_learns_what_the_labels_are_made_of(tiny_lm, tokenizer, pairs):
     known, unseen = split(pairs)
     torch.manual_seed(0)
-    model = RewardModel(Reader(tiny_lm(), tokenizer), layers=(1, 3))
+    model = RewardModel(Reader(tiny_lm(), tokenizer, layers=(1, 3)))
     before = model.identity
     losses = model.fit(known, ridge=0.01)
     assert losses[0] == pytest.approx(math.log(2)) and losses[-1] < 0.5 and model.identity != before
@@ -111,7 +111,7 @@ def test_a_reward_model_learns_what_length_is_liked_whatever_the_ridge_on_hidden
     liked = lambda prompts, texts: [-abs(len(t.split()) - 3.0) for t in texts]  # noqa: E731
     texts = [[" ".join([f"w{2 + (i + k) % 9}"] * n) for k, n in enumerate((1, 3, 5))] for i in range(len(PROMPTS))]
     known, unseen = split(preference_pairs(PROMPTS, texts, [liked([], t) for t in texts], scale=3.0))
-    model = RewardModel(Reader(tiny_lm(), tokenizer), layers=(1, 3))
+    model = RewardModel(Reader(tiny_lm(), tokenizer, layers=(1, 3)))
     model.fit(known, ridge=3.0)
     sure = unseen.filter(lambda row: row["margin"] > 0)
     pairs = sure.filter(lambda row: len(row["chosen"].split()) == 3)
@@ -119,7 +119,7 @@ def test_a_reward_model_learns_what_length_is_liked_whatever_the_ridge_on_hidden
 
 
 def test_the_fit_is_the_minimum_of_the_penalised_likelihood(tiny_lm, tokenizer, pairs):
-    model = RewardModel(Reader(tiny_lm(), tokenizer), layers=(2,))
+    model = RewardModel(Reader(tiny_lm(), tokenizer, layers=(2,)))
     model.fit(pairs, ridge=0.1)
     chosen, rejected = (model.features(pairs["prompt"][:], pairs[side][:]) for side in ("chosen", "rejected"))
     weight = model.head.weight.detach().double().requires_grad_()
@@ -132,7 +132,7 @@ def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
     lm = tiny_lm()
     prompts = ["w2 w3 w4 w5 w6", "w9", "w7 w8", "w9", "w9"]
     completions = ["w3", "w4 w5 w6 w7", "", "w5", "w4 w6"]
-    found = Reader(lm, tokenizer, batch_size=4)(prompts, completions, layers=(1, 2))
+    found = Reader(lm, tokenizer, batch_size=4, layers=(1, 2))(prompts, completions)
     alone = lm.double()
     for i, (front, back) in enumerate(zip(prompts, completions)):
         front, back = tokenizer(front)["input_ids"], tokenizer(back)["input_ids"] or [tokenizer.eos_token_id]
@@ -144,21 +144,25 @@ def test_a_reader_sees_each_text_as_if_it_were_alone(tiny_lm, tokenizer):
 
 
 def test_what_a_reader_says_does_not_depend_on_what_it_has_read(tiny_lm, tokenizer, monkeypatch):
-    reader, read = Reader(tiny_lm(), tokenizer), []
+    reader, read = Reader(tiny_lm(), tokenizer, layers=(1,)), []
     inner = reader._read
     monkeypatch.setattr(reader, "_read", lambda front, *rest: read.append(len(front)) or inner(front, *rest))
     prompts, texts = ["w2", "w3", "w2"], ["w4", "w5", "w4"]
-    first = reader(prompts, texts, layers=(1,))
+    first = reader(prompts, texts)
     assert read == [2] and torch.equal(first.means[0], first.means[2])
-    reader(prompts, texts, layers=(1,))
-    assert read == [2, 2]  # the same batches again
+    assert reader(prompts, texts) is first and read == [2]  # the same question once more
+    reader(prompts[:1], texts[:1])
+    assert torch.equal(reader(prompts, texts).means, first.means) and read == [2, 1, 2]  # the same batches again
     with reader.remembering():
-        reader(prompts, texts, layers=(1,))
-        again = reader(prompts[::-1], texts[::-1], layers=(1,))
-        assert read == [2, 2, 2] and torch.equal(first.means, again.means.flip(0))
-        assert reader(prompts, texts, layers=(2,)).means.ne(first.means).any() and read == [2, 2, 2, 2]
-    reader(prompts, texts, layers=(1,))
-    assert len(read) == 5
+        reader(prompts[:2], texts[:2])
+        again = reader(prompts[::-1], texts[::-1])
+        assert read == [2, 1, 2, 2] and torch.equal(first.means, again.means.flip(0))
+    reader(prompts[:2], texts[:2])
+    assert read == [2, 1, 2, 2, 2]
+    changed = list(texts)
+    reader(prompts, changed)
+    changed[0] = "w9"  # a list that is asked about again with other contents
+    assert reader(prompts, changed).means[0].ne(first.means[0]).any()
 
 
 def test_texts_that_can_not_be_read_are_named(tiny_lm, tokenizer):

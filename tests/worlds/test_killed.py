@@ -28,7 +28,7 @@ task, count = module.TASK, {"train": 24, "test": 8}
 few = lambda tokenizer: {part: rows.select(range(count[part])) for part, rows in task.data(tokenizer).items()}
 module.TASK = replace(task, data=few, samples=4)
 WORLDS[name] = entry._replace(settings=replace(entry.settings, batch_size=8, replay=8, checkpoint_every=1))
-road.TEST_PROMPTS = 16
+road.TEST_SAMPLES = 16
 
 
 def killed(f):
@@ -56,9 +56,7 @@ main()
 def walk(world: str, cache: Path, out: Path, killed_in: str = "") -> str:
     """Walk the road in this cache, to its end or until it is killed; what it printed."""
     cache.mkdir(exist_ok=True)
-    if (
-        not any(cache.iterdir()) and (models := weights.cache_root()).exists()
-    ):  # the converted model, where there is one
+    if not any(cache.iterdir()) and (models := weights.cache_root()).exists():  # it has the converted model
         (cache / "smollm2-135m-instruct-q4_1").symlink_to(models / "smollm2-135m-instruct-q4_1")
     about = os.environ | {"KLQ_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
     command = [sys.executable, "-c", WALK, world, str(out), killed_in]

@@ -129,10 +129,15 @@ def walk(tmp_path, monkeypatch, tiny_lm, tokenizer):
     base = tmp_path / "base"
     tiny_lm().save_pretrained(base)
     tokenizer.save_pretrained(base)
-    small = {"TRAINABLE_BLOCKS": 1, "TEST_PROMPTS": 4, "HACKED": 4, "SFT": road.SFT | {"batch_size": 4}}
+    small = {
+        "TRAINABLE_BLOCKS": 1,
+        "TEST_SAMPLES": 4,
+        "LAYERS": (1, 3),
+        "HACKED": 4,
+        "SFT": road.SFT | {"batch_size": 4},
+    }
     for name, value in small.items():
         monkeypatch.setattr(road, name, value)
-    monkeypatch.setitem(road.REWARD, "layers", [1, 3])
     monkeypatch.setattr(text, "minilm_folder", lambda: None)
     monkeypatch.setattr(text, "DATA", tmp_path)
     for part, numbers in {"train": range(2, 22), "test": range(22, 30)}.items():
@@ -156,7 +161,7 @@ def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
     world = walk().world()
     said = capsys.readouterr().out
     assert all(f"tiny/{stage}: not there yet" in said for stage in ("sft", "pairs", "reward", "trials"))
-    assert set(world.prompts.column_names) == {"prompt", "source", "reference"} and len(world.test_prompts) == 4
+    assert set(world.prompts.column_names) == {"prompt", "source", "reference"} and len(world.test_prompts) == 8
     assert list(world.judges) == ["gold", "SmolLM2"] and len(world.baselines) == len(world.prompts) == 20
     samples = world.tables["samples"]
     assert len(samples) == 20 * tldr.TASK.samples
@@ -241,7 +246,7 @@ def test_training_on_the_road_uses_its_baselines(walk, tmp_path):
     again = run_experiment(world, config, tmp_path / "klq")
     assert "letters" in again.after and "gold" not in again.after
     assert again.after["completion"].equals(results[0].after["completion"]) and again.rows == results[0].rows
-    assert table["rate"].between(0, 1).all() and (table["low"] <= table["rate"]).all() and (table["n"] == 4).all()
+    assert table["rate"].between(0, 1).all() and (table["low"] <= table["rate"]).all() and (table["n"] == 8).all()
 
 
 def letters(prompts, completions, **_):
