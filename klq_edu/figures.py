@@ -166,6 +166,36 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     return Picture(figure, caption, f"Win-rates with intervals before {', '.join(judges)}.")
 
 
+def gains_along_kl(tests: pd.DataFrame) -> Picture:
+    """How much reward and each judge gave more than to the reference, against the KL paid: a panel each, a line per
+    algorithm and setting through the tests along training (means over seeds), a dot for the end of each run.
+
+    `tests` has columns "algorithm", "setting" (τ), "seed", "update", "kl", and one per reward or judge.
+    """
+    judges = [c for c in tests if c not in ("algorithm", "setting", "seed", "update", "kl")]
+    figure, axes = panels(len(judges), width=3.6, height=3.6)
+    markers = dict(zip(tests["setting"].unique(), "osD^v" * 9))
+    for axis, judge in zip(axes, judges, strict=True):
+        for name, part in in_order(tests, "algorithm", STYLES):
+            for setting, runs in part.groupby("setting", sort=False):
+                ends, path = runs[runs["update"] == runs["update"].max()], runs.groupby("update")[["kl", judge]].mean()
+                label = f"{STYLES[name]['label']}, τ = {setting}"
+                axis.plot(path["kl"], path[judge], lw=1.8, **STYLES[name] | {"label": label})
+                axis.plot(ends["kl"], ends[judge], markers[setting], ms=4, alpha=0.45, color=STYLES[name]["color"])
+        axis.axhline(0, color=GREY, lw=1)
+        axis.set(
+            xlabel="KL(π ‖ reference) [nats]", ylabel=f"gain before {judge}" if judge != "reward" else "gain in reward"
+        )
+    axes[0].legend()
+    seeds = tests["seed"].nunique()
+    caption = (
+        "Scores of held-out completions less the reference's, in each judge's own unit, against the KL paid. On the "
+        "left what was maximised; what rises there and nowhere else was learnt from the reward model's mistakes."
+    )
+    caption += f" Lines are means over {seeds} seeds, dots are the ends of single runs." if seeds > 1 else ""
+    return Picture(figure, caption, f"Gains against KL before {', '.join(judges)} for {_names(tests)}.")
+
+
 def exact_steps() -> Picture:
     """The exact KLQ step against the exact PPO-penalty step for several α at τ = 1; right: with β on the bare Δ."""
     tau, tree, old = 1.0, TokenTree.random(4, 3, seed=0), TokenTree.random(4, 3, seed=1).ref

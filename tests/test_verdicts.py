@@ -8,6 +8,7 @@ import pytest
 
 from klq_edu.app import comparison, report
 from klq_edu.app.experiment import Result
+from klq_edu.rlhf.judge import copied
 from klq_edu.worlds.world import SAMPLE
 
 PROMPTS = ["the cat sat on the mat", "one two three four"]
@@ -15,13 +16,14 @@ PROMPTS = ["the cat sat on the mat", "one two three four"]
 
 def samples(completions, reward, judged, length):
     table = {"prompt": PROMPTS * 2, "completion": completions, "reward": reward, "kl": 0.0, "length": length}
-    return pd.DataFrame(table | {"ended": True, "judge": judged})
+    shares = list(map(copied, completions, PROMPTS * 2))
+    return pd.DataFrame(table | {"ended": True, "copied": shares, "judge": judged})
 
 
 def result(name, seed, after):
     before = samples(["a", "b", "c", "d"], [0.0, 1.0, 0.0, 1.0], [0.0] * 4, [1, 1, 1, 1])
-    settings = {"algorithm": name, "whiten": False, "tau": 0.1, "seed": seed}
-    return Result(settings, [{"attained": 1.0}], before, after)
+    settings = {"algorithm": name, "whiten": False, "tau": 0.1, "seed": seed, "updates": 9}
+    return Result(settings, [{"attained": 1.0}], {0: before, 9: after})
 
 
 KLQ = samples(["the cat sat on", "b", "c", "one two three x"], [1.0, 1.0, 0.0, 4.0], [1, -2, 0, 1], [4, 1, 1, 4])

@@ -8,7 +8,7 @@ from contextlib import suppress
 from klq_edu.rlhf.signals import StopSignals
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)  # those that a message explains
-RESUMED = {"demo", "train", "hub", "sweep"}  # commands that take up what an interrupt left
+RESUMED = {"demo", "train", "hub", "sweep", "compare"}  # commands that take up what an interrupt left
 KEPT = "; what is done is kept. The same command continues with what is missing"
 
 

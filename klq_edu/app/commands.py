@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from klq_edu.app.compare import run_compare
 from klq_edu.app.demo import run_demo, run_hub, run_train
 from klq_edu.app.doctor import run_doctor
 from klq_edu.app.inspection import run_inspect
@@ -45,7 +46,7 @@ def course(
 
 COMMANDS = {
     "demo": run_demo, "train": run_train, "hub": run_hub, "judge": run_judge, "sweep": run_sweep,
-    "inspect": run_inspect, "bench": bench, "course": course, "doctor": run_doctor,
+    "compare": run_compare, "inspect": run_inspect, "bench": bench, "course": course, "doctor": run_doctor,
 }  # fmt: skip
 
 

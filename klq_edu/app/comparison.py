@@ -8,12 +8,20 @@ import numpy as np
 import pandas as pd
 
 from klq_edu.figures import STYLES
-from klq_edu.rlhf.judge import bootstrap_interval, copied, preferred, win_rate_of_seeds
+from klq_edu.rlhf.judge import bootstrap_interval, preferred, win_rate_of_seeds
 from klq_edu.rlhf.power import pairs_needed, seeds_needed, t_quantile
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
-SAMPLED = ("prompt", "completion", "kl", "length", "ended")  # columns of test samples that no judge has filled
+SAMPLED = (
+    "prompt",
+    "completion",
+    "kl",
+    "length",
+    "ended",
+    "copied",
+)  # columns of test samples that no judge has filled
+MARKS = {"longer": "length", "copied": "copied"}  # what judges may lean to: more of which column
 SETTING = ["tau", "schedule", "algorithm", "learning_rate"]
 
 
@@ -78,15 +86,25 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
     return table(heads + [f"seeds, {n} pairs each" for n in pairs], rows)
 
 
-def compared(results: list) -> list[tuple[str, str | None, list[tuple[pd.DataFrame, pd.DataFrame]]]]:
-    """(algorithm, rival or None for the reference, test samples of both for each seed): each algorithm beside the
-    reference, and KLQ beside the others of the same seed."""
+def opponents(results: list) -> list[tuple[str, str | None, list[tuple]]]:
+    """(algorithm, rival or None for the reference, the runs of both for each seed): each algorithm beside the reference
+    that it started from, and KLQ beside the others of the same seed."""
     by = {}
     for r in results:
-        by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r.after
-    by_rival = {None: dict.fromkeys(sorted({r.labels["seed"] for r in results}), results[0].before)} | by
-    pairs = [(name, None) for name in by] + [("klq", name) for name in by if name != "klq" and "klq" in by]
-    return [(a, b, [(by[a][s], by_rival[b][s]) for s in by[a] if s in by_rival[b]]) for a, b in pairs]
+        by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r
+    found = [(name, None, [(r, None) for r in runs.values()]) for name, runs in by.items()]
+    for name, runs in by.items():
+        pairs = [(r, runs[seed]) for seed, r in by.get("klq", {}).items() if seed in runs]
+        found += [("klq", name, pairs)] if name != "klq" and pairs else []
+    return found
+
+
+def compared(results: list) -> list[tuple[str, str | None, list[tuple[pd.DataFrame, pd.DataFrame]]]]:
+    """The same with the test samples of both."""
+    return [
+        (name, rival, [(a.after, a.before if b is None else b.after) for a, b in pairs])
+        for name, rival, pairs in opponents(results)
+    ]
 
 
 def judges_of(results: list) -> list[str]:
@@ -123,8 +141,7 @@ def leanings(results: list) -> pd.DataFrame:
     in which the judge prefers the "longer" completion (tokens), and that which has "copied" more word triples of its
     prompt; a tie counts half. ½ is no leaning; NaN where no pair differs."""
     pairs = [pair for *_, tables in compared(results) for pair in tables]
-    marks = {"longer": lambda t: t["length"], "copied": lambda t: pd.Series(map(copied, t["completion"], t["prompt"]))}
-    more = {name: [preferred(mark(a), mark(b)) for a, b in pairs] for name, mark in marks.items()}
+    more = {name: [preferred(a[mark], b[mark]) for a, b in pairs] for name, mark in MARKS.items()}
     rows = []
     for judge in judges_of(results):
         won = pd.concat([preferred(a[judge], b[judge]) for a, b in pairs])

@@ -10,6 +10,7 @@ from klq_edu.files import read_json, write_json
 from klq_edu.machine import resolve_device, resolve_dtype, threads
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
+from klq_edu.rlhf.judge import copied
 from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
@@ -24,12 +25,21 @@ SAMPLES_FILE = "test_samples.json"
 
 @dataclass
 class Result:
-    """A finished experiment: settings, one row of metrics per update, and test samples before and after."""
+    """A finished experiment: settings, one row of metrics per update, and test samples after so many updates."""
 
     settings: dict
     rows: list[dict]
-    before: pd.DataFrame
-    after: pd.DataFrame
+    tests: dict[int, pd.DataFrame]
+
+    @property
+    def before(self) -> pd.DataFrame:
+        """The reference's test samples."""
+        return self.tests[0]
+
+    @property
+    def after(self) -> pd.DataFrame:
+        """The trained policy's test samples."""
+        return self.tests[self.settings["updates"]]
 
     @property
     def labels(self) -> dict:
@@ -54,21 +64,26 @@ def run_experiment(world: World, config: TrainConfig, folder: str | Path, on_upd
         policy = world.make_policy(config).to(resolve_device(config.device))
         policy.dtype = resolve_dtype(config.dtype, policy.device)
         before = reference_samples(world, policy, config)
+        keep_test(run, judged, 0, before)
         run.claim({"reward": reward_identity(world.reward)}, again=True)
         exact = world.tree and world.tree.expected_reward(world.tree.ref).item()
         if config.centre == "none":
             policy.start_value(before["reward"].mean() if exact is None else exact)
-        (run.folder / SAMPLES_FILE).unlink(missing_ok=True)  # of a shorter run, where `updates` was raised
+
+        def test(policy: ActorCritic) -> dict[str, float]:
+            table = held_out_samples(world, policy, config)
+            keep_test(run, judged, len(run.rows()) + 1, table)
+            return table.mean(numeric_only=True).add_prefix("test_").to_dict()
+
         train(
             policy, world.tokenizer, world.prompts, world.reward, config, run=run, constraint=world.constraint,
-            evaluate=world.evaluate and world.evaluate(config), on_update=on_update,
+            evaluate=world.evaluate(config) if world.evaluate else test, on_update=on_update,
             baselines=world.baselines if config.centre == "prompt" else None,
         )  # fmt: skip
-        after = held_out_samples(world, policy, config)
+        if (result := read_result(run, judged)) is None:
+            keep_test(run, judged, config.updates, held_out_samples(world, policy, config))
         run.claim({"reward": reward_identity(world.reward)}, again=True)
-        samples = {"before": before.to_dict("records"), "after": after.to_dict("records")}
-        write_json(run.folder / SAMPLES_FILE, {"judged": judged} | samples)
-        return read_result(run, judged)
+        return result or read_result(run, judged)
 
 
 def trained_policy(world: World, config: TrainConfig, folder: Path) -> ActorCritic:
@@ -84,29 +99,42 @@ def judged_by(world: World) -> str:
     return fingerprint([world.test_prompts.to_dict(), world.samples_per_prompt, judges])
 
 
+def keep_test(run: Run, judged: str, updates: int, table: pd.DataFrame) -> None:
+    """Write test samples after so many updates into the run's folder, beside those that the same judges judged."""
+    known = read_json(run.folder / SAMPLES_FILE)
+    kept = known if known.get("judged") == judged else {"judged": judged}
+    write_json(run.folder / SAMPLES_FILE, kept | {str(updates): table.to_dict("records")})
+
+
+def read_tests(folder: Path) -> tuple[str | None, dict[int, pd.DataFrame]]:
+    """Who judged (`judged_by`), and the test samples after so many updates, of the run in a folder."""
+    found = read_json(folder / SAMPLES_FILE)
+    judged = found.pop("judged", None)
+    return judged, {int(n): pd.DataFrame(found[n]) for n in sorted(found, key=int)}
+
+
 def read_result(run: Run, judged: str) -> Result | None:
     """The result in a finished run's folder; None if it is not finished or was not judged by these (`judged_by`)."""
-    samples, rows = run.folder / SAMPLES_FILE, run.rows()
-    if not samples.exists() or len(rows) < run.settings["updates"]:
+    known, tests = read_tests(run.folder)
+    rows, updates = run.rows(), run.settings["updates"]
+    if known != judged or not {0, updates} <= set(tests) or len(rows) < updates:
         return None
-    found = read_json(samples)
-    if found.pop("judged", None) != judged:
-        return None
-    return Result(run.settings, rows, **{name: pd.DataFrame(table) for name, table in found.items()})
+    return Result(run.settings, rows, {n: table for n, table in tests.items() if n <= updates})
 
 
 def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
     """`held_out_samples` of a policy that still is the reference; sampled once where several runs start from it."""
-    key = config.batch_size, config.max_new_tokens, config.temperature, config.device, config.dtype
+    key = config.batch_size, config.max_new_tokens, config.temperature, config.device, config.dtype, config.seed
     if key not in world.reference_samples:
         world.reference_samples[key] = held_out_samples(world, policy, config)
     return world.reference_samples[key]
 
 
 def held_out_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
-    """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call."""
+    """Completions of the world's test prompts with their rewards and KL; the same random numbers on every call
+    with this seed."""
     index = list(range(len(world.test_prompts))) * world.samples_per_prompt
-    generator, tables = torch.Generator().manual_seed(SAMPLING_SEED), []
+    generator, tables = torch.Generator().manual_seed(SAMPLING_SEED + config.seed), []
     for start in range(0, len(index), config.batch_size):
         rows = world.test_prompts[index[start : start + config.batch_size]]
         rollout = collect(
@@ -122,6 +150,7 @@ def judged(world: World, rollout: Rollout, rows: dict[str, list]) -> pd.DataFram
     columns = {"prompt": rollout.prompts, "completion": rollout.completions}
     columns |= {"reward": score(world.reward, rollout, **rows).tolist(), "kl": rollout.kl.sum(1).tolist()}
     columns |= {"length": rollout.mask.sum(1).tolist(), "ended": rollout.ended.tolist()}
+    columns["copied"] = list(map(copied, rollout.completions, rollout.prompts))
     columns |= {name: score(judge, rollout, **rows).tolist() for name, judge in world.judges.items()}
     return pd.DataFrame(columns)
 

@@ -45,11 +45,9 @@ def run_judge(config: JudgeConfig) -> None:
 
 def samples_of(folder: Path, when: str):
     """A finished run's test samples, "before" or "after" training, as a table; ValueError where there are none."""
-    import pandas as pd
+    from klq_edu.app.experiment import SAMPLES_FILE, read_tests
 
-    from klq_edu.app.experiment import SAMPLES_FILE
-    from klq_edu.files import read_json
-
-    if not (folder / SAMPLES_FILE).exists():
-        raise ValueError(f"run and rival must be folders of finished runs, {folder} has no {SAMPLES_FILE}")
-    return pd.DataFrame(read_json(folder / SAMPLES_FILE)[when])
+    _, tests = read_tests(folder)
+    if len(tests) < 2:
+        raise ValueError(f"run and rival must be folders of finished runs, {folder} has no {SAMPLES_FILE} of one")
+    return tests[0] if when == "before" else tests[max(tests)]

@@ -33,6 +33,8 @@ WHO = {  # what has to be said of a judge
     "MiniLM": "MiniLM had no part in anything",
     "TextBlob": "TextBlob had no part in anything",
 }
+TESTED = {"kl": "KL to the reference, in nats", "length": "tokens", "ended": "share that ended by itself"}
+TESTED |= {"copied": "share of word triples from the prompt", "reward": "reward"}
 LEANINGS = {"longer": "longer", "more copied": "copied"}  # as read -> column of `comparison.leanings`
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
     "reward*": ("reward",),
@@ -182,11 +184,13 @@ def write_report(path: Path, world: World, results: list[Result]) -> Path:
     for name, made in ({"results": summarise_results(results)} | world.tables | judged).items():
         made.to_csv(path.parent / f"{name}.csv", index=False)
     write_provenance(path.parent / "results.csv", first["device"], **{"settings of the first run": first})
+    tested = TESTED | {name: f"score before the judge {name}" for name in world.judges}
+    tested = {f"test_{k}": f"mean over held-out completions: {v}" for k, v in tested.items()}
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
         samples=samples_table(results), road=road(world, results, rates), machine=facts(first["device"]),
-        metrics={k: v for k, v in (METRICS | world.metrics).items() if k in results[0].rows[-1]},
+        metrics={k: v for k, v in (METRICS | world.metrics | tested).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")

@@ -112,7 +112,7 @@ def run_sweep(config: SweepConfig) -> None:
     print(f"{shown}\n\n{path}")
 
 
-def in_parallel(calls: list[tuple[Callable, ...]], jobs: int) -> list:
+def in_parallel(calls: list[tuple[Callable, ...]], jobs: int, what: str = "sweep") -> list:
     """Results of all calls (function, arguments …) by so many processes of one thread each, with a progress bar."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -124,7 +124,7 @@ def in_parallel(calls: list[tuple[Callable, ...]], jobs: int) -> list:
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(*call) for call in calls]
         try:
-            for done in track(as_completed(futures), "sweep", len(futures)):
+            for done in track(as_completed(futures), what, len(futures)):
                 done.result()  # an error ends the sweep now, not after hours
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt) or getattr(error, "signum", None) == signal.SIGTERM:

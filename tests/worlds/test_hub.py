@@ -62,7 +62,7 @@ def test_a_recipe_trains_through_the_whole_path(form, parts, capsys):
     with pytest.raises(ValueError, match="holds other settings.*world"):  # a finished one, of another model
         other = (parts / "policy").rename(parts / "other")
         run_hub(HubConfig(str(recipe), model=str(other), reward_model=judge, algorithm="ppo_clip", out=out))
-    samples = json.loads((out / "test_samples.json").read_text())["after"]
+    samples = json.loads((out / "test_samples.json").read_text())["2"]
     assert all((row["reward"] < -50) is not row["ended"] for row in samples)
 
 

@@ -1,0 +1,169 @@
+"""What the files of `klq compare` say, as Markdown tables and figures.
+
+Everywhere a difference is a mean over seeds and held-out prompts with a 95 % interval that resamples seeds, then
+prompts; algorithms are paired by seed.
+"""
+
+from itertools import groupby, product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from klq_edu import figures
+from klq_edu.app import comparison
+from klq_edu.app.compare import RUNS
+from klq_edu.app.experiment import Result
+from klq_edu.figures import STYLES
+from klq_edu.rlhf.judge import preferred
+from klq_edu.rlhf.power import seeds_needed
+
+SETTING = ["tau", "changes"]
+Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
+HEADS = {"kl": "KL [nats]", "length": "tokens", "ended": "finished"}
+
+
+def read(folder: Path) -> list[Result]:
+    """All runs in the folder of a world, by τ, algorithm and seed."""
+    found = []
+    runs = pd.read_csv(folder / RUNS, keep_default_na=False).sort_values([*SETTING, "algorithm", "seed"])
+    for run in runs.to_dict("records"):
+        table = pd.read_csv(folder / f"{run['run']}.csv")
+        tests = {n: part.drop(columns="update").reset_index(drop=True) for n, part in table.groupby("update")}
+        settings = run | {"algorithm": run["algorithm"].removesuffix("_whitened")}
+        found.append(Result(settings, [], tests))
+    return found
+
+
+def write(folder: Path) -> str:
+    """Write all tables (.md) and figures (.svg) beside the folder; returns the tables."""
+    results = read(folder)
+    parts = {
+        "Differences at the same τ": differences(results),
+        "Differences at the same KL": matched(results),
+        "Win-rates of KLQ": verdicts(results),
+        "What a judge's leaning would have made of it": leanings(results),
+    }
+    text = "\n\n".join(f"#### {title}\n\n{table}" for title, table in parts.items() if table)
+    folder.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    paths = figures.gains_along_kl(along(results))
+    paths.figure.savefig(f"{folder}.svg", metadata={"Date": None})
+    return text
+
+
+def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
+    """The runs of each τ and whatever else was changed."""
+    return [(setting, list(part)) for setting, part in groupby(results, setting_of)]
+
+
+def setting_of(run: Result) -> str:
+    """τ and what was changed of the world's settings, in words."""
+    return f"{run.settings['tau']:g}" + (f", {run.settings['changes']}" if run.settings["changes"] else "")
+
+
+def differences(results: list[Result]) -> str:
+    """Each algorithm less the reference it started from, KLQ less its rivals: KL, reward, judges, length, finishing."""
+    columns = ["kl", *comparison.judges_of(results), "length", "ended"]
+    rows = []
+    for setting, part in by_setting(results):
+        for name, rival, pairs in comparison.compared(part):
+            cells = [_difference(pairs, column) for column in columns]
+            rows.append([setting, _label(name), _label(rival), f"{len(pairs)}", *cells])
+    heads = ["τ", "policy", "minus", "seeds", *(HEADS.get(c, c) for c in columns)]
+    return comparison.table(heads, rows)
+
+
+def matched(results: list[Result]) -> str:
+    """KLQ less its rivals where both have gone equally far from the reference: in each seed, as far as the one that
+    went less far. See `at_kl`."""
+    columns, rows = comparison.judges_of(results), []
+    for setting, part in by_setting(results):
+        for name, rival, runs in comparison.opponents(part):
+            if rival is None:
+                continue
+            reach = [min(a.after["kl"].mean(), b.after["kl"].mean()) for a, b in runs]
+            pairs = [(at_kl(a, kl), at_kl(b, kl)) for (a, b), kl in zip(runs, reach)]
+            cells = [_difference(pairs, column) for column in columns]
+            rows.append([setting, _label(name), _label(rival), f"{len(pairs)}", f"{np.mean(reach):.2f}", *cells])
+    return comparison.table(["τ", "policy", "minus", "seeds", "at a KL of", *columns], rows) if rows else ""
+
+
+def at_kl(run: Result, kl: float) -> pd.DataFrame:
+    """A run's test samples where its mean KL passed this value: between two tests, the mixture of both that has this
+    mean (what a policy gets that follows the one or the other, drawn anew for each prompt)."""
+    tests = list(run.tests.values())
+    means = [table["kl"].mean() for table in tests]
+    after = next((i for i, mean in enumerate(means) if mean >= kl), len(means) - 1)
+    if after == 0:
+        return tests[0]
+    share = min(1.0, (kl - means[after - 1]) / (means[after] - means[after - 1]))
+    early, late = (tests[i].drop(columns="prompt").astype(float) for i in (after - 1, after))
+    return (share * late + (1 - share) * early).assign(prompt=tests[after]["prompt"])
+
+
+def verdicts(results: list[Result]) -> str:
+    """KLQ's win-rates against its rivals before reward and judges, how much single seeds scatter beyond their prompts,
+    the smallest difference from ½ that so many seeds and prompts show with power 0.8, and the seeds it would take to
+    show the one found."""
+    rows = []
+    for setting, part in by_setting(results):
+        found = comparison.verdicts(part)
+        for (_, rival, pairs), judge in product(comparison.compared(part), comparison.judges_of(part)):
+            if rival is None or len(pairs) < 2:
+                continue
+            won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
+            one = found[(found["judge"] == judge) & (found["a"] == "KLQ") & (found["b"] == _label(rival))].iloc[0]
+            noise = np.mean([w.var() / len(w) for w in won])
+            sd = max(0.0, np.var([w.mean() for w in won], ddof=1) - noise) ** 0.5
+            seen = Z_POWER * (one["high"] - one["low"]) / 2 / 1.96
+            needed = seeds_needed(one["rate"] - 0.5, sd, len(won[0]))
+            cells = [f"{one['rate']:.3f} [{one['low']:.3f}, {one['high']:.3f}]", f"{sd:.3f}", f"±{seen:.3f}"]
+            cells += [f"{needed:,.0f}" if needed < 1e6 else "–"]
+            rows.append([setting, _label(rival), judge, f"{len(pairs)}", *cells])
+    heads = ["τ", "against", "judge", "seeds", "win-rate", "sd of a seed", "shown from", "seeds for the one found"]
+    return comparison.table(heads, rows) if rows else ""
+
+
+def leanings(results: list[Result]) -> str:
+    """KLQ's win-rate against PPO-clip as found, and as a judge would give it who looks at nothing but length (or at
+    what is copied) and leans to it as much as this one does."""
+    rows = []
+    for setting, part in by_setting(results):
+        pairs = [p for name, rival, found in comparison.compared(part) if rival == "ppo_clip" for p in found]
+        if not pairs:
+            continue
+        leaning = comparison.leanings(part).set_index("judge")
+        for judge in comparison.judges_of(part):
+            rate = np.mean([preferred(a[judge], b[judge]).mean() for a, b in pairs])
+            cells = [f"{rate:.3f}"]
+            for name, column in comparison.MARKS.items():
+                lean, more = (
+                    leaning.loc[judge, name],
+                    np.mean([preferred(a[column], b[column]).mean() for a, b in pairs]),
+                )
+                cells += [f"{lean:.2f}", f"{0.5 + (2 * lean - 1) * (more - 0.5):.3f}"]
+            rows.append([setting, judge, *cells])
+    heads = ["τ", "judge", "win-rate", "leans to the longer", "length alone", "to the more copied", "copying alone"]
+    return comparison.table(heads, rows) if rows else ""
+
+
+def along(results: list[Result]) -> pd.DataFrame:
+    """A row per test of each run: algorithm, setting, seed, update, KL, and how much more reward and judges gave than to
+    the reference."""
+    columns, rows = comparison.judges_of(results), []
+    for run in results:
+        for update, table in run.tests.items():
+            about = {"setting": setting_of(run), "update": update, "kl": table["kl"].mean()}
+            gains = (table[columns] - run.before[columns]).mean().to_dict()
+            rows.append({name: run.labels[name] for name in ("algorithm", "seed")} | about | gains)
+    return pd.DataFrame(rows)
+
+
+def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str) -> str:
+    """The first minus the second, by seed: mean [95 % interval]."""
+    found = [(a[column] - b[column]).groupby(a["prompt"]).mean() for a, b in pairs]
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.mean_interval(found))
+
+
+def _label(name: str | None) -> str:
+    return "reference" if name is None else STYLES[name]["label"]
