@@ -55,7 +55,8 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("train", "grammar"), ("sweep",), ("inspect",), ("bench",), ("course",), ("doctor",)]
+    "command",
+    [(), ("demo",), ("train", "grammar"), ("sweep",), ("compare",), ("inspect",), ("bench",), ("course",), ("doctor",)],
 )
 def test_help_is_instant_because_nothing_heavy_is_imported(command):
     out = subprocess.run([sys.executable, "-c", WATCHED, *command, "--help"], capture_output=True, text=True)
@@ -122,12 +123,12 @@ def test_a_signal_during_imports_leaves_no_traceback(where, wrapped, name, statu
     assert out.returncode == status and "Traceback" not in out.stderr and "Interrupted" in out.stderr, out.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sweep", "bench", "inspect", "course", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "sweep", "compare", "bench", "inspect", "course", "doctor"])
 def test_only_a_command_that_continues_is_said_to(command, tmp_path):
     command = [sys.executable, "-c", SIGNALLED, "tyro", "SIGINT", "plain", command]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "\nInterrupted" in out.stderr
-    assert ("The same command continues" in out.stderr) is (command[-1] in ("demo", "train", "sweep"))
+    assert ("The same command continues" in out.stderr) is (command[-1] in ("demo", "train", "sweep", "compare"))
 
 
 def test_texts_with_markup_are_shown_as_they_are(capsys):

@@ -1,6 +1,6 @@
 """`klq compare`: KLQ against PPO where the reward is learnt, over seeds and τ: a file per run, and what they say."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -44,7 +44,7 @@ class CompareConfig:
     def experiments(self) -> list[dict[str, TrainConfig]]:
         """For each τ and seed: name -> settings of the runs that start from the same samples."""
         usual = WORLDS[self.world].settings
-        changes = {name: type(getattr(usual, name))(value) for name, value in self.changes.items()}
+        changes = {name: type(getattr(usual, name))(value) for name, value in self.changes.items()} | {"device": "cpu"}
         shown = "".join(f"-{change.replace(' ', '')}" for change in filter(None, self.changed().split(", ")))
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return [
@@ -83,7 +83,7 @@ def done(folder: Path, name: str, config: TrainConfig) -> bool:
     if not (folder / RUNS).exists() or not (folder / f"{name}.csv").exists():
         return False
     known = pd.read_csv(folder / RUNS, index_col="run")["settings"]
-    return known.get(name) == fingerprint(replace(config, device="cpu").to_dict())
+    return known.get(name) == fingerprint(config.to_dict())
 
 
 def some_runs(world: str, changes: str, experiments: dict[str, TrainConfig], folder: Path, runs: Path) -> None:
@@ -93,7 +93,6 @@ def some_runs(world: str, changes: str, experiments: dict[str, TrainConfig], fol
 
     made = load(world)
     for name, settings in experiments.items():
-        settings = replace(settings, device="cpu")
         result = run_experiment(made, settings, runs / name)
         record(folder, name, changes, settings, result, made.tables["stages"])
 

@@ -148,8 +148,8 @@ def leanings(results: list[Result]) -> str:
 
 
 def along(results: list[Result]) -> pd.DataFrame:
-    """A row per test of each run: algorithm, setting, seed, update, KL, and how much more reward and judges gave than to
-    the reference."""
+    """A row per test of each run: algorithm, setting, seed, update, KL, and how much more reward and judges gave than
+    to the reference."""
     columns, rows = comparison.judges_of(results), []
     for run in results:
         for update, table in run.tests.items():

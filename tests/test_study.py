@@ -1,0 +1,164 @@
+"""`klq compare`: runs become files that say it all, are taken up again, compared by seed at the same τ and KL."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from klq_edu.app import compare, study, sweep
+from klq_edu.app.compare import CompareConfig, done, record, run_compare
+from klq_edu.app.experiment import Result
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.worlds import registry
+from klq_edu.worlds.registry import Entry, preset
+
+PROMPTS = [f"p{i}" for i in range(40)]
+
+
+def samples(kl, reward, length=5.0, seed=0):
+    """Test samples with these means; single completions scatter."""
+    noise = np.random.default_rng(seed).normal(size=(3, len(PROMPTS)))
+    noise -= noise.mean(axis=1, keepdims=True)
+    table = {"prompt": PROMPTS, "reward": reward + noise[0], "kl": kl + 0.01 * noise[1]}
+    table |= {"length": length + noise[2].round(), "ended": 1, "copied": 0.0, "gold": reward / 2 + noise[0]}
+    return pd.DataFrame(table)
+
+
+def run(name, seed, ends, tau=0.1, changes="", **more):
+    """A run through these (KL, reward), from (0, 0)."""
+    settings = {"algorithm": name, "whiten": False, "tau": tau, "seed": seed, "updates": 8 * len(ends)}
+    tests = {8 * i: samples(*end, seed=seed, **more) for i, end in enumerate([(0.0, 0.0), *ends])}
+    return Result(settings | {"changes": changes}, [], tests)
+
+
+def cells(table, *begin):
+    """The row of a Markdown table that begins with these cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    (found,) = [dict(zip(rows[0], row)) for row in rows if tuple(row[: len(begin)]) == begin]
+    return found
+
+
+def number(cell):
+    return float(cell.split()[0])
+
+
+def test_at_a_kl_between_two_tests_a_run_is_their_mixture():
+    one = run("klq", 0, [(1.0, 0.4), (3.0, 0.6)])
+    for kl, reward in ((0.0, 0.0), (0.5, 0.2), (1.0, 0.4), (1.5, 0.45), (2.0, 0.5), (3.0, 0.6), (9.0, 0.6)):
+        found = study.at_kl(one, kl)
+        assert found["reward"].mean() == pytest.approx(reward, abs=1e-3), kl
+        assert found["kl"].mean() == pytest.approx(min(kl, 3.0), abs=1e-3) and list(found["prompt"]) == PROMPTS
+
+
+def test_who_only_went_further_is_ahead_at_the_same_tau_and_not_at_the_same_kl():
+    runs = [run("klq", s, [(1.0, 0.3), (2.0, 0.6)]) for s in range(3)]
+    runs += [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]
+    same_tau = cells(study.differences(runs), "0.1", "KLQ", "PPO-clip")
+    assert number(same_tau["reward"]) == pytest.approx(0.3) and number(same_tau["KL [nats]"]) == pytest.approx(1.0)
+    assert same_tau["seeds"] == "3" and number(same_tau["finished"]) == 0
+    same_kl = cells(study.matched(runs), "0.1", "KLQ", "PPO-clip")
+    assert same_kl["at a KL of"] == "1.00" and number(same_kl["reward"]) == pytest.approx(0, abs=2e-3)
+
+
+def test_seeds_are_paired_and_settings_are_not_pooled():
+    """Seeds that differ a lot, by the same for both: paired, nothing is left of it."""
+    ends = {seed: [(1.0, seed)] for seed in range(4)}
+    runs = [run(name, seed, end) for name in ("klq", "ppo_clip") for seed, end in ends.items()]
+    runs += [run("klq", seed, [(1.0, 9.0)], changes="replay 0") for seed in range(2)]
+    row = cells(study.differences(runs), "0.1", "KLQ", "PPO-clip")
+    assert row["reward"] == "+0.000 [+0.000, +0.000]" and row["seeds"] == "4"
+    assert number(cells(study.differences(runs), "0.1, replay 0", "KLQ", "reference")["reward"]) == pytest.approx(9.0)
+    assert number(cells(study.differences(runs), "0.1", "KLQ", "reference")["reward"]) == pytest.approx(1.5)
+
+
+def test_what_was_shown_and_what_could_have_been():
+    """Four seeds whose win-rates are far apart: the scatter is the seeds' own, and hides a small difference."""
+    shift = {0: 3.0, 1: 3.0, 2: -3.0, 3: -3.0}
+    runs = [run("klq", s, [(1.0, shift[s])]) for s in shift] + [run("ppo_clip", s, [(1.0, 0.0)]) for s in shift]
+    row = cells(study.verdicts(runs), "0.1", "PPO-clip", "reward")
+    assert row["win-rate"].startswith("0.500 [") and float(row["sd of a seed"]) == pytest.approx(0.577, abs=1e-3)
+    assert float(row["shown from"][1:]) > 0.3 and row["seeds for the one found"] == "–"
+    sure = [run("klq", s, [(1.0, 0.5)]) for s in shift] + [run("ppo_clip", s, [(1.0, 0.0)]) for s in shift]
+    row = cells(study.verdicts(sure), "0.1", "PPO-clip", "reward")
+    assert row["win-rate"] == "1.000 [1.000, 1.000]" and row["sd of a seed"] == "0.000"
+
+
+def test_what_a_judge_that_looks_at_nothing_but_length_would_have_said():
+    """KLQ's completions are all longer, and the reward prefers the longer one whenever two differ."""
+    runs = [run("klq", s, [(1.0, 1.0)], length=5.0) for s in range(2)]
+    for r in runs:
+        r.tests[8] = r.tests[8].assign(length=9.0)
+    runs += [run("ppo_clip", s, [(1.0, 0.0)]) for s in range(2)]
+    row = cells(study.leanings(runs), "0.1", "reward")
+    assert row["win-rate"] == row["length alone"] == "1.000" and row["leans to the longer"] == "1.00"
+
+
+def test_a_run_becomes_a_file_and_is_read_again(tmp_path):
+    stages = pd.DataFrame({"stage": ["pairs", "reward"], "digest": ["aa", "bb"]})
+    config = preset("tldr", tau=0.1, seed=3, updates=16)
+    made = run("klq", 3, [(1.0, 0.4), (3.0, 0.6)])
+    made.tests = {n: table.assign(completion="x", ended=True) for n, table in made.tests.items()}
+    made.rows = [{"rollouts": 512, "row_steps": 1024, "seconds": 3.4}]
+    assert not done(tmp_path, "one", config)
+    for changes in ("", ""):  # twice: the line is replaced
+        record(tmp_path, "one", changes, config, made, stages)
+    assert done(tmp_path, "one", config) and not done(tmp_path, "one", replace(config, epochs=3))
+    (again,) = study.read(tmp_path)
+    assert again.labels == made.labels and list(again.tests) == [0, 8, 16]
+    for n, table in made.tests.items():
+        np.testing.assert_allclose(again.tests[n]["reward"], table["reward"], atol=1e-4)
+        assert again.tests[n]["ended"].all() and again.tests[n]["prompt"].nunique() == len(PROMPTS)
+    assert pd.read_csv(tmp_path / "runs.csv").loc[0, ["reward_model", "seconds"]].tolist() == ["bb", 3]
+    (tmp_path / "one.csv").unlink()
+    assert not done(tmp_path, "one", config)
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """The grammar world as if its reward were learnt and judged by its first letter."""
+    from klq_edu.worlds import grammar
+
+    usual = TrainConfig(updates=2, batch_size=4, epochs=1, max_new_tokens=4, critic="separate", eval_every=1)
+    monkeypatch.setitem(registry.WORLDS, "grammar", Entry("", usual, ("klq",), 1, ("reward",)))
+    judges = {"gold": lambda prompts, completions, **_: [len(c) / 10 for c in completions]}
+    tables = {"stages": pd.DataFrame({"stage": ["reward"], "digest": ["cc"]})}
+    made = replace(grammar.load(), evaluate=None, tree=None, judges=judges, tables=tables)
+    monkeypatch.setattr("klq_edu.worlds.load", lambda name: made)
+    monkeypatch.setattr(sweep, "in_parallel", lambda calls, *_: [f(*rest) for f, *rest in calls])
+    return made
+
+
+def test_one_command_runs_what_is_missing_and_writes_tables_and_figure(world, tmp_path, monkeypatch, capsys):
+    config = CompareConfig("grammar", seeds=2, out=tmp_path / "out", runs=tmp_path / "runs", jobs=1)
+    run_compare(config)
+    said = capsys.readouterr().out
+    assert "Differences at the same KL" in said and (tmp_path / "out" / "grammar.md").read_text().strip() in said
+    assert (tmp_path / "out" / "grammar.svg").exists()
+    runs = pd.read_csv(tmp_path / "out" / "grammar" / "runs.csv")
+    assert runs["seed"].tolist() == [100, 101] * 2 and sorted(set(runs["algorithm"])) == ["klq", "ppo_clip"]
+    one = pd.read_csv(tmp_path / "out" / "grammar" / f"{runs['run'][0]}.csv")
+    assert sorted(set(one["update"])) == [0, 1, 2] and "completion" not in one
+    first, second = (study.read(tmp_path / "out" / "grammar")[i].before for i in (0, 1))
+    assert not first["reward"].equals(second["reward"]), "each seed samples for itself"
+
+    def refuse(*_):
+        raise AssertionError("it is all there")
+
+    monkeypatch.setattr(compare, "some_runs", refuse)
+    run_compare(config)
+    with pytest.raises(AssertionError, match="it is all there"):
+        run_compare(replace(config, changes={"epochs": 2.0}))
+
+
+def test_changes_are_numbers_of_known_fields():
+    config = CompareConfig(changes={"replay": 0.0, "learning_rate": 2e-4}, seeds=1)
+    ((name, settings),) = (
+        config.experiments()[0].items() if len(config.variants) == 1 else [next(iter(config.experiments()[0].items()))]
+    )
+    assert name == "klq-tau0.1-replay0-learning_rate0.0002-seed100" and settings.replay == 0
+    assert isinstance(settings.replay, int) and settings.learning_rate == 2e-4 and settings.seed == 100
+    with pytest.raises(ValueError, match="changes must be of fields of TrainConfig that are numbers, got 'critic'"):
+        CompareConfig(changes={"critic": 1.0})
+    with pytest.raises(ValueError, match="seeds must not be empty or below 1, got 0"):
+        CompareConfig(seeds=0)
