@@ -107,6 +107,23 @@ def compared(results: list) -> list[tuple[str, str | None, list[tuple[pd.DataFra
     ]
 
 
+def setting_of(run) -> str:
+    """τ and what was changed of the world's settings, in words."""
+    return f"{run.settings['tau']:g}" + (f", {changes}" if (changes := run.settings.get("changes")) else "")
+
+
+def along(results: list) -> pd.DataFrame:
+    """A row per test of each run: algorithm, setting, seed, update, KL, and how much more reward and judges gave than
+    to the reference."""
+    columns, rows = judges_of(results), []
+    for run in results:
+        for update, table in run.tests.items():
+            about = {"setting": setting_of(run), "update": update, "kl": table["kl"].mean()}
+            gains = (table[columns] - run.before[columns]).mean().to_dict()
+            rows.append({name: run.labels[name] for name in ("algorithm", "seed")} | about | gains)
+    return pd.DataFrame(rows)
+
+
 def judges_of(results: list) -> list[str]:
     """What has scored the test samples of every run: the reward and the judges."""
     known = [set(table) for r in results for table in (r.before, r.after)]

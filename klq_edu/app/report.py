@@ -4,6 +4,8 @@ import base64
 import shutil
 from itertools import repeat
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Template
@@ -94,8 +96,10 @@ def print_results(console: Console, world: World, results: list[Result]) -> None
     """The results table and the completions, on the terminal."""
     caption = f"* mean over the last quarter of training. {seeds(results)}"
     print_table(console, results_table(results), f"world {world.name}, {scale(results)}", caption)
-    for title, caption, data in road(world, results, comparison.verdicts(results) if world.judges else None):
-        print_table(console, data, title, caption)
+    rates = comparison.verdicts(results) if world.judges else None
+    for part in (*made_of(world), *judged(world, results, rates)):
+        if part.table is not None:
+            print_table(console, part.table, part.title, part.remark)
     for prompt, lines in samples_table(results):
         console.print(f"\n[bold]{escape(prompt)}[/] …")
         for who, text, reward in lines:
@@ -131,106 +135,143 @@ def _interval(values: pd.Series) -> str:
 
 
 def samples_table(results: list[Result]) -> list[tuple[str, list[tuple]]]:
-    """(prompt, lines) of the first few test prompts: (who, completion, reward) for the reference and first seeds."""
+    """(prompt, lines) of a few test prompts, drawn by lot: (who, completion, reward) of reference and first seeds."""
     tables = {"reference": results[0].before}
     for r in results:
         tables.setdefault(STYLES[r.labels["algorithm"]]["label"], r.after)
-    columns = (zip(repeat(who), t["completion"], t["reward"]) for who, t in tables.items())
-    return list(zip(results[0].before["prompt"][:PROMPTS_SHOWN], zip(*columns)))
+    prompts = results[0].before["prompt"]
+    drawn = sorted(Random(0).sample(range(prompts.nunique()), min(PROMPTS_SHOWN, prompts.nunique())))
+    columns = (zip(repeat(who), t["completion"][drawn], t["reward"][drawn]) for who, t in tables.items())
+    return list(zip(prompts[drawn], zip(*columns)))
 
 
-def pictures(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[tuple[str, str, Picture]]:
-    """The report's figures: (name, heading, picture); `rates` are the verdicts, where the world has judges."""
+class Section(NamedTuple):
+    """A part of the report: what to see in its table of text or its picture, or both."""
+
+    title: str
+    remark: str
+    table: pd.DataFrame | None = None
+    picture: Picture | None = None
+    name: str = ""  # of the picture's file
+
+
+def sections(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[Section]:
+    """The report in the order of what was done; `rates` are the verdicts, where the world has judges."""
+    return [*made_of(world), *trained(world, results), *judged(world, results, rates), *theory(results)]
+
+
+def made_of(world: World) -> list[Section]:
+    """How reference and reward were made, where they were learnt."""
+    tables, found = world.tables, []
+    if "stages" in tables:
+        samples, pairs = tables["samples"], tables["held_out_pairs"]
+        each = len(samples) // samples["prompt"].nunique()
+        counts = {"prompts to train on": len(world.prompts), "held out": len(world.test_prompts)}
+        counts |= {"samples of each": each, "pairs to test the reward model on": len(pairs)}
+        table = pd.DataFrame([counts]).astype(str).rename_axis("data")
+        found.append(Section("The data", f"One of the prompts: “{world.prompts[0]['prompt'].strip()}”", table))
+        remark = "Made once, kept in the cache with a manifest each; the digest is of what came out."
+        found.append(Section("Stages before RL", remark, tables["stages"].astype(str)))
+    if "loss" in tables:
+        losses = tables["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
+        losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
+        remark = (
+            "Loss of the reference completions in nats per token; those held out are never trained on, and are the "
+            "{held_out_texts:.0f} of {of:.0f} that the policy's vocabulary can write."
+        ).format(**tables["loss"].iloc[0])
+        found.append(Section("Fine-tuning", remark, losses))
+    if "held_out_pairs" in tables:
+        pairs = tables["held_out_pairs"]
+        remark = "The reward model on pairs of prompts that it was not fitted to; the interval is over prompts."
+        picture = figures.calibration(pairs)
+        found.append(Section("Pairs and reward model", remark, agreement(pairs), picture, "calibration"))
+    if "trials" in tables:
+        cells = tables["trials"]["score"].map("{:.2f}".format) + tables["trials"]["loses"].map(" ({:.0%})".format)
+        table = tables["trials"].assign(cell=cells).pivot(index="kind", columns="judge", values="cell")
+        table = table.loc[tables["trials"]["kind"].unique()].reset_index()
+        remark = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
+        found.append(Section("What gold, judges and reward model say of hacks", remark, table))
+    return found
+
+
+def trained(world: World, results: list[Result]) -> list[Section]:
+    """What happened in training."""
     runs = pd.concat([pd.DataFrame(r.rows).assign(**r.labels) for r in results], ignore_index=True)
     smooth = 1 if world.tree and runs["seed"].nunique() > 1 else 5
     curves = {"reward": "reward per completion", "kl": "KL(π ‖ reference) [nats]"}
     rising = "A good run's reward rises while its KL, the distance from the reference, levels off."
     plane = (figures.frontier(world.tree), 1) if world.tree else (None, smooth)
-    shown = [
-        ("curves", "Reward and KL over training", figures.learning_curves(runs, curves, rising, smooth)),
-        ("plane", "Reward against KL", figures.reward_kl_plane(runs, *plane)),
-    ]
+    shown = {
+        "curves": ("Reward and KL over training", figures.learning_curves(runs, curves, rising, smooth)),
+        "plane": ("Reward against KL", figures.reward_kl_plane(runs, *plane)),
+    }
     if world.tree:
         picture = figures.optimum_curves(runs, results[0].settings["tau"])
-        shown.append(("optimum", "Distance to the exact optimum", picture))
-    if "held_out_pairs" in world.tables:
-        picture = figures.calibration(world.tables["held_out_pairs"])
-        shown.append(("calibration", "The reward model on pairs it has not seen", picture))
-    if rates is not None:
-        shown.append(("judges", "Before judges", figures.win_rates(rates)))
-    shown += [("theory", "KLQ beside PPO-penalty: what the theory predicts", figures.exact_steps())]
+        shown["optimum"] = ("Distance to the exact optimum", picture)
+    return [Section(title, "", None, picture, name) for name, (title, picture) in shown.items()]
+
+
+def judged(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[Section]:
+    """What reward and judges say of held-out completions."""
+    if rates is None:
+        return []
+    paths = figures.gains_along_kl(comparison.along(results))
+    wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
+    remark = (
+        "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
+        f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers "
+        f"that one; ½ is none. {judged_by(rates)}"
+    )
+    wins = pd.concat([wins, leanings(world, results)])
+    differences = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
+    return [
+        Section("Reward and judges against KL, on held-out prompts", "", None, paths, "gains"),
+        Section("Win-rates", remark, wins, figures.win_rates(rates), "judges"),
+        Section("Differences in score", differences, gains),
+    ]
+
+
+def theory(results: list[Result]) -> list[Section]:
+    """KLQ beside PPO-penalty, exactly, and as both were trained where they were."""
+    found = [Section("KLQ beside PPO-penalty: what the theory predicts", "", None, figures.exact_steps(), "theory")]
+    runs = pd.concat([pd.DataFrame(r.rows).assign(**r.labels) for r in results], ignore_index=True)
     pair = runs[runs["algorithm"].isin(["klq", "ppo_penalty"])]
-    if world.tree and pair["algorithm"].nunique() == 2:
+    if "attained" in pair and pair["algorithm"].nunique() == 2:
         panels = {"attained": "improvement attained (exact)", "kl_old": "KL(π_old ‖ π) per token and update [nats]"}
         parting = (
             "The exact steps of the two are equal. What lets training part: actions are sampled, some by earlier "
             "policies, each batch is used for several epochs, and PPO-penalty's value loss has its own coefficient."
         )
-        shown += [("pair", "KLQ beside PPO-penalty: in training", figures.learning_curves(pair, panels, parting))]
-    return shown
+        picture = figures.learning_curves(pair, panels, parting)
+        found.append(Section("KLQ beside PPO-penalty: in training", "", None, picture, "pair"))
+    return found
 
 
 def write_report(path: Path, world: World, results: list[Result]) -> Path:
     """Write the self-contained report page (no scripts, no links to other hosts) and return its path; its figures
     (SVG), its numbers (results.csv, one row per run, and a file per table) and where they come from go beside it."""
-    folder, shown, first = path.parent / "figures", [], results[0].settings
+    folder, images, first = path.parent / "figures", {}, results[0].settings
     folder.mkdir(exist_ok=True)
     rates = comparison.verdicts(results) if world.judges else None
-    for name, title, picture in pictures(world, results, rates):
-        svg = folder / f"{name}.svg"
-        picture.figure.savefig(svg, metadata={"Date": None})
-        shown.append((title, base64.b64encode(svg.read_bytes()).decode(), picture))
-    judged = {} if rates is None else {"win_rates": rates, "leanings": comparison.leanings(results)}
-    for name, made in ({"results": summarise_results(results)} | world.tables | judged).items():
+    parts = sections(world, results, rates)
+    for name, picture in ((part.name, part.picture) for part in parts if part.picture):
+        picture.figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        images[name] = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode()
+    verdicts = {} if rates is None else {"win_rates": rates, "leanings": comparison.leanings(results)}
+    for name, made in ({"results": summarise_results(results)} | world.tables | verdicts).items():
         made.to_csv(path.parent / f"{name}.csv", index=False)
     write_provenance(path.parent / "results.csv", first["device"], **{"settings of the first run": first})
     tested = TESTED | {name: f"score before the judge {name}" for name in world.judges}
     tested = {f"test_{k}": f"mean over held-out completions: {v}" for k, v in tested.items()}
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
-        world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), figures=shown,
-        samples=samples_table(results), road=road(world, results, rates), machine=facts(first["device"]),
+        world=world, scale=scale(results), seeds=seeds(results), table=results_table(results), sections=parts,
+        samples=samples_table(results), images=images, machine=facts(first["device"]),
         metrics={k: v for k, v in (METRICS | world.metrics | tested).items() if k in results[0].rows[-1]},
         settings=[(STYLES[r.labels["algorithm"]]['label'], r.settings) for r in results if r.labels["seed"] == 0],
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def road(world: World, results: list[Result], rates: pd.DataFrame | None) -> list[tuple[str, str, pd.DataFrame]]:
-    """How reference and reward were made, where they are, and the verdicts: (heading, what to see, table of text)."""
-    made, shown = world.tables, []
-    if "stages" in made:
-        remark = "Made once, kept in the cache with a manifest each; the digest is of what came out."
-        shown.append(("Stages before RL", remark, made["stages"].astype(str)))
-    if "loss" in made:
-        losses = made["loss"][["epoch", "loss", "held_out"]].rename(columns={"held_out": "held-out loss"})
-        losses = losses.map(lambda x: "" if pd.isna(x) else f"{x:.3f}" if x % 1 else f"{x:.0f}")
-        remark = (
-            "Loss of the reference completions in nats per token; those held out are never trained on, and are the "
-            "{held_out_texts:.0f} of {of:.0f} that the policy's vocabulary can write."
-        ).format(**made["loss"].iloc[0])
-        shown.append(("Fine-tuning", remark, losses))
-    if "held_out_pairs" in made:
-        remark = "The reward model on pairs of prompts that it was not fitted to; the interval is over prompts."
-        shown.append(("Reward model", remark, agreement(made["held_out_pairs"])))
-    if "trials" in made:
-        cells = made["trials"]["score"].map("{:.2f}".format) + made["trials"]["loses"].map(" ({:.0%})".format)
-        table = made["trials"].assign(cell=cells).pivot(index="kind", columns="judge", values="cell")
-        table = table.loc[made["trials"]["kind"].unique()].reset_index()
-        remark = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
-        shown.append(("What gold, judges and reward model say of hacks", remark, table))
-    if rates is not None:
-        wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
-        remark = (
-            "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
-            f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers "
-            f"that one; ½ is none. {judged_by(rates)}"
-        )
-        shown.append(("Win-rates", remark, pd.concat([wins, leanings(world, results)])))
-        remark = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
-        shown.append(("Differences in score", remark, gains))
-    return shown
 
 
 def spread_of(rates: pd.DataFrame) -> str:

@@ -46,19 +46,14 @@ def write(folder: Path) -> str:
     }
     text = "\n\n".join(f"#### {title}\n\n{table}" for title, table in parts.items() if table)
     folder.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    paths = figures.gains_along_kl(along(results))
+    paths = figures.gains_along_kl(comparison.along(results))
     paths.figure.savefig(f"{folder}.svg", metadata={"Date": None})
     return text
 
 
 def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
     """The runs of each τ and whatever else was changed."""
-    return [(setting, list(part)) for setting, part in groupby(results, setting_of)]
-
-
-def setting_of(run: Result) -> str:
-    """τ and what was changed of the world's settings, in words."""
-    return f"{run.settings['tau']:g}" + (f", {run.settings['changes']}" if run.settings["changes"] else "")
+    return [(setting, list(part)) for setting, part in groupby(results, comparison.setting_of)]
 
 
 def differences(results: list[Result]) -> str:
@@ -145,18 +140,6 @@ def leanings(results: list[Result]) -> str:
             rows.append([setting, judge, *cells])
     heads = ["τ", "judge", "win-rate", "leans to the longer", "length alone", "to the more copied", "copying alone"]
     return comparison.table(heads, rows) if rows else ""
-
-
-def along(results: list[Result]) -> pd.DataFrame:
-    """A row per test of each run: algorithm, setting, seed, update, KL, and how much more reward and judges gave than
-    to the reference."""
-    columns, rows = comparison.judges_of(results), []
-    for run in results:
-        for update, table in run.tests.items():
-            about = {"setting": setting_of(run), "update": update, "kl": table["kl"].mean()}
-            gains = (table[columns] - run.before[columns]).mean().to_dict()
-            rows.append({name: run.labels[name] for name in ("algorithm", "seed")} | about | gains)
-    return pd.DataFrame(rows)
 
 
 def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str) -> str:
