@@ -168,7 +168,7 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
 
 def gains_along_kl(tests: pd.DataFrame) -> Picture:
     """How much reward and each judge gave more than to the reference, against the KL paid: a panel each, a line per
-    algorithm and setting through the tests along training (means over seeds), a dot for the end of each run.
+    algorithm and setting through the tests along training (means over seeds), a small mark for the end of each run.
 
     `tests` has columns "algorithm", "setting" (τ), "seed", "update", "kl", and one per reward or judge.
     """
@@ -180,8 +180,11 @@ def gains_along_kl(tests: pd.DataFrame) -> Picture:
             for setting, runs in part.groupby("setting", sort=False):
                 ends, path = runs[runs["update"] == runs["update"].max()], runs.groupby("update")[["kl", judge]].mean()
                 label = f"{STYLES[name]['label']}, τ = {setting}"
-                axis.plot(path["kl"], path[judge], lw=1.8, **STYLES[name] | {"label": label})
-                axis.plot(ends["kl"], ends[judge], markers[setting], ms=4, alpha=0.45, color=STYLES[name]["color"])
+                look = {"marker": markers[setting], "color": STYLES[name]["color"]}
+                axis.plot(
+                    path["kl"], path[judge], lw=1.8, ms=7, markevery=[-1], **STYLES[name] | look | {"label": label}
+                )
+                axis.plot(ends["kl"], ends[judge], ls="", ms=4, alpha=0.45, **look)
         axis.axhline(0, color=GREY, lw=1)
         axis.set(
             xlabel="KL(π ‖ reference) [nats]", ylabel=f"gain before {judge}" if judge != "reward" else "gain in reward"
@@ -192,7 +195,7 @@ def gains_along_kl(tests: pd.DataFrame) -> Picture:
         "Scores of held-out completions less the reference's, in each judge's own unit, against the KL paid. On the "
         "left what was maximised; what rises there and nowhere else was learnt from the reward model's mistakes."
     )
-    caption += f" Lines are means over {seeds} seeds, dots are the ends of single runs." if seeds > 1 else ""
+    caption += f" Lines are means over {seeds} seeds, small marks the ends of single runs." if seeds > 1 else ""
     return Picture(figure, caption, f"Gains against KL before {', '.join(judges)} for {_names(tests)}.")
 
 

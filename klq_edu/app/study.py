@@ -136,7 +136,8 @@ def leanings(results: list[Result]) -> str:
                     leaning.loc[judge, name],
                     np.mean([preferred(a[column], b[column]).mean() for a, b in pairs]),
                 )
-                cells += [f"{lean:.2f}", f"{0.5 + (2 * lean - 1) * (more - 0.5):.3f}"]
+                found = [f"{lean:.2f}", f"{0.5 + (2 * lean - 1) * (more - 0.5):.3f}"]
+                cells += ["–", "–"] if np.isnan(lean) else found
             rows.append([setting, judge, *cells])
     heads = ["τ", "judge", "win-rate", "leans to the longer", "length alone", "to the more copied", "copying alone"]
     return comparison.table(heads, rows) if rows else ""
