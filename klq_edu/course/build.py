@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 
 from klq_edu.course import html
 from klq_edu.course.chapters import Chapter, load, load_all
-from klq_edu.course.display import FRAMES
+from klq_edu.course.display import FRAMES, TEMPLATES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
 from klq_edu.course.html import TAG
 
@@ -44,7 +44,7 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
 def course_map(folder: Path) -> str:
     """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
     rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
-    return html.PAGES.get_template("map.md.j2").render(rows=rows)
+    return TEMPLATES.get_template("map.md.j2").render(rows=rows)
 
 
 def chosen(only: tuple[str, ...]) -> list[Chapter]:
