@@ -44,10 +44,8 @@ class Memory:
         one: they were estimated for fewer updates."""
         shift = self.baselines[rows].to(scores)
         if shift.isnan().any():
-            lacking = rows[shift.isnan().nonzero()[0].item()]
-            raise ValueError(
-                f"updates must not be raised to prompts without a mean reward, prompts[{lacking}] has none"
-            )
+            row = rows[shift.isnan().nonzero()[0].item()]
+            raise ValueError(f"updates must not be raised to prompts without a mean reward, prompts[{row}] has none")
         return scores - shift
 
     def state_dict(self) -> dict:
