@@ -63,9 +63,7 @@ def refreshed(policy: ActorCritic, rollout: Rollout) -> Rollout:
     """The same completions and rewards as the present policy sees them: its log-probs, entropy and values, and its
     frozen trunk's activations. (log π_b never changes; the exact KL stays that of the policy that sampled.)"""
     rollout = rollout.to(policy.device)
-    if policy.frozen_blocks is not None:
-        trunk = policy.encode(rollout.input_ids, rollout.attention_mask)["hidden"]
-        rollout = replace(rollout, trunk=trunk)
+    rollout = replace(rollout, trunk=policy.encode(rollout.input_ids, rollout.attention_mask).get("hidden"))
     new, values = score(policy, rollout)
     return replace(rollout, logprobs=new.logprob, entropy=new.entropy, values=torch.where(rollout.mask, values, 0.0))
 

@@ -150,7 +150,7 @@ def transcribe(policy: ActorCritic, tokenizer, prompts: list[str], completions: 
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, mask.shape[1])
     seen = (prompt_ids, tokens), (attention, torch.ones_like(tokens))
     ids, attention = (torch.cat(x, dim=1)[:, :-1] for x in seen)
-    trunk = None if policy.frozen_blocks is None else policy.encode(ids, attention)["hidden"]
+    trunk = policy.encode(ids, attention).get("hidden")  # what a model without a frozen trunk reads has none
     zeros = torch.zeros(mask.shape, device=policy.device)
     return Rollout(list(prompts), list(completions), tokens, mask, *[zeros] * 6, ids, attention, trunk)
 
