@@ -25,8 +25,6 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, packages, devices, Triton's mode, the weights and the cache."""
-    root, absent = cache_root(), weights_folder() is None
-    made = sorted(p.name for p in root.glob("[!.]*"))
     findings = [Finding("python", True, platform.python_version())]
     for name, advice in PACKAGES.items():
         try:
@@ -34,10 +32,11 @@ def examine() -> list[Finding]:
         except PackageNotFoundError:
             findings.append(Finding(name, False, "not installed", advice))
     findings += _devices() if importlib.util.find_spec("torch") else []
-    findings.append(Finding("SmolLM2 weights", not absent, *(("absent", ABSENT) if absent else ("installed",))))
-    judge = minilm_folder() is not None
-    advice = "tldr and dialogue do without this judge; `make setup` brings it"
-    findings.append(Finding("MiniLM weights", judge, *(("installed",) if judge else ("absent", advice))))
+    optional = "tldr and dialogue do without this judge; `make setup` brings it"
+    for name, folder, advice in (("SmolLM2", weights_folder(), ABSENT), ("MiniLM", minilm_folder(), optional)):
+        findings.append(Finding(f"{name} weights", bool(folder), *(("installed",) if folder else ("absent", advice))))
+    root = cache_root()
+    made = sorted(p.name for p in root.glob("[!.]*"))
     return [*findings, Finding("cache", True, f"{root}: {', '.join(made) or 'empty, filled by the first demo'}")]
 
 

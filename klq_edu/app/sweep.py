@@ -74,9 +74,8 @@ def tuned(csv: Path) -> Callable[[str, str, float], float]:
         known = schedule if (runs["schedule"] == schedule).any() else "replay"
         part = runs[(runs["schedule"] == known) & (runs["algorithm"] == variant)]
         if part.empty:
-            raise ValueError(
-                f"tuned_by: {csv} must have runs of {variant} with schedule {schedule} or replay, has none"
-            )
+            rule = f"must have runs of {variant} with schedule {schedule} or replay"
+            raise ValueError(f"tuned_by: {csv} {rule}, has none")
         near = min(sorted(part["tau"].unique()), key=lambda t: round(abs(math.log(t / tau)), 6))
         return float(part[part["tau"] == near].groupby("learning_rate")["kl_optimum"].mean().idxmin())
 
@@ -165,7 +164,6 @@ def win_rates(world: str, experiments: dict, runs: Path) -> list[dict]:
     from klq_edu.worlds.grammar import policy_table, win_rate
 
     world = load(world)
-
     tables, klq, rows = {}, {}, []
     for name, (used, settings) in track(experiments.items(), "policies"):
         tables[name] = policy_table(world.tree, world.tokenizer, trained_policy(world, settings, runs / name))

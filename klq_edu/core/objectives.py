@@ -30,9 +30,8 @@ def ppo_clip_loss(
 
 
 def ppo_penalty_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, coef: float,
-    kl: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, coef: float, kl: Tensor | None = None
+) -> Tensor:
     """PPO-penalty: −E[ρÂ] + coef · KL(π ‖ π_old). KLQ's counterpart has coef = τ + β = τ/α, *not* β.
 
     `kl` is the exact per-token D(π ‖ π_old)(s_t) where it is at hand (from `token_stats` against the old policy);

@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import jupytext
 import nbformat
-from nbclient import execute as run_cells
+from nbclient import execute
 from nbformat import NotebookNode
 
 from klq_edu.course import html
 from klq_edu.course.chapters import Chapter, load, load_all
-from klq_edu.course.display import FRAMES
+from klq_edu.course.display import FRAMES, TEMPLATES
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
 from klq_edu.course.html import TAG
 
@@ -44,7 +44,7 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
 def course_map(folder: Path) -> str:
     """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
     rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
-    return html.PAGES.get_template("map.md.j2").render(rows=rows)
+    return TEMPLATES.get_template("map.md.j2").render(rows=rows)
 
 
 def chosen(only: tuple[str, ...]) -> list[Chapter]:
@@ -56,7 +56,10 @@ def build(folder: Path, chapter: Chapter) -> None:
     """The three editions of one notebook; nothing is written unless every cell ran and every exercise passed."""
     full, student = editions(folder, chapter)
     with tempfile.TemporaryDirectory() as frames:
-        execute(full, folder, {FRAMES: frames, "KLQ_PROGRESS": f"{frames}/progress.json"})
+        own = {FRAMES: frames, "KLQ_PROGRESS": f"{frames}/progress.json", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        with patch.dict(os.environ, own):
+            execute(full, cwd=str(folder), timeout=300, kernel_name="python3", record_timing=False)
+        full.metadata = nbformat.from_dict(METADATA)
         if failed := failures(full, chapter):
             raise RuntimeError("\n".join([f"{chapter.name} is not written:", *failed]))
         page = html.page(full, chapter, load_all(), Path(frames))
@@ -73,13 +76,6 @@ def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode
     """The full and the student notebook of a chapter as their source has them, without outputs."""
     notebook = jupytext.read(folder / "src" / f"{chapter.name}.py", fmt="py:percent")
     return tuple(_edition(notebook.cells, chapter.exercises, student) for student in (False, True))
-
-
-def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], timeout: int = 300) -> None:
-    """Run every cell in a fresh kernel, in place."""
-    with patch.dict(os.environ, {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment):
-        run_cells(notebook, cwd=str(folder), timeout=timeout, kernel_name="python3", record_timing=False)
-    notebook.metadata = nbformat.from_dict(METADATA)
 
 
 def failures(full: NotebookNode, chapter: Chapter) -> list[str]:

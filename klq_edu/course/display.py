@@ -13,11 +13,12 @@ from itertools import product
 from pathlib import Path
 
 from IPython.display import Markdown, display
-from jinja2 import Template
+from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from klq_edu.figures import Picture
 
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 FRAMES = "KLQ_COURSE_FRAMES"  # a folder: the builder wants every frame of a widget, to make a page without a kernel
 
 
@@ -81,11 +82,11 @@ def live(widget: Widget):
     return ipywidgets.VBox([*controls.values(), picture])
 
 
-def frame(widget: Widget, values: dict, dpi: int = 80) -> bytes:
+def frame(widget: Widget, values: dict) -> bytes:
     """One picture of a widget, as PNG."""
     figure = Figure(figsize=widget.size, layout="constrained")
     widget.draw(figure, **values)
-    return _png(figure, dpi)
+    return _png(figure, dpi=80)
 
 
 def slider_page(widget: Widget) -> str:
@@ -94,8 +95,8 @@ def slider_page(widget: Widget) -> str:
     every = (dict(zip(options, values)) for values in product(*options.values()))
     frames = [base64.b64encode(frame(widget, values)).decode() for values in every]
     start = {k: choices.index(widget.twin[0][k]) for k, choices in options.items()}
-    template = Template(Path(__file__).with_name("slider.html.j2").read_text(encoding="utf-8"), autoescape=True)
-    return template.render(name=widget.name, alt=widget.alt, options=options, start=start, frames=frames)
+    page = TEMPLATES.get_template("slider.html.j2")
+    return page.render(name=widget.name, alt=widget.alt, options=options, start=start, frames=frames)
 
 
 def _png(figure: Figure, dpi: int = 100) -> bytes:

@@ -4,7 +4,6 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -12,9 +11,9 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
 from klq_edu.course.chapters import Chapter
+from klq_edu.course.display import TEMPLATES
 
 TAG = re.compile(r"\\tag\{([\d.]+)\}")
-PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
 
 class Renderer(IPythonRenderer):
@@ -41,24 +40,16 @@ class Renderer(IPythonRenderer):
         return formula
 
 
-class Exporter(HTMLExporter):
-    """nbconvert's, with this renderer."""
-
-    @pass_context
-    def markdown2html(self, context, source: str) -> str:
-        """The filter of its templates."""
-        return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
-
-
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
     """An executed notebook as a page; `frames` holds its widgets as HTML, to put in the place of their static twins."""
     notebook = deepcopy(notebook)
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         if name := output.get("metadata", {}).get("image/png", {}).get("klq_widget"):
             output.data = {"text/html": (frames / f"{name}.html").read_text(encoding="utf-8")}
-    exporter = Exporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(notebook)
+    filters = {"markdown2html": MarkdownWithMath(renderer=Renderer(escape=False)).render}
+    bare = {"exclude_input_prompt": True, "exclude_output_prompt": True}
+    body, _ = HTMLExporter(template_name="basic", filters=filters, **bare).from_notebook_node(notebook)
     at = [c.number for c in chapters].index(chapter.number)
     about = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
     css = HtmlFormatter(style="default").get_style_defs(".highlight")
-    return PAGES.get_template("page.html.j2").render(chapter=chapter, body=body, css=css, **about) + "\n"
+    return TEMPLATES.get_template("page.html.j2").render(chapter=chapter, body=body, css=css, **about) + "\n"

@@ -22,7 +22,12 @@ class TopBlocks(nn.Module):
         kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["same"])
         if len(kinds) > 1:
             raise ValueError(f"trainable_blocks needs blocks of one kind, {type(lm).__name__} mixes {sorted(kinds)}")
-        self.blocks, self.norm = nn.ModuleList(blocks[-count:]), final_norm(lm)
+        parent = next(m for m in lm.base_model.modules() if any(child is blocks for child in m.children()))
+        norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
+        if len(norms) != 1:  # the final one is the blocks' sibling whose class name says so
+            found = f"{len(norms)} norms beside its blocks, expected 1"
+            raise ValueError(f"{type(lm).__name__} has {found}: train it whole")
+        self.blocks, self.norm = nn.ModuleList(blocks[-count:]), norms[0]
 
     def forward(self, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """Replay: the recorded arguments of one block serve them all."""
@@ -39,16 +44,6 @@ def blocks_of(lm: PreTrainedModel) -> nn.ModuleList:
     if not found:
         raise ValueError(f"{type(lm).__name__} has no list of {depth} blocks: train it whole (trainable_blocks=None)")
     return found[0]
-
-
-def final_norm(lm: PreTrainedModel) -> nn.Module:
-    """The norm that follows the blocks: their sibling whose class name says so."""
-    blocks = blocks_of(lm)
-    parent = next(m for m in lm.base_model.modules() if any(child is blocks for child in m.children()))
-    norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
-    if len(norms) != 1:
-        raise ValueError(f"{type(lm).__name__} has {len(norms)} norms beside its blocks, expected 1: train it whole")
-    return norms[0]
 
 
 def watch_block(lm: PreTrainedModel, block: int | None, see: Callable[[tuple, dict], None]) -> AbstractContextManager:

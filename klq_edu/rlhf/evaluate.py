@@ -39,13 +39,14 @@ def _arguments(policy: ActorCritic, rollout, reference: bool = False) -> tuple[d
     inputs = policy.encode(rollout.input_ids, rollout.attention_mask, rollout.trunk)
     place = inputs, slice(-rollout.tokens.shape[1], None)  # where the completion's tokens are predicted
     hidden, values = policy.features(*place)
-    models = {"": {"hidden": hidden} | policy.head_tensors(policy.head)}
+    models = {"": (hidden, policy.head)}
     if reference:
-        models["ref_"] = {"hidden": policy.reference_features(*place)} | policy.head_tensors(policy.ref_head)
-    if rollout.allowed is not None:
-        for name, model in models.items():
-            logits = linear(model["hidden"], model["weight"], model["bias"])
-            models[name] = {"logits": logits.masked_fill(~rollout.allowed, -torch.inf)}
-    given = {name + part: x for name, model in models.items() for part, x in model.items()}
-    about = {"tokens": policy.action_ids(rollout.tokens), "mask": rollout.mask, "temperature": rollout.temperature}
-    return given | about, values
+        models["ref_"] = policy.reference_features(*place), policy.ref_head
+    given = {"tokens": policy.action_ids(rollout.tokens), "mask": rollout.mask, "temperature": rollout.temperature}
+    for name, (hidden, head) in models.items():
+        weight, bias = policy.cast(head.weight), policy.cast(head.bias)
+        if rollout.allowed is None:
+            given |= {f"{name}hidden": hidden, f"{name}weight": weight, f"{name}bias": bias}
+        else:
+            given[f"{name}logits"] = linear(hidden, weight, bias).masked_fill(~rollout.allowed, -torch.inf)
+    return given, values

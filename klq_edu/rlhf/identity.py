@@ -4,7 +4,6 @@ import builtins
 import copyreg
 import hashlib
 import inspect
-import itertools
 import sys
 import sysconfig
 import types
@@ -30,7 +29,7 @@ def identity(prompts: Dataset, reward: Callable, policy: ActorCritic | None = No
     found = {"prompts": fingerprint([sorted(prompts.column_names), rows]), "reward": reward_identity(reward)}
     if policy is None:
         return found
-    tensors, trainable = itertools.chain(policy.named_parameters(), policy.named_buffers()), policy.trainable()
+    tensors, trainable = [*policy.named_parameters(), *policy.named_buffers()], policy.trainable()
     found["reference weights"] = fingerprint({name: x for name, x in tensors if not x.requires_grad})
     found["trainable parameters"] = fingerprint({name: tuple(p.shape) for name, p in trainable.items()})
     return found | {START: fingerprint({k: p for k, p in trainable.items() if not k.startswith("value_head.")})}

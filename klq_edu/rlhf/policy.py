@@ -144,10 +144,6 @@ class ActorCritic(nn.Module):
         """x in the dtype of forward passes, where that is not the parameters' own."""
         return x if x is None or self.dtype == torch.float32 else x.to(self.dtype)
 
-    def head_tensors(self, head: nn.Linear) -> dict[str, Tensor | None]:
-        """Weight and bias of a head in the dtype of the hidden states."""
-        return {"weight": self.cast(head.weight), "bias": self.cast(head.bias)}
-
     def forward(self, inputs: dict, keep: slice) -> tuple[Tensor, Tensor]:
         """Policy logits [B, T, A] and values V(s_t) [B, T] at the positions `keep` of what `encode` prepared."""
         hidden, values = self.features(inputs, keep)

@@ -13,14 +13,11 @@ def pairs_needed(effect: float, *, level: float = 0.95, power: float = 0.8) -> f
     >>> round(pairs_needed(0.05)), round(pairs_needed(0.02))
     (785, 4906)
     """
-    _check(effect)
-    _, z = _quantiles(level, power)
+    _, z = _quantiles(effect, level, power)
     return z**2 / 4 / effect**2 if abs(effect) > 1e-9 else math.inf
 
 
-def seeds_needed(
-    effect: float, seed_sd: float, pairs: int, *, level: float = 0.95, power: float = 0.8
-) -> float:  # fmt: skip
+def seeds_needed(effect: float, seed_sd: float, pairs: int, *, level: float = 0.95, power: float = 0.8) -> float:
     """Seeds of training with which a mean win-rate of ½ + effect is told from ½, each judged on so many pairs.
 
     The win-rates of single seeds scatter by √(seed_sd² + 1/(4 pairs)); Guenther's correction for a t-test at small
@@ -30,11 +27,10 @@ def seeds_needed(
     >>> seeds_needed(0.05, seed_sd=0.05, pairs=256)
     13
     """
-    _check(effect)
     checks.non_negative(seed_sd=seed_sd)
     if not pairs >= 1:
         raise ValueError(f"pairs must be >= 1, got {pairs}")
-    critical, z = _quantiles(level, power)
+    critical, z = _quantiles(effect, level, power)
     if abs(effect) <= 1e-9:
         return math.inf
     return math.ceil((z / effect) ** 2 * (seed_sd**2 + 1 / (4 * pairs)) + critical**2 / 2)
@@ -48,19 +44,14 @@ def t_quantile(probability: float, freedom: int) -> float:
     2.26
     """
     z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )  # fmt: skip
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
 
 
-def _check(effect: float) -> None:
+def _quantiles(effect: float, level: float, power: float) -> tuple[float, float]:
+    """z of a two-sided test at this level, and that plus z of the power; ValueError for what is out of range."""
     if not abs(effect) <= 0.5:
         raise ValueError(f"effect, a win-rate less a half, must lie in [-0.5, 0.5], got {effect}")
-
-
-def _quantiles(level: float, power: float) -> tuple[float, float]:
-    """z of a two-sided test at this level, and that plus z of the power; ValueError unless both lie in (0, 1)."""
     for name, x in {"level": level, "power": power}.items():
         if not 0 < x < 1:
             raise ValueError(f"{name} must lie in (0, 1), got {x}")

@@ -44,10 +44,8 @@ class Memory:
         one: they were estimated for fewer updates."""
         shift = self.baselines[rows].to(scores)
         if shift.isnan().any():
-            lacking = rows[shift.isnan().nonzero()[0].item()]
-            raise ValueError(
-                f"updates must not be raised to prompts without a mean reward, prompts[{lacking}] has none"
-            )
+            row = rows[shift.isnan().nonzero()[0].item()]
+            raise ValueError(f"updates must not be raised to prompts without a mean reward, prompts[{row}] has none")
         return scores - shift
 
     def state_dict(self) -> dict:
@@ -65,9 +63,7 @@ def refreshed(policy: ActorCritic, rollout: Rollout) -> Rollout:
     """The same completions and rewards as the present policy sees them: its log-probs, entropy and values, and its
     frozen trunk's activations. (log π_b never changes; the exact KL stays that of the policy that sampled.)"""
     rollout = rollout.to(policy.device)
-    if policy.frozen_blocks is not None:
-        trunk = policy.encode(rollout.input_ids, rollout.attention_mask)["hidden"]
-        rollout = replace(rollout, trunk=trunk)
+    rollout = replace(rollout, trunk=policy.encode(rollout.input_ids, rollout.attention_mask).get("hidden"))
     new, values = score(policy, rollout)
     return replace(rollout, logprobs=new.logprob, entropy=new.entropy, values=torch.where(rollout.mask, values, 0.0))
 
@@ -76,24 +72,18 @@ def join(*parts: Rollout) -> Rollout:
     """All rows in one batch, in this order: prompts padded on the left, completions on the right."""
     width = max(p.mask.shape[1] for p in parts)
     front = max(p.input_ids.shape[1] - p.mask.shape[1] for p in parts)
-    wide = [_widened(p, width, front) for p in parts]
-    return Rollout(**{name: _stacked([w[name] for w in wide]) for name in wide[0]})
+    fields = dict(vars(parts[0]))  # a number is the same for all
+    for name, first in fields.items():
+        if isinstance(first, list):
+            fields[name] = list(chain(*(getattr(p, name) for p in parts)))
+        elif isinstance(first, Tensor):
+            fields[name] = torch.cat([_widened(p, name, front, width) for p in parts])
+    return Rollout(**fields)
 
 
-def _stacked(columns: list):
-    """One field of several rollouts: tensors and lists end to end, what is the same for all once."""
-    if isinstance(columns[0], Tensor):
-        return torch.cat(columns)
-    return list(chain(*columns)) if isinstance(columns[0], list) else columns[0]
-
-
-def _widened(part: Rollout, width: int, front: int) -> dict:
-    """The fields of a rollout for completions of `width` tokens after prompts (less one token) of `front`."""
-    right = width - part.mask.shape[1]
-    left = front + part.mask.shape[1] - part.input_ids.shape[1]
-    fields = dict(vars(part))
-    for name, x in fields.items():
-        if isinstance(x, Tensor) and x.ndim > 1:
-            place = (left if name in ("input_ids", "attention_mask", "trunk") else 0, right)
-            fields[name] = pad(x, (0, 0) * (x.ndim - 2) + place)
-    return fields
+def _widened(part: Rollout, name: str, front: int, width: int) -> Tensor:
+    """One field of a rollout for prompts (less one token) of `front` tokens and completions of `width`."""
+    x, length = getattr(part, name), part.mask.shape[1]
+    read = name in ("input_ids", "attention_mask", "trunk")  # what begins with the prompt
+    left = front + length - part.input_ids.shape[1] if read else 0
+    return pad(x, (0, 0) * (x.ndim - 2) + (left, width - length)) if x.ndim > 1 else x

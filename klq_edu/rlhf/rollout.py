@@ -150,7 +150,7 @@ def transcribe(policy: ActorCritic, tokenizer, prompts: list[str], completions: 
     prompt_ids, attention = encode_prompts(tokenizer, prompts, policy, mask.shape[1])
     seen = (prompt_ids, tokens), (attention, torch.ones_like(tokens))
     ids, attention = (torch.cat(x, dim=1)[:, :-1] for x in seen)
-    trunk = None if policy.frozen_blocks is None else policy.encode(ids, attention)["hidden"]
+    trunk = policy.encode(ids, attention).get("hidden")  # what a model without a frozen trunk reads has none
     zeros = torch.zeros(mask.shape, device=policy.device)
     return Rollout(list(prompts), list(completions), tokens, mask, *[zeros] * 6, ids, attention, trunk)
 
@@ -164,13 +164,9 @@ def _known_ids(tokenizer, size: int) -> Tensor:
 def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompt ids and attention mask, both [B, P], on the policy's device."""
     check_prompts(tokenizer, prompts, policy, max_new_tokens)
-    rows = tokenise(tokenizer, prompts)
-    width = max(map(len, rows))
-    known = policy.lm.get_input_embeddings().num_embeddings
-    fill = pad if (pad := tokenizer.pad_token_id) is not None and pad < known else 0  # attention masks it
-    ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=policy.device)
-    attention = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=policy.device)
-    return ids, attention
+    rows = [torch.tensor(row) for row in tokenise(tokenizer, prompts)]
+    ids, attention = (pad_sequence(x, True, padding_side="left") for x in (rows, [torch.ones_like(r) for r in rows]))
+    return ids.to(policy.device), attention.to(policy.device)  # padding is a 0: whatever stands there is masked
 
 
 def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_new_tokens: int) -> None:

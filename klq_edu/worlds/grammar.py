@@ -233,9 +233,8 @@ def lexicon_reward(tree: TokenTree, identity: str):
         words = [f"{p} {c.strip().removesuffix(END)}".split() for p, c in zip(prompts, completions, strict=True)]
         texts = [" ".join(w) for w in words]
         if unknown := [text for text in texts if text not in scores]:
-            raise ValueError(
-                f"a completion must be a sentence of the grammar after one of {PROMPTS}, got {unknown[0]!r}"
-            )
+            rule = f"a completion must be a sentence of the grammar after one of {PROMPTS}"
+            raise ValueError(f"{rule}, got {unknown[0]!r}")
         return [scores[text] for text in texts]
 
     lexicon.identity = identity  # the scores' last digits differ between machines
