@@ -33,7 +33,7 @@ GRAMMAR = TrainConfig(
 ROAD = ("sft", "pairs", "reward")
 TEXT = TrainConfig(
     updates=24, batch_size=32, samples_per_prompt=4, replay=32, centre="prompt", epochs=2, learning_rate=4e-4,
-    warmup_updates=2, tau=0.1, tau_start=0.3, temperature=0.7, dtype="auto",
+    warmup_updates=2, tau=0.1, tau_start=0.3, temperature=0.7, dtype="auto", eval_every=8,
 )  # fmt: skip
 WORLDS = {
     "stories": Entry(
