@@ -32,13 +32,13 @@ GRAMMAR = TrainConfig(
 )
 ROAD = ("sft", "pairs", "reward")
 TEXT = TrainConfig(
-    updates=24, batch_size=32, samples_per_prompt=4, replay=32, centre="prompt", epochs=2, learning_rate=4e-4,
-    warmup_updates=2, tau=0.1, tau_start=0.3, temperature=0.7, dtype="auto", eval_every=8,
+    updates=24, batch_size=32, samples_per_prompt=4, replay=32, centre="prompt", epochs=2, learning_rate=2e-4,
+    warmup_updates=2, tau=0.1, tau_start=0.3, temperature=0.7, dtype="auto", eval_every=12,
 )  # fmt: skip
 WORLDS = {
     "stories": Entry(
         "SmolLM2-135M continues stories, rewarded by a learnt model of a lexicon's taste",
-        replace(TEXT, max_new_tokens=20, temperature=0.8, samples_per_prompt=2),
+        replace(TEXT, max_new_tokens=20, temperature=0.8, samples_per_prompt=2, learning_rate=4e-4, eval_every=8),
         demo=("klq", "ppo_clip"), quick_updates=8, made=ROAD[1:],
     ),
     "stories_lexicon": Entry(
