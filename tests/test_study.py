@@ -61,6 +61,26 @@ def test_who_only_went_further_is_ahead_at_the_same_tau_and_not_at_the_same_kl()
     assert same_kl["at a KL of"] == "1.00" and number(same_kl["reward"]) == pytest.approx(0, abs=2e-3)
 
 
+def test_the_summary_is_of_the_worlds_own_setting_and_of_ppo_clip():
+    runs = [run("klq", s, [(1.0, 0.3), (2.0, 0.6)]) for s in range(3)]
+    others = [
+        run("ppo_penalty", 0, [(9.0, 9.0)]),
+        run("klq", 0, [(9.0, 9.0)], tau=0.5),
+        run("klq", 0, [(9.0, 9.0)], changes="x 1"),
+    ]
+    rivals = [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]
+    for r in (*runs, *rivals, *others):
+        r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
+    row = cells(study.summary({"tldr": runs + rivals + others, "dialogue": runs}), "tldr")
+    assert (
+        row["seeds"] == "3"
+        and number(row["reward"]) == pytest.approx(0.3)
+        and number(row["KL [nats]"]) == pytest.approx(1)
+    )
+    assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
+    assert number(row["win-rate before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+
+
 def test_seeds_are_paired_and_settings_are_not_pooled():
     """Seeds that differ a lot, by the same for both: paired, nothing is left of it."""
     ends = {seed: [(1.0, seed)] for seed in range(4)}
@@ -121,7 +141,11 @@ def world(monkeypatch):
 
     usual = TrainConfig(updates=2, batch_size=4, epochs=1, max_new_tokens=4, critic="separate", eval_every=1)
     monkeypatch.setitem(registry.WORLDS, "grammar", Entry("", usual, ("klq",), 1, ("reward",)))
-    judges = {"gold": lambda prompts, completions, **_: [len(c) / 10 for c in completions]}
+
+    def letters(prompts, completions, **_):
+        return [len(c) / 10 for c in completions]
+
+    judges = {"gold": letters, "MiniLM": letters}
     tables = {"stages": pd.DataFrame({"stage": ["reward"], "digest": ["cc"]})}
     made = replace(grammar.load(), evaluate=None, tree=None, judges=judges, tables=tables)
     monkeypatch.setattr("klq_edu.worlds.load", lambda name: made)

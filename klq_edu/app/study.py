@@ -17,9 +17,11 @@ from klq_edu.app.experiment import Result
 from klq_edu.figures import STYLES
 from klq_edu.rlhf.judge import preferred
 from klq_edu.rlhf.power import seeds_needed
+from klq_edu.worlds.registry import preset
 
 SETTING = ["tau", "changes"]
 Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
+INDEPENDENT = ("MiniLM", "TextBlob")  # judges that had no part in making the reward
 HEADS = {"kl": "KL [nats]", "length": "tokens", "ended": "finished"}
 
 
@@ -39,6 +41,7 @@ def write(folder: Path) -> str:
     """Write all tables (.md) and figures (.svg) beside the folder; returns the tables."""
     results = read(folder)
     parts = {
+        "KLQ beside PPO-clip": summary({folder.name: results}),
         "Differences at the same τ": differences(results),
         "Differences at the same KL": matched(results),
         "Win-rates of KLQ": verdicts(results),
@@ -49,6 +52,25 @@ def write(folder: Path) -> str:
     paths = figures.gains_along_kl(comparison.along(results))
     paths.figure.savefig(f"{folder}.svg", metadata={"Date": None})
     return text
+
+
+def summary(worlds: dict[str, list[Result]]) -> str:
+    """KLQ less PPO-clip, by world, at its own τ: reward and KL, reward where both have gone equally far, and KLQ's
+    win-rates before the gold and the judge that had no part in anything."""
+    rows = []
+    for world, results in worlds.items():
+        usual = [r for r in results if r.settings["tau"] == preset(world).tau and not r.settings["changes"]]
+        runs = [pairs for name, rival, pairs in comparison.opponents(usual) if (name, rival) == ("klq", "ppo_clip")]
+        for pairs in runs:
+            tables = [(a.after, b.after) for a, b in pairs]
+            cells = [_difference(tables, "reward"), _difference(tables, "kl"), _difference(_meeting(pairs), "reward")]
+            for judges in (("gold",), INDEPENDENT):
+                (judge,) = set(judges) & set(comparison.judges_of(usual))
+                won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
+                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*comparison.mean_interval(won)))
+            rows.append([world, f"{len(pairs)}", *cells])
+    heads = ["world", "seeds", "reward", "KL [nats]", "reward at the same KL", "win-rate before the gold"]
+    return comparison.table([*heads, "before MiniLM or TextBlob"], rows) if rows else ""
 
 
 def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
@@ -76,11 +98,17 @@ def matched(results: list[Result]) -> str:
         for name, rival, runs in comparison.opponents(part):
             if rival is None:
                 continue
-            reach = [min(a.after["kl"].mean(), b.after["kl"].mean()) for a, b in runs]
-            pairs = [(at_kl(a, kl), at_kl(b, kl)) for (a, b), kl in zip(runs, reach)]
+            pairs = _meeting(runs)
+            reach = np.mean([min(x["kl"].mean() for x in pair) for pair in pairs])
             cells = [_difference(pairs, column) for column in columns]
-            rows.append([setting, _label(name), _label(rival), f"{len(pairs)}", f"{np.mean(reach):.2f}", *cells])
+            rows.append([setting, _label(name), _label(rival), f"{len(pairs)}", f"{reach:.2f}", *cells])
     return comparison.table(["τ", "policy", "minus", "seeds", "at a KL of", *columns], rows) if rows else ""
+
+
+def _meeting(runs: list[tuple[Result, Result]]) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Test samples of both where they have gone as far as the one that went less far in the end."""
+    reach = [min(a.after["kl"].mean(), b.after["kl"].mean()) for a, b in runs]
+    return [(at_kl(a, kl), at_kl(b, kl)) for (a, b), kl in zip(runs, reach)]
 
 
 def at_kl(run: Result, kl: float) -> pd.DataFrame:
