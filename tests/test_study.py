@@ -159,6 +159,7 @@ def test_one_command_runs_what_is_missing_and_writes_tables_and_figure(world, tm
     said = capsys.readouterr().out
     assert "Differences at the same KL" in said and (tmp_path / "out" / "grammar.md").read_text().strip() in said
     assert (tmp_path / "out" / "grammar.svg").exists()
+    assert pd.read_csv(tmp_path / "out" / "grammar" / "made_stages.csv")["digest"].tolist() == ["cc"]
     runs = pd.read_csv(tmp_path / "out" / "grammar" / "runs.csv")
     assert runs["seed"].tolist() == [100, 101] * 2 and sorted(set(runs["algorithm"])) == ["klq", "ppo_clip"]
     one = pd.read_csv(tmp_path / "out" / "grammar" / f"{runs['run'][0]}.csv")

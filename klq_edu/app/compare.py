@@ -69,9 +69,17 @@ def run_compare(config: CompareConfig) -> None:
     if calls:
         from klq_edu.worlds import load
 
-        load(config.world)  # makes what all runs need once, before the workers start
-    in_parallel(calls, config.jobs, "seeds")
+        for name, table in load(config.world).tables.items():  # made once, before the workers start
+            without_texts(table).to_csv(folder / f"made_{name}.csv", index=False)
+        in_parallel(calls, config.jobs, "seeds")
     print(study.write(folder))
+
+
+def without_texts(table):
+    """The same with prompts as numbers and no completions, and other numbers to four digits."""
+    table = table.drop(columns="completion", errors="ignore").round(4)
+    codes = {"prompt": lambda t: t["prompt"].factorize()[0]} if "prompt" in table else {}
+    return table.assign(**codes)
 
 
 def done(folder: Path, name: str, config: TrainConfig) -> bool:
@@ -106,8 +114,8 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
     from klq_edu.machine import facts
     from klq_edu.rlhf.identity import fingerprint
 
-    tests = [table.assign(update=n, prompt=pd.factorize(table["prompt"])[0]) for n, table in result.tests.items()]
-    table = pd.concat(tests, ignore_index=True).drop(columns="completion").round(4)
+    tests = [without_texts(table).assign(update=n) for n, table in result.tests.items()]
+    table = pd.concat(tests, ignore_index=True)
     table = table.assign(ended=table["ended"].astype(int))[["update", *table.columns.drop("update")]]
     replace_file(folder / f"{name}.csv", lambda draft: table.to_csv(draft, index=False))
     last = result.rows[-1]
