@@ -25,10 +25,10 @@ def samples(kl, reward, length=5.0, seed=0):
     return pd.DataFrame(table)
 
 
-def run(name, seed, ends, tau=0.1, changes="", **more):
-    """A run through these (KL, reward), from (0, 0)."""
+def run(name, seed, ends, tau=0.1, changes="", noise=0, **more):
+    """A run through these (KL, reward), from (0, 0); those of one seed and noise scatter in the same way."""
     settings = {"algorithm": name, "whiten": False, "tau": tau, "seed": seed, "updates": 8 * len(ends)}
-    tests = {8 * i: samples(*end, seed=seed, **more) for i, end in enumerate([(0.0, 0.0), *ends])}
+    tests = {8 * i: samples(*end, seed=seed + noise, **more) for i, end in enumerate([(0.0, 0.0), *ends])}
     return Result(settings | {"changes": changes}, [], tests)
 
 
@@ -102,6 +102,18 @@ def test_what_was_shown_and_what_could_have_been():
     sure = [run("klq", s, [(1.0, 0.5)]) for s in shift] + [run("ppo_clip", s, [(1.0, 0.0)]) for s in shift]
     row = cells(study.verdicts(sure), "0.1", "PPO-clip", "reward")
     assert row["win-rate"] == "1.000 [1.000, 1.000]" and row["sd of a seed"] == "0.000"
+
+
+def test_the_scatter_of_seeds_is_what_their_prompts_do_not_explain():
+    shifts = (1.2, -1.2, 0.9, -0.3, 0.6)
+    runs = [run("klq", s, [(1.0, x)]) for s, x in enumerate(shifts)]
+    runs += [run("ppo_clip", s, [(1.0, 0.0)], noise=50) for s in range(len(shifts))]
+    row = cells(study.verdicts(runs), "0.1", "PPO-clip", "reward")
+    won = [(a.after["reward"] > b.after["reward"]) for a, b in zip(runs, runs[len(shifts) :])]
+    between, within = np.var([w.mean() for w in won], ddof=1), np.mean([w.var() / len(w) for w in won])
+    assert 0 < within < between and float(row["sd of a seed"]) == pytest.approx((between - within) ** 0.5, abs=1e-3)
+    low, high = (float(x) for x in row["win-rate"].split("[")[1].strip("]").split(", "))
+    assert float(row["shown from"][1:]) == pytest.approx((1.96 + 0.84) * (high - low) / 2 / 1.96, abs=2e-3)
 
 
 def test_what_a_judge_that_looks_at_nothing_but_length_would_have_said():
