@@ -1,15 +1,17 @@
 """What the README shows works as it stands, and it names the two commands."""
 
-import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 
 import klq_edu
-from klq_edu.app.comparison import algorithms, power, schedules, table
-from klq_edu.app.report import agreement, by_judge
-from klq_edu.worlds.registry import WORLDS
+from klq_edu.app import study
+from klq_edu.app.compare import done
+from klq_edu.app.comparison import algorithms, power, schedules
+from klq_edu.app.report import agreement
+from klq_edu.worlds.registry import WORLDS, preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,7 +55,8 @@ def test_every_figure_and_table_of_results_is_shown_on_a_page():
     assert not [path.name for path in (ROOT / "results").glob("*.svg") if f"results/{path.name}" not in pages]
     for csv in (ROOT / "results").glob("*.csv"):
         assert f"results/{csv.name}" in pages, csv.name
-    assert all(WORLDS[folder.name].made and "results/road" in pages for folder in (ROOT / "results/road").iterdir())
+    for folder in (path for path in (ROOT / "results" / "compare").iterdir() if path.is_dir()):
+        assert WORLDS[folder.name].made and "results/compare" in pages
 
 
 def test_its_tables_are_those_of_the_committed_results():
@@ -72,19 +75,12 @@ def test_the_defaults_reach_what_the_project_promises():
     assert medians[0.05] >= 0.95 and medians[0.2] >= 0.97 and medians[1.0] >= 0.93
 
 
-def test_the_stories_table_is_that_of_the_committed_demo():
-    runs = pd.read_csv(ROOT / "results" / "stories_demo.csv")
-    assert runs.groupby("algorithm")["seed"].nunique().tolist() == [3, 3]
+def test_what_the_lexicon_itself_gives_is_that_of_the_committed_runs():
+    replayed = pd.read_csv(ROOT / "results" / "stories_replay.csv").set_index("algorithm")
     for name, label in {"klq": "KLQ", "ppo_clip": "PPO-clip"}.items():
-        part = runs[runs["algorithm"] == name]
-        cells = []
-        for column, digits in (("test_after", 3), ("judge_after", 3), ("kl", 2)):
-            middle, low, high = (part[column].quantile(q) for q in (0.5, 0, 1))
-            cells.append(f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
-        assert f"| {label} | {' | '.join(cells)} |" in README
-        replayed = pd.read_csv(ROOT / "results" / "stories_replay.csv").set_index("algorithm").loc[name]
-        assert re.search(rf"{replayed.reward_after:.2f} at (a KL of )?{replayed.kl:.2f} \({label}\)", README)
-    assert f"| reference | {runs['test_before'][0]:.3f} | {runs['judge_before'][0]:.3f} | 0 |" in README
+        row = replayed.loc[name]
+        assert re.search(rf"{row.reward_after:.2f} at\s+(a KL of )?{row.kl:.2f} \({label}\)", README)
+    assert f"from {replayed['reward_before'].iloc[0]:.2f}:" in README
 
 
 def test_the_benchmark_table_is_that_of_the_committed_csv():
@@ -97,11 +93,17 @@ def test_the_benchmark_table_is_that_of_the_committed_csv():
         assert f"| {workload} | {' | '.join(cells)} |" in text
 
 
-def test_the_roads_tables_are_those_of_the_committed_runs():
-    for folder in (ROOT / "results" / "road").iterdir():
-        gains = by_judge(pd.read_csv(folder / "win_rates.csv"), "gain", "gain_low", "gain_high")
-        assert table(list(gains), gains.values.tolist()) in README, folder.name
-        learnt = agreement(pd.read_csv(folder / "held_out_pairs.csv")).astype(str).iloc[0]
+def test_the_tables_of_learnt_rewards_are_those_of_the_committed_runs(tmp_path):
+    folders = [ROOT / "results" / "compare" / name for name in ("tldr", "dialogue", "stories")]
+    results = {folder.name: study.read(folder) for folder in folders}
+    assert study.summary(results) in README, "run klq compare and update README.md"
+    for folder in folders:
+        assert study.differences(results[folder.name]) in README, folder.name
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        assert study.write(copy) + "\n" == folder.with_suffix(".md").read_text(), folder.name
+        learnt = agreement(pd.read_csv(folder / "made_held_out_pairs.csv")).astype(str).iloc[0]
         assert f"| {folder.name} | {' | '.join(learnt)} |" in README, folder.name
-        command = json.loads((folder / "results.json").read_text())["command"]
-        assert command == f"klq demo --world {folder.name} --out runs/road"
+        runs = pd.read_csv(folder / "runs.csv", keep_default_na=False)
+        for run in runs.itertuples():  # made with the settings that the code has now
+            config = preset(folder.name, run.algorithm, tau=run.tau, seed=run.seed, device="cpu")
+            assert run.changes or done(folder, run.run, config), run.run

@@ -1,5 +1,6 @@
 """`klq compare`: runs become files that say it all, are taken up again, compared by seed at the same τ and KL."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,11 @@ def test_a_run_becomes_a_file_and_is_read_again(tmp_path):
     for changes in ("", ""):  # twice: the line is replaced
         record(tmp_path, "one", changes, config, made, stages)
     assert done(tmp_path, "one", config) and not done(tmp_path, "one", replace(config, epochs=3))
+    table = pd.read_csv(tmp_path / "runs.csv")
+    assert len(table) == 1
+    without = {k: v for k, v in json.loads(table["settings"][0]).items() if k != "retrace"}  # an older version's
+    table.assign(settings=json.dumps(without)).to_csv(tmp_path / "runs.csv", index=False)
+    assert done(tmp_path, "one", config) and not done(tmp_path, "one", replace(config, retrace=True, replay=32))
     (again,) = study.read(tmp_path)
     assert again.labels == made.labels and list(again.tests) == [0, 8, 16]
     for n, table in made.tests.items():

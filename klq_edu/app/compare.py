@@ -1,5 +1,6 @@
 """`klq compare`: KLQ against PPO where the reward is learnt, over seeds and τ: a file per run, and what they say."""
 
+import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -83,15 +84,13 @@ def without_texts(table):
 
 
 def done(folder: Path, name: str, config: TrainConfig) -> bool:
-    """Whether this run's file is there, and of these settings."""
+    """Whether this run's file is there, and of these settings (fields that did not exist then count as their default)."""
     import pandas as pd
-
-    from klq_edu.rlhf.identity import fingerprint
 
     if not (folder / RUNS).exists() or not (folder / f"{name}.csv").exists():
         return False
     known = pd.read_csv(folder / RUNS, index_col="run")["settings"]
-    return known.get(name) == fingerprint(config.to_dict())
+    return name in known and TrainConfig().to_dict() | json.loads(known[name]) == config.to_dict()
 
 
 def some_runs(world: str, changes: str, experiments: dict[str, TrainConfig], folder: Path, runs: Path) -> None:
@@ -112,7 +111,6 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
 
     from klq_edu.files import replace_file
     from klq_edu.machine import facts
-    from klq_edu.rlhf.identity import fingerprint
 
     tests = [without_texts(table).assign(update=n) for n, table in result.tests.items()]
     table = pd.concat(tests, ignore_index=True)
@@ -123,7 +121,7 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
     row |= {key: result.settings[key] for key in ("tau", "seed", "updates")}
     row |= {key: last[key] for key in ("rollouts", "row_steps")}
     row["seconds"] = round(sum(r["seconds"] for r in result.rows))
-    row |= {"settings": fingerprint(settings.to_dict()), "reward_model": stages.set_index("stage")["digest"]["reward"]}
+    row |= {"settings": json.dumps(settings.to_dict()), "reward_model": stages.set_index("stage")["digest"]["reward"]}
     row |= {key: value for key, value in facts("cpu").items() if key in ("torch", "machine")}
     with FileLock(folder / ".lock"):
         path = folder / RUNS
