@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from klq_edu.app import compare, study, sweep
+from klq_edu.app import compare, comparison, study, sweep
 from klq_edu.app.compare import CompareConfig, done, record, run_compare
 from klq_edu.app.experiment import Result
 from klq_edu.rlhf.config import TrainConfig
@@ -80,6 +80,16 @@ def test_the_summary_is_of_the_worlds_own_setting_and_of_ppo_clip():
     )
     assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
     assert number(row["win-rate before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+
+
+def test_along_a_run_scores_are_gains_over_its_own_reference():
+    one = run("klq", 0, [(1.0, 0.4), (3.0, 0.6)])
+    one.tests = {n: table.assign(reward=table["reward"] + 5) for n, table in one.tests.items()}
+    rows = comparison.along([one, run("klq", 1, [(2.0, 0.7)], changes="replay 0")])
+    assert rows["reward"].tolist() == pytest.approx([0, 0.4, 0.6, 0, 0.7], abs=1e-6)
+    assert (
+        rows["update"].tolist() == [0, 8, 16, 0, 8] and rows["setting"].tolist() == ["0.1"] * 3 + ["0.1, replay 0"] * 2
+    )
 
 
 def test_seeds_are_paired_and_settings_are_not_pooled():

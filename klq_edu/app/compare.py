@@ -84,7 +84,7 @@ def without_texts(table):
 
 
 def done(folder: Path, name: str, config: TrainConfig) -> bool:
-    """Whether this run's file is there, and of these settings (fields that did not exist then count as their default)."""
+    """Whether this run's file is there, and of these settings (a field that did not exist then has its default)."""
     import pandas as pd
 
     if not (folder / RUNS).exists() or not (folder / f"{name}.csv").exists():
