@@ -9,7 +9,7 @@ import pytest
 
 from klq_edu.app import compare, comparison, study, sweep
 from klq_edu.app.compare import CompareConfig, done, record, run_compare
-from klq_edu.app.experiment import Result
+from klq_edu.app.experiment import Result, run_experiment
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds import registry
 from klq_edu.worlds.registry import Entry, preset
@@ -179,6 +179,16 @@ def world(monkeypatch):
     monkeypatch.setattr("klq_edu.worlds.load", lambda name: made)
     monkeypatch.setattr(sweep, "in_parallel", lambda calls, *_: [f(*rest) for f, *rest in calls])
     return made
+
+
+def test_a_run_is_tested_along_the_way_and_each_test_is_of_its_own_update(world, tmp_path):
+    config = replace(registry.WORLDS["grammar"].settings, updates=5, eval_every=2, device="cpu", learning_rate=0.01)
+    result = run_experiment(world, config, tmp_path)
+    assert list(result.tests) == [0, 2, 4, 5] and result.before["kl"].abs().max() < 1e-6
+    for n, table in list(result.tests.items())[1:]:
+        assert result.rows[n - 1]["test_reward"] == pytest.approx(table["reward"].mean())
+        assert result.rows[n - 1]["test_gold"] == pytest.approx(table["gold"].mean())
+    assert "test_reward" not in result.rows[0] and result.after["kl"].mean() > 0
 
 
 def test_one_command_runs_what_is_missing_and_writes_tables_and_figure(world, tmp_path, monkeypatch, capsys):

@@ -119,7 +119,7 @@ def read_result(run: Run, judged: str) -> Result | None:
     rows, updates = run.rows(), run.settings["updates"]
     if known != judged or not {0, updates} <= set(tests) or len(rows) < updates:
         return None
-    return Result(run.settings, rows, {n: table for n, table in tests.items() if n <= updates})
+    return Result(run.settings, rows, tests)
 
 
 def reference_samples(world: World, policy: ActorCritic, config: TrainConfig) -> pd.DataFrame:
