@@ -14,9 +14,8 @@ from datasets import Dataset
 
 from klq_edu.worlds.road import Task, load_task
 
-TEST_PROMPTS = 16  # the last of openers.txt (written for this project) are for comparing before and after
+TEST_PROMPTS = 64  # the last of openers.txt (written for this project) are for comparing before and after
 FREQUENT_TOKENS = 8_000  # rarer ones are forbidden, to policy and reference alike
-SAMPLES = 16  # after each of few prompts
 REPEAT_PENALTY = 0.3
 
 
@@ -60,7 +59,6 @@ def openers(_) -> dict[str, Dataset]:
 
 TASK = Task(
     "stories", __doc__, openers, lambda _: sentiment_reward(), lambda _: {"TextBlob": textblob_judge}, FREQUENT_TOKENS,
-    samples=SAMPLES,
 )  # fmt: skip
 
 
