@@ -132,9 +132,11 @@ def test_only_a_command_that_continues_is_said_to(command, tmp_path):
 
 
 def test_texts_with_markup_are_shown_as_they_are(capsys):
-    samples = pd.DataFrame({"prompt": ["[/] w5 [red]"] * 3, "completion": ["[/b] τ"] * 3, "reward": [1.0] * 3})
+    prompts = [f"[/] w5 [red]{i}" for i in range(3)]
+    samples = pd.DataFrame({"prompt": prompts, "completion": ["[/b] τ"] * 3, "reward": [1.0] * 3})
     rows = [{"update": 0, "reward": 1.0, "kl": 0.1, "seconds": 1.0}]
-    result = Result({"world": "mine", **TrainConfig().to_dict()}, rows, samples, samples)
+    settings = {"world": "mine", **TrainConfig().to_dict()}
+    result = Result(settings, rows, {0: samples, settings["updates"]: samples})
     print_results(Console(), SimpleNamespace(name="[/]", tables={}, judges={}), [result])
     assert capsys.readouterr().out.count("[/] w5 [red]") == 3
 
