@@ -199,7 +199,11 @@ def test_one_command_runs_what_is_missing_and_writes_tables_and_figure(world, tm
     assert (tmp_path / "out" / "grammar.svg").exists()
     assert pd.read_csv(tmp_path / "out" / "grammar" / "made_stages.csv")["digest"].tolist() == ["cc"]
     runs = pd.read_csv(tmp_path / "out" / "grammar" / "runs.csv")
-    assert runs["seed"].tolist() == [100, 101] * 2 and sorted(set(runs["algorithm"])) == ["klq", "ppo_clip"]
+    assert (
+        runs["seed"].tolist() == [100, 101] * 2
+        and runs["seed"].dtype == int
+        and sorted(set(runs["algorithm"])) == ["klq", "ppo_clip"]
+    )
     one = pd.read_csv(tmp_path / "out" / "grammar" / f"{runs['run'][0]}.csv")
     assert sorted(set(one["update"])) == [0, 1, 2] and "completion" not in one
     first, second = (study.read(tmp_path / "out" / "grammar")[i].before for i in (0, 1))

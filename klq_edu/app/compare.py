@@ -125,6 +125,8 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
     row |= {key: value for key, value in facts("cpu").items() if key in ("torch", "machine")}
     with FileLock(folder / ".lock"):
         path = folder / RUNS
-        known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["run"])
-        table = pd.concat([known[known["run"] != name], pd.DataFrame([row])], ignore_index=True)
+        table = pd.DataFrame([row])
+        if path.exists():
+            known = pd.read_csv(path)
+            table = pd.concat([known[known["run"] != name], table], ignore_index=True)
         replace_file(path, lambda draft: table.sort_values("run").to_csv(draft, index=False))
