@@ -9,7 +9,6 @@ from typing import Literal
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.registry import VARIANTS, WORLDS, preset, variant_of
 
-RUNS = "runs.csv"  # of the folder of a world: a row per run
 LEARNT = tuple(name for name, world in WORLDS.items() if world.made)
 
 
@@ -87,6 +86,8 @@ def done(folder: Path, name: str, config: TrainConfig) -> bool:
     """Whether this run's file is there, and of these settings (a field that did not exist then has its default)."""
     import pandas as pd
 
+    from klq_edu.app.study import RUNS
+
     if not (folder / RUNS).exists() or not (folder / f"{name}.csv").exists():
         return False
     known = pd.read_csv(folder / RUNS, index_col="run")["settings"]
@@ -109,6 +110,7 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
     import pandas as pd
     from filelock import FileLock
 
+    from klq_edu.app.study import RUNS
     from klq_edu.files import replace_file
     from klq_edu.machine import facts
 

@@ -12,13 +12,13 @@ import pandas as pd
 
 from klq_edu import figures
 from klq_edu.app import comparison
-from klq_edu.app.compare import RUNS
 from klq_edu.app.experiment import Result
 from klq_edu.figures import STYLES
 from klq_edu.rlhf.judge import preferred
 from klq_edu.rlhf.power import seeds_needed
 from klq_edu.worlds.registry import preset
 
+RUNS = "runs.csv"  # of the folder of a world: a row per run
 SETTING = ["tau", "changes"]
 Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
 INDEPENDENT = ("MiniLM", "TextBlob")  # judges that had no part in making the reward
