@@ -52,6 +52,12 @@ def test_at_a_kl_between_two_tests_a_run_is_their_mixture():
         assert found["kl"].mean() == pytest.approx(min(kl, 3.0), abs=1e-3) and list(found["prompt"]) == PROMPTS
 
 
+def test_a_run_that_turns_back_is_met_where_it_passed_last():
+    one = run("klq", 0, [(2.0, 0.4), (1.0, 0.8)])
+    for kl, reward in ((1.0, 0.8), (1.5, 0.6), (2.0, 0.4), (0.5, 0.1)):
+        assert study.at_kl(one, kl)["reward"].mean() == pytest.approx(reward, abs=1e-3), kl
+
+
 def test_who_only_went_further_is_ahead_at_the_same_tau_and_not_at_the_same_kl():
     runs = [run("klq", s, [(1.0, 0.3), (2.0, 0.6)]) for s in range(3)]
     runs += [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]

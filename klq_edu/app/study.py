@@ -4,7 +4,7 @@ Everywhere a difference is a mean over seeds and held-out prompts with a 95 % in
 prompts; algorithms are paired by seed.
 """
 
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -112,16 +112,17 @@ def _meeting(runs: list[tuple[Result, Result]]) -> list[tuple[pd.DataFrame, pd.D
 
 
 def at_kl(run: Result, kl: float) -> pd.DataFrame:
-    """A run's test samples where its mean KL passed this value: between two tests, the mixture of both that has this
-    mean (what a policy gets that follows the one or the other, drawn anew for each prompt)."""
+    """A run's test samples where its mean KL passed this value last: between two tests, the mixture of both that has
+    this mean (what a policy gets that follows the one or the other, drawn anew for each prompt)."""
     tests = list(run.tests.values())
     means = [table["kl"].mean() for table in tests]
-    after = next((i for i, mean in enumerate(means) if mean >= kl), len(means) - 1)
-    if after == 0:
-        return tests[0]
-    share = min(1.0, (kl - means[after - 1]) / (means[after] - means[after - 1]))
-    early, late = (tests[i].drop(columns="prompt").astype(float) for i in (after - 1, after))
-    return (share * late + (1 - share) * early).assign(prompt=tests[after]["prompt"])
+    passed = [i for i, (x, y) in enumerate(pairwise(means)) if min(x, y) <= kl <= max(x, y) and x != y]
+    if not passed:
+        return tests[-1]
+    early, late = tests[passed[-1]], tests[passed[-1] + 1]
+    share = (kl - early["kl"].mean()) / (late["kl"].mean() - early["kl"].mean())
+    parts = (table.drop(columns="prompt").astype(float) * w for table, w in ((early, 1 - share), (late, share)))
+    return sum(parts).assign(prompt=late["prompt"])
 
 
 def verdicts(results: list[Result]) -> str:
