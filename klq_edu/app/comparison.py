@@ -13,14 +13,8 @@ from klq_edu.rlhf.power import pairs_needed, seeds_needed, t_quantile
 
 LABELS = {"on_policy": "on-policy", "equal": "cooled replay, equal compute", "replay": "cooled replay"}
 SHOWN = ("attained", "attained_1280", "mode_mass", "mode_mass_optimum", "kl_optimum")
-SAMPLED = (
-    "prompt",
-    "completion",
-    "kl",
-    "length",
-    "ended",
-    "copied",
-)  # columns of test samples that no judge has filled
+# columns of test samples that no judge has filled
+SAMPLED = ("prompt", "completion", "kl", "length", "ended", "copied")
 MARKS = {"longer": "length", "copied": "copied"}  # what judges may lean to: more of which column
 SETTING = ["tau", "schedule", "algorithm", "learning_rate"]
 

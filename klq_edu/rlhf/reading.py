@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from klq_edu.rlhf.identity import code_of, fingerprint
 from klq_edu.rlhf.policy import context
-from klq_edu.rlhf.rollout import tokenise
+from klq_edu.rlhf.rollout import padded, tokenise
 from klq_edu.rlhf.sampling import positions
 from klq_kernels import linear_token_stats
 
@@ -60,7 +59,7 @@ class Reader:
         try:
             yield
         finally:
-            self.known = None
+            self.known = self.latest = None  # it was read beside what was still unknown
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Reading:
@@ -87,11 +86,10 @@ class Reader:
 
     def _read(self, front: list[list[int]], back: list[list[int]]) -> Reading:
         """One batch: the different prompts, padded on the left, then the completions, padded on the right."""
-        once, place = {tuple(f): None for f in front}, self.lm.device
-        where = {f: i for i, f in enumerate(once)}
-        which = torch.tensor([where[tuple(f)] for f in front], device=place)
-        prompts, known = _padded(once, "left", place)
-        tokens, spoken = _padded(back, "right", place)
+        once, place = list(dict.fromkeys(map(tuple, front))), self.lm.device
+        which = torch.tensor([once.index(tuple(f)) for f in front], device=place)
+        prompts, known = padded(once, "left", place)
+        tokens, spoken = padded(back, "right", place)
         with torch.autocast(place.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             told = self.lm.base_model(input_ids=prompts, attention_mask=known, position_ids=positions(known),
                                       use_cache=True)  # fmt: skip
@@ -111,10 +109,3 @@ class Reader:
         means = torch.cat(means, dim=1) if means else counts.new_zeros((len(front), 0))
         length = counts.squeeze(1)
         return Reading((stats.logprob.sum(1) / length).cpu(), length.float().cpu(), means.cpu())
-
-
-def _padded(rows: Iterable[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [N, L] of rows of different lengths."""
-    rows = [torch.tensor(row, device=device) for row in rows]
-    ids, mask = (pad_sequence(x, True, padding_side=side) for x in (rows, [torch.ones_like(r) for r in rows]))
-    return ids, mask

@@ -164,9 +164,14 @@ def _known_ids(tokenizer, size: int) -> Tensor:
 def encode_prompts(tokenizer, prompts: list[str], policy: ActorCritic, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompt ids and attention mask, both [B, P], on the policy's device."""
     check_prompts(tokenizer, prompts, policy, max_new_tokens)
-    rows = [torch.tensor(row) for row in tokenise(tokenizer, prompts)]
-    ids, attention = (pad_sequence(x, True, padding_side="left") for x in (rows, [torch.ones_like(r) for r in rows]))
-    return ids.to(policy.device), attention.to(policy.device)  # padding is a 0: whatever stands there is masked
+    return padded(tokenise(tokenizer, prompts), "left", policy.device)
+
+
+def padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [N, L] of rows of different lengths; padding is a 0, since masked in any case."""
+    rows = [torch.tensor(row) for row in rows]
+    ids, mask = (pad_sequence(x, True, padding_side=side) for x in (rows, [torch.ones_like(r) for r in rows]))
+    return ids.to(device), mask.to(device)
 
 
 def check_prompts(tokenizer, prompts: Sequence[str], policy: ActorCritic, max_new_tokens: int) -> None:
