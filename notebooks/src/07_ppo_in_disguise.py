@@ -299,7 +299,7 @@ check.inequality("7.10", -best.mean().expand(100), losses)
 # form. Near $\pi_{old}$ the two hardly differ.)
 #
 # And the *values*? Claim 3 is about policies. Fitted exactly, PPO's critic ends at $V_{old} + \mathbb{E}_{\pi_{old}}[\Delta]$, a plain mean;
-# KLQ's ends, by (6.7), at a soft mean, $V_{old} + \tau\log\mathbb{E}_{\pi_{old}}[e^{\alpha\Delta/\tau}]$, which goes about $\alpha$ of the way. They differ
+# KLQ's ends, by (6.8), at a soft mean, $V_{old} + \tau\log\mathbb{E}_{\pi_{old}}[e^{\alpha\Delta/\tau}]$, which goes about $\alpha$ of the way. They differ
 # even at $\alpha = 1$:
 
 # %%

@@ -16,7 +16,7 @@ import klq_edu.course
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import load
-from klq_kernels import reference
+from klq_kernels import ops, reference
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -64,6 +64,12 @@ def optimist(f):
     return lambda p, old, gain, mask, **kw: -f(p, old, -gain, mask, **kw)
 
 
+def unmasked_logits(f):
+    return lambda x, tokens, q, v, target, mask, **kw: f(
+        x, tokens, *(torch.where(mask, y, 0.0) for y in (q, v, target)), torch.ones_like(mask), **kw
+    )
+
+
 def not_centred(f):
     return lambda x, mask: torch.where(mask, x, 0.0) / (x[mask] ** 2).mean().sqrt()
 
@@ -72,8 +78,109 @@ def rewarded_kl(f):
     return lambda *args, coef, kl: f(*args, coef=coef, kl=-kl)
 
 
+def fixed(**wrong):
+    """These keyword arguments are ignored: what they are fixed at is used instead."""
+    return lambda f: lambda *args, **kw: f(*args, **kw | wrong)
+
+
+def arguments_swapped(i, j):
+    def spoil(f):
+        def wrong(*args, **kw):
+            args = [*args]
+            args[i], args[j] = args[j], args[i]
+            return f(*args, **kw)
+
+        return wrong
+
+    return spoil
+
+
+def unmasked_at(place):
+    """Every position counts as a real token, with leftovers on padding."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            args, mask = [torch.where(args[place], x, 7.0) for x in args[:place]], args[place]
+            return f(*args, torch.ones_like(mask), **kw)
+
+        return wrong
+
+    return spoil
+
+
+def masked_late(f):
+    """The last real token of a row counts as padding."""
+    return lambda r, v, p, q, mask, **kw: f(r, v, p, q, mask & (mask.cumsum(1) < mask.sum(1, keepdim=True)), **kw)
+
+
+def with_gradient(f):
+    """λ-returns whose targets move with the values."""
+
+    def wrong(r, v, *args, **kw):
+        out = f(r, v, *args, **kw)
+        return out._replace(targets=out.targets + torch.where(args[-1], v - v.detach(), 0.0))
+
+    return wrong
+
+
+def backwards(f):
+    """The sum over what came before."""
+    return lambda x, mask, **kw: (
+        f(x.flip(-1), mask.flip(-1), **kw).flip(-1) if mask.all() else f(x, mask, **kw).flip(-1)
+    )
+
+
+def clipped_only(change):
+    """A change of the clipped loss, where the plain one is right."""
+    return lambda f: lambda *args, **kw: change(f)(*args, **kw) if kw.get("loss") == "value_clipped" else f(*args, **kw)
+
+
+def kinder(f):
+    """The better of the two squares, not the worse."""
+
+    def wrong(p, q, v, target, mask, *, tau, clip, old_logprobs, old_values, **kw):
+        plain = f(p, q, v, target, mask, tau=tau, reduction="none")
+        both = f(p, q, v, target, mask, tau=tau, clip=clip, old_logprobs=old_logprobs, old_values=old_values, **kw)
+        now, old = tau * (p - q) + v, tau * (old_logprobs - q) + old_values
+        held = 0.5 * (torch.minimum(torch.maximum(now, old - clip), old + clip) - target) ** 2
+        return torch.where(mask, torch.minimum(plain, held), both)
+
+    return wrong
+
+
+def result(i, change):
+    """One of several results is spoilt: change(result, arguments)."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = [*f(*args, **kw)]
+            out[i] = change(out[i], args)
+            return tuple(out)
+
+        return wrong
+
+    return spoil
+
+
 def no_discount(f):
     return lambda self, policy, tau, gamma=1.0: f(self, policy, tau, 1.0)
+
+
+def no_discount_of_values(f):
+    return lambda self, policy, values, tau, gamma=1.0: f(self, policy, values, tau, 1.0)
+
+
+def no_tau(f):
+    return lambda p, v, ref, tau: f(p, v, ref, 1.0)
+
+
+def no_values(f):
+    return lambda p, v, ref, tau: f(p, 0 * v, ref, tau)
+
+
+def negative(f):
+    """−τ for τ in the log-ratio."""
+    return lambda p, v, ref, tau: 2 * v.unsqueeze(-1) - f(p, v, ref, tau)
 
 
 def no_penalty(f):
@@ -100,8 +207,74 @@ MUTANTS = [
     ("05", returns, "lambda_returns", "shifted index", shifted("td_errors")),
     ("05", returns, "lambda_returns", "shifted advantages", shifted("advantages")),
     ("05", returns, "gae", "shifted index", lambda f: lambda *a, **kw: torch.roll(f(*a, **kw), 1, -1)),
+    ("05", returns, "lambda_returns", "missing γ", fixed(gamma=1.0)),
+    ("05", returns, "lambda_returns", "missing λ", fixed(lam=1.0)),
+    ("05", returns, "lambda_returns", "one step", fixed(lam=0.0)),
+    ("05", returns, "lambda_returns", "missing α", fixed(alpha=1.0)),
+    ("05", returns, "lambda_returns", "sign of the KL", arguments_swapped(2, 3)),
+    ("05", returns, "lambda_returns", "no mask", unmasked_at(4)),
+    ("05", returns, "lambda_returns", "mask too short", masked_late),
+    ("05", returns, "lambda_returns", "shifted targets", shifted("targets")),
+    ("05", returns, "gae", "sign", scaled(-1)),
+    ("05", returns, "gae", "missing γ", fixed(gamma=1.0)),
+    ("05", returns, "gae", "missing λ", fixed(lam=1.0)),
+    ("05", returns, "gae", "no mask", unmasked_at(2)),
+    ("05", returns, "kl_shaped_rewards", "sign", arguments_swapped(1, 2)),
+    ("05", returns, "kl_shaped_rewards", "missing τ", lambda f: lambda r, p, q, tau: f(r, p, q, 1.0)),
     ("05", returns, "forward_view", "sign", scaled(-1)),
+    ("05", returns, "forward_view", "missing γ", fixed(gamma=1.0)),
+    ("05", returns, "forward_view", "missing λ", fixed(lam=1.0)),
+    ("05", returns, "forward_view", "wrong direction", backwards),
+    ("05", returns, "forward_view", "no mask", unmasked_at(1)),
+    ("05", improvement, "action_values", "missing τ", no_tau),
+    ("05", improvement, "action_values", "sign", negative),
+    ("05", improvement, "action_values", "missing V", no_values),
+    ("05", TokenTree, "evaluate", "no discount", no_discount),
+    ("05", TokenTree, "evaluate", "no KL", no_penalty),
+    ("05", TokenTree, "td_errors", "no discount", no_discount_of_values),
+    ("05", TokenTree, "td_errors", "sign", scaled(-1)),
+    ("06", improvement, "action_values", "missing τ", no_tau),
+    ("06", improvement, "action_values", "sign", negative),
+    ("06", improvement, "action_values", "missing V", no_values),
+    ("06", reference, "kl_divergence", "direction", swapped),
+    ("06", reference, "kl_divergence", "sign", scaled(-1)),
+    ("06", reference, "q_values", "missing τ", lambda f: lambda p, q, v, tau: f(p, q, v, 1.0)),
+    ("06", reference, "q_values", "sign", arguments_swapped(0, 1)),
+    ("06", returns, "lambda_returns", "missing τ", without_tau),
+    ("06", returns, "lambda_returns", "missing α", fixed(alpha=1.0)),
+    ("06", returns, "lambda_returns", "missing γ", fixed(gamma=1.0)),
+    ("06", returns, "lambda_returns", "missing λ", fixed(lam=1.0)),
+    ("06", returns, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("06", returns, "lambda_returns", "shifted targets", shifted("targets")),
+    ("06", returns, "lambda_returns", "sign of the KL", arguments_swapped(2, 3)),
+    ("06", returns, "lambda_returns", "mask too short", masked_late),
+    ("06", returns, "lambda_returns", "targets not detached", with_gradient),
+    ("06", TokenTree, "evaluate", "no discount", no_discount),
+    ("06", TokenTree, "evaluate", "no KL", no_penalty),
+    ("06", TokenTree, "td_errors", "no discount", no_discount_of_values),
+    ("06", TokenTree, "td_errors", "sign", scaled(-1)),
     ("06", reference, "klq_loss", "missing τ", without_tau),
+    ("06", reference, "klq_loss", "no mask", unmasked_at(4)),
+    ("06", reference, "klq_loss", "clip: missing", clipped_only(fixed(loss="l2"))),
+    ("06", reference, "klq_loss", "clip: twice as far", clipped_only(fixed(clip=0.2))),
+    ("06", reference, "klq_loss", "clip: min for max", clipped_only(kinder)),
+    ("06", reference, "klq_loss", "clip: no half", clipped_only(scaled(2.0))),
+    ("06", reference, "klq_loss", "clip: around the new Q",
+     clipped_only(lambda f: lambda p, q, v, *a, **kw: f(p, q, v, *a, **kw | {"old_logprobs": p, "old_values": v}))),
+    ("06", ops, "logits_klq_loss", "missing τ", without_tau),
+    ("06", ops, "logits_klq_loss", "no half", scaled(2.0)),
+    ("06", ops, "logits_klq_loss", "sign", scaled(-1)),
+    ("06", ops, "logits_klq_loss", "shifted index", positional, {"_1": lambda tokens: torch.roll(tokens, 1, -1)}),
+    ("06", ops, "logits_klq_loss", "no mask", unmasked_logits),
+    ("06", ops, "logits_klq_loss", "no gradient", lambda f: lambda x, *a, **kw: f(x.detach(), *a, **kw) + 0 * x.sum()),
+    ("06", improvement, "klq_step", "value not moved", result(1, lambda v, args: args[1])),
+    ("06", improvement, "klq_step", "value moved by the mean",
+     result(1, lambda v, args: args[1] + args[5] * (args[0] * args[2]).sum(-1))),
+    ("06", improvement, "klq_step", "value's sign", result(1, lambda v, args: 2 * args[1] - v)),
+    ("06", improvement, "klq_step", "sign of Δ", positional, {"_2": torch.neg}),
+    ("06", improvement, "klq_step", "missing τ", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, 1, alpha)),
+    ("06", TokenTree, "optimum", "no KL", lambda f: lambda self, tau, gamma=1.0: f(self.with_ref(
+        torch.full_like(self.ref, 1 / self.ref.shape[1])), tau, gamma)),
     ("06", reference, "klq_loss", "no half", scaled(2.0)),
     ("06", reference, "klq_loss", "sign of the KL", lambda f: lambda p, q, *a, **kw: f(q, p, *a, **kw)),
     ("06", reference, "klq_loss", "targets not detached", live_targets),
