@@ -81,16 +81,11 @@ check.equation("5.1", out.td_errors, delta)
 #
 # </details>
 #
-# For the average take (2.2) and its like for $Q$: the mean of $\tau\log\frac{\pi}{\pi_b}$ under $\pi$ is $\tau D$, in both, and cancels.
-#
-# $$\sum_a \pi(a|s)\left(Q_\pi(s,a) - Q(s,a)\right) = V_\pi(s) - V(s) \tag{5.3}$$
-#
-# The checks take every state and every token of a small tree, for a random policy, and in (5.3) for values that are wrong.
+# The check takes every state and every token of a small tree, for a random policy.
 
 # %%
 tree = every_completion()[0]
 other = torch.softmax(tree.ref.log() + torch.randn(tree.ref.shape), -1)
-nonsense = torch.randn(len(tree.ref))
 price, discount = 0.3, 0.9
 
 Q_pi, V_pi = tree.evaluate(other, price, discount)
@@ -105,6 +100,15 @@ print(
     "at the optimum:", tree.td_errors(best, V_star, price, discount).abs().max().item()
 )
 
+# %% [markdown]
+# For the average take (2.2) and its like for $Q$: the mean of $\tau\log\frac{\pi}{\pi_b}$ under $\pi$ is $\tau D$, in both, and cancels.
+#
+# $$\sum_a \pi(a|s)\left(Q_\pi(s,a) - Q(s,a)\right) = V_\pi(s) - V(s) \tag{5.3}$$
+#
+# The check takes values that are wrong.
+
+# %%
+nonsense = torch.randn(len(tree.ref))
 wrong = Q_pi - action_values(other, nonsense, tree.ref, price)
 check.equation("5.3", (other * wrong).sum(-1), V_pi - nonsense)
 

@@ -288,6 +288,15 @@ explore(STEP)
 #
 # At $\lambda = 1$ this is $w_M = 1$, whatever $\gamma$: every $\Delta$ is shifted by $-c$. At $\gamma = 1$ and $\lambda < 1$ it is $\lambda^{M-1}$: only the end of the
 # text feels all of it.
+#
+# **Predict.** Take the exact step of (6.7) and (6.8) from $V + c$, at $\lambda = 1$. What becomes of the policy, and of the value?
+#
+# <details><summary>Compare</summary>
+#
+# The policy is the same: all $\Delta(s,\cdot)$ are shifted alike, and $e^{-\alpha c/\tau}$ is in every term of the fraction in (6.7). The value
+# begins $c$ higher, and its soft mean in (6.8) is lower by $\alpha c$.
+#
+# </details>
 
 # %%
 c, left = -3.0, paths.mask.sum(1, keepdim=True) - torch.arange(paths.mask.shape[1])
@@ -301,14 +310,7 @@ check.equation("6.10", shift[paths.mask], torch.full_like(shift, -c)[paths.mask]
 print("w at λ = 0.95 with", {m: round(0.95 ** (m - 1), 2) for m in (1, 10, 50)}, "left")
 
 # %% [markdown]
-# **Predict.** Take the exact step of (6.7) and (6.8) from $V + c$, at $\lambda = 1$. What becomes of the policy, and of the value?
-#
-# <details><summary>Compare</summary>
-#
-# The policy is the same: all $\Delta(s,\cdot)$ are shifted alike, and $e^{-\alpha c/\tau}$ is in every term of the fraction in (6.7). The value
-# begins $c$ higher, and its soft mean in (6.8) is lower by $\alpha c$.
-#
-# </details>
+# **What the exact step makes of it.** With every token of every state, at $\lambda = 1$:
 #
 # $$\pi_{new}[V + c] = \pi_{new}[V], \qquad V_{new}[V + c] = V_{new}[V] + (1 - \alpha)\,c \tag{6.11}$$
 #
@@ -353,10 +355,10 @@ p = old[a] * (alpha * gain / tau).exp() * torch.tensor(-alpha * c / tau).exp()
 check.equation("6.12", torch.softmax(z, -1)[a], p)
 
 # %% [markdown]
-# How far does the policy move for it? At least as far as the token's own probability forces it to, and just so far if the other tokens keep
-# their proportions:
+# How far does the policy move for it? At least as far as the token's own probability forces it to, from $p_{old}$ to $p$, and just so
+# far if the other tokens keep their proportions:
 #
-# $$D(\pi\|\pi_{old})(s) \;\ge\; p\log\frac{p}{p_{old}} + (1-p)\log\frac{1-p}{1-p_{old}}, \qquad p = \pi(a|s),\; p_{old} = \pi_{old}(a|s) \tag{6.13}$$
+# $$D(\pi\|\pi_{old})(s) \;\ge\; p\log\frac{p}{p_{old}} + (1-p)\log\frac{1-p}{1-p_{old}} \tag{6.13}$$
 #
 # We try it on a thousand policies with the right $p$. Then, at the paper's $\tau = 0.05$ and the library's $\alpha = 0.2$, a token with $\Delta = 0$,
 # about which there was nothing to learn:
@@ -455,7 +457,7 @@ print("means of the two prompts:", [round(x, 2) for x in means.tolist()])
 # Now see both at work, on a real (if tiny) language model with a value head on its *trunk*, the part of the network that head and
 # logits share. There is nothing to learn: whatever is written after a prompt earns the same, about 3, a bit more for some prompts than for
 # others. The reference is the optimum, and all KL is damage. $\tau$ is the paper's; $\alpha$, the passes over a batch and Adam's step
-# size are the library's defaults.
+# size are the library's defaults, and so is the factor of the next section.
 
 # %%
 show(draw_cures())
@@ -515,7 +517,7 @@ for name, adam in (("gradient descent", False), ("Adam", True)):
 
 # %% [markdown]
 # Under plain gradient descent it does. Under Adam it does not, not here: Adam gives each parameter a step of the same size however small
-# its gradient is, so the trunk moves as fast as before, only not for $V$. The head must then rise alone, and the log-ratios
+# its gradient is, so the trunk moves as fast as before, only not for $V$. $V$ then rises more slowly, and the log-ratios
 # have longer to fill the gap. The factor is for the balance of two gradients. Against an offset, start right.
 
 # %% [markdown]
