@@ -24,26 +24,7 @@ from klq_edu.app import comparison, report, study
 from klq_edu.core.improvement import boltzmann
 from klq_edu.core.tree import TokenTree
 from klq_edu.course import explore, show, start
-from klq_edu.course.chapters.c13_whole_road import (
-    COUNTS,
-    DATA,
-    POWER,
-    before_judges,
-    best_of_n,
-    best_possible,
-    blind,
-    chosen_best,
-    claim,
-    confidence,
-    correlation,
-    drawn,
-    ends,
-    made,
-    over_optimisation,
-    results,
-    short_run,
-    shown_from,
-)
+from klq_edu.course.chapters import c13_whole_road as c13  # this chapter's own
 from klq_edu.figures import gains_along_kl
 from klq_edu.rlhf.judge import (
     bootstrap_interval,
@@ -79,8 +60,8 @@ WORLDS = ("tldr", "dialogue", "stories")
 # have been added since these words were written, so no number of a result stands in the text. First the amounts:
 
 # %%
-tables = {world: made(world) for world in WORLDS}
-runs = {world: pd.read_csv(results() / world / study.RUNS) for world in WORLDS}
+tables = {world: c13.made(world) for world in WORLDS}
+runs = {world: pd.read_csv(c13.results() / world / study.RUNS) for world in WORLDS}
 amounts = {}
 for world in WORLDS:
     samples, one = tables[world]["samples"], runs[world].iloc[0]
@@ -110,8 +91,8 @@ display(pd.DataFrame(costs).fillna("–"))
 print("measured with:", ", ".join(sorted(runs["tldr"]["machine"].unique())))
 
 # %% [markdown]
-# (Times are of a machine that did other work besides; a run's are medians. Where a task has no references, fine-tuning falls away, and
-# the reference is the model as it came.)
+# (Times are of a machine that did other work besides; a run's are medians. In the trials, gold, judges and reward model are tried on hacks:
+# see below. Where a task has no references, fine-tuning falls away, and the reference is the model as it came.)
 #
 # ## 1 · The data
 #
@@ -120,12 +101,12 @@ print("measured with:", ", ".join(sorted(runs["tldr"]["machine"].unique())))
 
 # %%
 tldr, dialogue = (
-    pd.read_json(DATA / f"{name}_train.jsonl", lines=True)
+    pd.read_json(c13.DATA / f"{name}_train.jsonl", lines=True)
     for name in ("tldr", "dialogue")
 )
 display(tldr.head(3))
 display(dialogue.head(3))
-openers = (DATA.parent / "openers.txt").read_text(encoding="utf-8").splitlines()
+openers = (c13.DATA.parent / "openers.txt").read_text(encoding="utf-8").splitlines()
 print("\n".join(openers[:3]))
 
 # %% [markdown]
@@ -154,13 +135,13 @@ for world in WORLDS:
     sections[world] = {part.title: part for part in report.made_of(of)}
 hacked = sections["tldr"].get("What gold, judges and reward model say of hacks")
 if hacked:
-    display(hacked.table)
+    display(hacked.table.set_index("kind").rename_axis(columns=None))
     print(hacked.remark)
 for world in WORLDS:
     if "trials" in tables[world]:
         tried = tables[world]["trials"].query("judge == 'reward model' and loses < 0.5")
-        liked = [kind for kind in tried["kind"] if kind != "reference"]
-        print(f"{world}: the reward model mostly prefers to a reference: {liked}")
+        liked = ", ".join(kind for kind in tried["kind"] if kind != "reference")
+        print(f"{world}: what the reward model mostly prefers to a reference: {liked}")
 
 # %% [markdown]
 # **Read it** by columns. A scorer is only as good as its worst row: the kind that a policy will find. Where the reward model's column
@@ -191,7 +172,7 @@ for world in WORLDS:
         display(part.table)
 
 # %% [markdown]
-# The loss on texts that are trained on falls faster than that on texts held out. The difference is what was learnt by heart.
+# Where the loss on texts that are trained on falls faster than that on texts held out, the difference was learnt by heart.
 #
 # ## 3 · Pairs, and the loss of a reward model
 #
@@ -290,7 +271,7 @@ show(sections["tldr"]["Pairs and reward model"].picture)
 agreed = pd.concat([sections[w]["Pairs and reward model"].table for w in WORLDS])
 display(agreed.set_axis(list(WORLDS)))
 for world in WORLDS:
-    print(f"{world}: {confidence(tables[world]['held_out_pairs'])}")
+    print(f"{world}: {c13.confidence(tables[world]['held_out_pairs'])}")
 
 # %% [markdown]
 # Is that bad? Compared to what? The labels are wrong now and then, and nobody can predict a coin. Say that a reward model agrees with
@@ -356,9 +337,11 @@ display(pd.DataFrame(rows).round(3))
 
 # %%
 noisy = load("grammar_proxy")
-holed, truth = blind(noisy), noisy.truth
+holed, truth = c13.blind(noisy), noisy.truth
 for name, world in {"noisy": noisy, "blind spot": holed}.items():
-    print(f"{name}: correlation with the truth {correlation(world.tree, truth):.2f}")
+    print(
+        f"{name}: correlation with the truth {c13.correlation(world.tree, truth):.2f}"
+    )
 
 # %% [markdown]
 # **Predict.** By correlation, on samples of the reference, which one would you train on? Which one is safer? (The second pays five standard
@@ -377,7 +360,7 @@ p6, score6 = torch.softmax(torch.randn(6), -1), torch.randn(6)
 draws = torch.cartesian_prod(*[torch.arange(6)] * 3)
 winner = draws.gather(1, score6[draws].argmax(1, keepdim=True)).squeeze(1)
 counted = torch.zeros(6).index_add(0, winner, p6[draws].prod(1))
-check.equation("13.9", best_of_n(p6, score6, 3), counted)
+check.equation("13.9", c13.best_of_n(p6, score6, 3), counted)
 
 # %% [markdown]
 # If scores are continuous, each completion has a rank $u = F(y)$, uniform on $[0, 1]$, and the best rank has the density $n u^{n-1}$. Its KL is
@@ -393,11 +376,11 @@ rank, uniform = torch.distributions.Beta(n, 1.0), torch.distributions.Beta(1.0, 
 formula = n.log() - (n - 1) / n
 check.equation("13.10", torch.distributions.kl_divergence(rank, uniform), formula)
 print("nats for the best of 1, 2, 4, 10, 1000:", *(f"{x:.2f}" for x in formula))
-several = torch.stack([best_of_n(p6, score6, int(k)) for k in n[:-1]])
+several = torch.stack([c13.best_of_n(p6, score6, int(k)) for k in n[:-1]])
 exact = kl_divergence(several.log(), p6.log().expand_as(several))
 check.inequality("13.10", exact, formula[:-1])
-ranked = torch.tensor(chosen_best(noisy.tree, truth)["kl"].to_numpy())
-counts = torch.tensor(COUNTS, dtype=torch.float64)
+ranked = torch.tensor(c13.chosen_best(noisy.tree, truth)["kl"].to_numpy())
+counts = torch.tensor(c13.COUNTS, dtype=torch.float64)
 check.inequality("13.10", ranked, counts.log() - (counts - 1) / counts)
 
 # %% [markdown]
@@ -409,11 +392,15 @@ SHORT = {"updates": 12, "batch_size": 128, "replay": 0, "tau": 0.2, "eval_every"
 paths = {}
 for name, world in {"noisy": noisy, "blind spot": holed}.items():
     both = world.tree, truth
-    title = f"{name}, r = {correlation(*both):.2f}"
-    paths[title] = best_possible(*both), chosen_best(*both), short_run(world, **SHORT)
-show(over_optimisation(paths))
+    title = f"{name}, r = {c13.correlation(*both):.2f}"
+    paths[title] = (
+        c13.best_possible(*both),
+        c13.chosen_best(*both),
+        c13.short_run(world, **SHORT),
+    )
+show(c13.over_optimisation(paths))
 for title, (best, _, run) in paths.items():
-    print(f"{title}: {ends(best, run)}")
+    print(f"{title}: {c13.ends(best, run)}")
 
 # %% [markdown]
 # **Explain.** Small errors everywhere cost a share of the gain. One hole can cost all of it, and the correlation on samples does not show it:
@@ -421,11 +408,14 @@ for title, (best, _, run) in paths.items():
 # sampling, so a short one may pass it by; whoever trains longer, or draws more, finds it sooner or later. Three things help. Do not go far
 # ($\tau$); read what is written; and let somebody judge who had no part in making the reward.
 #
+# **Change it.** Set `"tau": 1.0` in `SHORT`. Before you run it, read from the curves where the blind run should end, and whether its truth will
+# have turned.
+#
 # Has it happened to SmolLM2? The gold labelled the pairs, so it knows more than the reward model learnt of it. The last panels are judges
 # that labelled nothing.
 
 # %% tags=["heavy"]
-read = {world: study.read(results() / world) for world in WORLDS}
+read = {world: study.read(c13.results() / world) for world in WORLDS}
 for world in WORLDS:
     print(world)
     show(gains_along_kl(comparison.along(read[world])))
@@ -471,8 +461,8 @@ for h in (0.0, 0.7, 3.0):
 scores, words = truth.rewards[truth.leaves], [len(c) for c in truth.completions()]
 extra = torch.tensor(words, dtype=torch.float64) - min(words)
 longer = grammar.with_scores(truth, extra).optimum(0.25)[2]
-prompts, long_texts = drawn(truth, longer, 25, seed=1)
-_, plain_texts = drawn(truth, truth.ref, 25, seed=2)
+prompts, long_texts = c13.drawn(truth, longer, 25, seed=1)
+_, plain_texts = c13.drawn(truth, truth.ref, 25, seed=2)
 
 
 def true_score(prompts, completions):
@@ -503,7 +493,7 @@ judges = {
     "leans to the first": likes_the_first,
     "leans to the first, says only which": only_says_first_or_second,
 }
-found = before_judges(judges, prompts, long_texts, plain_texts)
+found = c13.before_judges(judges, prompts, long_texts, plain_texts)
 display(found.assign(exact=exact))
 
 # %% [markdown]
@@ -552,16 +542,17 @@ check.equation("13.12", (high - low) / 2 / typed.item(), 1.0, tol=0.05)
 
 # %%
 z = NormalDist().inv_cdf
-for d in (0.02, 0.05, 0.1, 0.15):
-    check.equation("13.13", pairs_needed(d), (z(0.975) + z(0.8)) ** 2 / (4 * d**2))
-    n = round(pairs_needed(d))
+together, effects, powers = z(0.975) + z(0.8), (0.02, 0.05, 0.1, 0.15), []
+needed = torch.tensor([pairs_needed(d) for d in effects])
+check.equation("13.13", needed, together**2 / (4 * torch.tensor(effects) ** 2))
+for d, n in zip(effects, needed.round().int().tolist()):
     won = torch.arange(n + 1.0)
     seen = (won - n / 2).abs() > z(0.975) * n**0.5 / 2
     true = torch.distributions.Binomial(n, torch.tensor(0.5 + d))
-    power = true.log_prob(won[seen]).exp().sum()
-    check.equation("13.13", power, 0.8, tol=0.04)
-    print(f"win-rate {0.5 + d:.2f}: {n:,} pairs, power {power:.3f}")
-print(f"z for 95 % and power 0.8, together: {z(0.975) + z(0.8):.1f}")
+    powers.append(true.log_prob(won[seen]).exp().sum())
+    print(f"win-rate {0.5 + d:.2f}: {n:,} pairs, power {powers[-1]:.3f}")
+check.equation("13.13", torch.stack(powers), torch.full((4,), 0.8), tol=0.04)
+print(f"z for 95 % and power 0.8, together: {together:.1f}")
 
 # %% [markdown]
 # > **People ask: our policy wins 55 % on a hundred prompts. Is it better?**
@@ -580,21 +571,26 @@ print(f"z for 95 % and power 0.8, together: {z(0.975) + z(0.8):.1f}")
 # More prompts make $\frac{1}{4n}$ small and leave $\sigma_s$ as it is. The check repeats 4,000 experiments of so many seeds, with a $t$-test each.
 
 # %%
-generator = torch.Generator().manual_seed(0)
-for d, sd, n in ((0.05, 0.05, 200), (0.05, 0.02, 64), (0.1, 0.08, 64)):
-    typed = ((z(0.975) + z(0.8)) / d) ** 2 * (sd**2 + 1 / (4 * n)) + z(0.975) ** 2 / 2
+generator, least, powers = torch.Generator().manual_seed(0), [], []
+cases = [(0.05, 0.05, 200), (0.05, 0.02, 64), (0.1, 0.08, 64)]
+for d, sd, n in cases:
     S = seeds_needed(d, sd, n)
-    check.inequality("13.14", torch.tensor([typed, S - 1.0]), torch.tensor([S, typed]))
-    check.equation("13.14", shown_from(sd, n, typed), d)
+    exact = (together / d) ** 2 * (sd**2 + 1 / (4 * n)) + z(0.975) ** 2 / 2
+    least.append((S - 1, exact, S, c13.shown_from(sd, n, exact)))
     true = (0.5 + d + sd * torch.randn(4000, S, generator=generator)).clamp(0, 1)
     rate = torch.binomial(torch.full_like(true, n), true, generator=generator) / n
     t = (rate.mean(1) - 0.5) / (rate.std(1) / S**0.5)
-    power = (t.abs() > t_quantile(0.975, S - 1)).double().mean()
-    check.equation("13.14", power, 0.8, tol=0.06)
-    print(f"½ + {d}, seeds scatter by {sd}, {n} prompts: {S} seeds, power {power:.3f}")
+    powers.append((t.abs() > t_quantile(0.975, S - 1)).double().mean())
+    print(f"½ + {d}, seeds scatter by {sd}, {n} prompts:", end=" ")
+    print(f"{S} seeds, power {powers[-1]:.3f}")
+below, exact, whole, effect = torch.tensor(least).T.double()
+check.inequality("13.14", below, exact)  # S is a whole number, the next above
+check.inequality("13.14", exact, whole)
+check.equation("13.14", effect, torch.tensor([d for d, *_ in cases]))
+check.equation("13.14", torch.stack(powers), torch.full((3,), 0.8), tol=0.06)
 
 # %%
-explore(POWER)
+explore(c13.POWER)
 alike = 1 / (4 * 0.05**2)
 print(f"{alike:.0f} prompts scatter as much as seeds with a standard deviation of 0.05")
 
@@ -620,6 +616,7 @@ for S in (2, 3, 5, 8):
     held = sum(hits) / len(hits)
     if S == 2:
         check.equation("13.15", held, theory, tol=0.08)
+        check.equation("13.15", theory, 0.61, tol=0.005)
     print(f"{S} seeds: the 95 % interval holds the truth in {held:.0%}")
 
 # %% [markdown]
@@ -665,15 +662,13 @@ for world in WORLDS:
                 mean, low, high = comparison.mean_interval(less)
                 cells = f"{world}, τ = {tau}", column, f"same {same}", len(seeds)
                 interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-                said.append((*cells, interval, claim(len(seeds), low, high)))
+                said.append((*cells, interval, c13.claim(len(seeds), low, high)))
 heads = ["task", "KLQ − PPO-clip in", "at the", "seeds", "mean [95 %]", "may be said"]
 verdicts = pd.DataFrame(said, columns=heads)
-display(verdicts)
+display(verdicts.set_index("task"))
 shown = verdicts["may be said"].str.contains(": shown").sum()
-print(
-    f"{shown} of {len(verdicts)} intervals show something of the algorithms;", end=" "
-)
-print(f"with nothing to find, 5 % would by luck: {len(verdicts) / 20:.1f}")
+print(f"{shown} of {len(verdicts)} intervals show something of the algorithms.")
+print(f"With nothing to find, 5 % of them would by luck: {len(verdicts) / 20:.1f}.")
 
 # %% [markdown]
 # **How to read it.** A reward that is higher, with a gold that is not, was learnt from the reward model's mistakes. A win at the same $\tau$ that goes away at

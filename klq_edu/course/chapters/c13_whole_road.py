@@ -134,7 +134,7 @@ def over_optimisation(proxies: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.Da
         axis.set(xlabel="KL(π ‖ reference) per completion [nats]", ylabel="reward [sd under reference]", title=title)
     axes[0].legend(fontsize=8, frameon=False)
     caption = (
-        "All numbers are exact. What is maximised (grey, blue) always rises with the KL. On the left the truth (green, "
+        "All numbers are exact. What is maximised (grey, blue) rises with the KL. On the left the truth (green, "
         "orange, pink) follows and stays behind; on the right the best policy's truth rises, turns, and falls below "
         "the reference's, and so does that of the best of n."
     )
@@ -219,7 +219,7 @@ def claim(seeds: int, low: float, high: float) -> str:
     >>> claim(8, 0.01, 0.05)
     'KLQ is higher: shown, on this task'
     >>> claim(1, 0.01, 0.05)
-    'one seed: KLQ is higher for these two policies; of the algorithms it says nothing'
+    'KLQ is higher for these two policies; one seed says nothing of the algorithms'
     >>> claim(3, 0.01, 0.05)
     'KLQ is higher in these 3 seeds; too few to call it shown'
     >>> claim(8, -0.02, 0.04)
@@ -228,7 +228,7 @@ def claim(seeds: int, low: float, high: float) -> str:
     side = "higher" if low > 0 else "lower" if high < 0 else ""
     if seeds == 1:
         said = f"KLQ is {side} for these two policies" if side else "not shown even for these two policies"
-        return f"one seed: {said}; of the algorithms it says nothing"
+        return f"{said}; one seed says nothing of the algorithms"
     if side:
         few = f" in these {seeds} seeds; too few to call it shown"
         return f"KLQ is {side}" + (few if seeds < FEW else ": shown, on this task")
@@ -251,9 +251,9 @@ def _scores(generator: Generator) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def swapped_rate(a_first: Tensor, b_first: Tensor) -> Tensor:
+def swapped_rate(a_first: Tensor, b_first: Tensor) -> float:
     """Exercise 13.2."""
-    return preferred(a_first, b_first).mean()
+    return preferred(a_first.numpy(), b_first.numpy()).mean().item()
 
 
 def _asked_twice(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -321,7 +321,7 @@ EXERCISES = {
     "13.2": Exercise(
         "13.2", "A win-rate with the swap", 2, 10, swapped_rate, _asked_twice,
         (
-            Mistake("asked once", lambda a, b: preferred(a, torch.full_like(a, 0.5)).mean(),
+            Mistake("asked once", lambda a, b: swapped_rate(a, torch.full_like(a, 0.5)),
                     "you used the first order only: the judge's leaning to what stands first is still in it."),
             Mistake("mean preference", lambda a, b: ((a + 1 - b) / 2).mean(),
                     "you averaged preferences; a win-rate counts wins, however close."),
@@ -331,9 +331,9 @@ EXERCISES = {
                     "ties count as wins in yours; each is half a win."),
             Mistake("ties left out", lambda a, b: (a > b).sum() / (a != b).sum(),
                     "you left out the ties; each is half a win of one comparison, and n counts them all."),
-            Mistake("not turned round", lambda a, b: preferred(a + b, torch.ones_like(a)).mean(),
+            Mistake("not turned round", lambda a, b: swapped_rate(a + b, torch.ones_like(a)),
                     "`b_first` is the preference for *b*; turn it round before you average it with `a_first`."),
-            Mistake("the other one's", lambda a, b: preferred(b, a).mean(),
+            Mistake("the other one's", lambda a, b: swapped_rate(b, a),
                     "that is the win-rate of b."),
         ),
         ("The preference for a when it stands second is 1 − b_first.",
