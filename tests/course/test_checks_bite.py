@@ -15,7 +15,8 @@ import torch
 import klq_edu.course
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
-from klq_edu.course.chapters import load
+from klq_edu.course.chapters import c13_whole_road, load
+from klq_edu.rlhf import judge, power, preference
 from klq_kernels import ops, reference
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
@@ -187,6 +188,18 @@ def no_penalty(f):
     return lambda self, policy, tau, gamma=1.0: f(self, policy, 1e-9, gamma)
 
 
+def half_as_wide(f):
+    def wrong(*args, **kw):
+        *rate, low, high = f(*args, **kw)
+        return *rate, low + (high - low) / 4, high - (high - low) / 4
+
+    return wrong
+
+
+def asked_once(f):
+    return lambda prompts, a, b, asked: judge.preferred(torch.tensor(asked(prompts, a, b)).numpy(), 0.5)
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -293,6 +306,21 @@ MUTANTS = [
     ("07", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", improvement, "ppo_penalty_step", "anchors swapped", lambda f: lambda p, q, r, tau, b: f(r, q, p, tau, b)),
     ("07", improvement, "penalty_coefficient", "missing τ", lambda f: lambda tau, alpha: (1 - alpha) / alpha),
+    ("13", TokenTree, "sequence_kl", "half", scaled(0.5)),
+    ("13", reference, "kl_divergence", "direction", swapped),
+    ("13", preference, "bradley_terry_loss", "chosen and rejected swapped", swapped),
+    ("13", preference, "bradley_terry_loss", "no difference", lambda f: lambda c, r: f(c, torch.zeros_like(r))),
+    ("13", preference, "preference_pairs", "no noise", lambda f: lambda *a, scale, **kw: f(*a, scale=1e9, **kw)),
+    ("13", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
+    ("13", c13_whole_road, "best_of_n", "best of n − 1", lambda f: lambda p, scores, n: f(p, scores, n - 1)),
+    ("13", c13_whole_road, "best_of_n", "worst", positional, {"_1": torch.neg}),
+    ("13", judge, "outcomes", "asked once", asked_once),
+    ("13", judge, "outcomes", "ties lost", lambda f: lambda *a: (f(*a) == 1).astype(float)),
+    ("13", judge, "bootstrap_interval", "too narrow", half_as_wide),
+    ("13", judge, "win_rate_of_seeds", "too narrow", half_as_wide),
+    ("13", power, "pairs_needed", "variance 1", scaled(4.0)),
+    ("13", power, "seeds_needed", "seeds do not scatter", lambda f: lambda d, sd, n: f(d, 0.0, n)),
+    ("13", c13_whole_road, "shown_from", "variance ½", lambda f: lambda sd, n, seeds: f(sd, n / 2, seeds)),
 ]  # fmt: skip
 
 
