@@ -518,7 +518,7 @@ check.exercise("7.3", my_matching_ppo)
 #
 # *In the library:* `klq_edu.core.improvement` (`klq_step`, `ppo_penalty_step`, `penalty_coefficient`),
 # `klq_edu.core.returns` (`gae`, `lambda_returns`), and `klq_edu.rlhf.algorithms`, where both algorithms stand on one
-# page. *Next:* `make demo` lets the two race on a language model.
+# page. *Next:* notebook 08 turns the formulas into a loop, breaks it and repairs it; `make demo` lets the two race.
 
 # %%
 check.ledger()
