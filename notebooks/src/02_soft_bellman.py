@@ -50,8 +50,7 @@ print(f"mean score {mean:.2f}, at most {scores[others].max()}")
 # **Predict:** at which price $\tau$ does the best policy still go for the prize, that is, write 1111 more often than all other
 # texts together? Take $\gamma = 1$, where only the score of a text counts. A pencil will do: treat the others as *one* word that earns
 # their mean. Notebook 01 had the odds of two words, $\tfrac{\pi_b(a)}{\pi_b(a')}\,e^{(Q(a) - Q(a'))/\tau}$. (The estimate is below.)
-
-# %% [markdown]
+#
 # ## What a policy is worth
 #
 # In notebook 01 a state was worth its expected reward, less the KL at price $\tau$. Now a token earns its reward $r$ *and*

@@ -142,7 +142,8 @@ def test_a_chapter_that_does_not_fit_is_named(add, chapter, says):
         load_all()
 
 
-LETTERS = dict(zip("τγℓλαδρεβ", "tau gamma ell lambda alpha delta rho varepsilon beta".split(), strict=True))
+NAMES = ["tau", "gamma", "ell", "lambda", "alpha", "delta", "rho", "varepsilon", "beta"]
+LETTERS = dict(zip("τγℓλαδρεβ", NAMES, strict=True))
 
 
 @pytest.mark.parametrize("symbol", LETTERS)

@@ -57,10 +57,10 @@ VALUES = Widget(
     "02-values", draw_values, {"tau": [0.05, 0.1, 0.3, 1.0, 3.0], "gamma": [0.5, 0.8, 0.9, 1.0]},
     [{"tau": 0.1, "gamma": 1.0}, {"tau": 1.0, "gamma": 1.0}],
     "Left of each pair: every prefix with its soft optimal value (colour and number); token 1 is always the branch "
-    "upwards, token 0 the one downwards; thick lines are what the best policy does. With a low price τ the value of the "
-    "prize at the end reaches the start and the policy goes there; "
-    "with a high price it stays with the reference. Right: each sweep improves, and by the time there have been as "
-    "many sweeps as a text has tokens the optimum is reached.",
+    "upwards, token 0 the one downwards; thick lines are what the best policy does. With a low price τ the value of "
+    "the prize at the end reaches the start and the policy goes there; with a high price it stays with the reference. "
+    "Right: each sweep improves, and by the time there have been as many sweeps as a text has tokens the optimum is "
+    "reached.",
     "For two τ, a tree of prefixes (token 1 upwards, 0 downwards) with their values and the optimal "
     "policy as thick lines, and the objective rising "
     "to the optimum within four sweeps.",
