@@ -215,9 +215,9 @@ check.equation("7.6", new, typed / typed.sum(-1, keepdim=True))
 # **First move.** Write $\hat A$ out. It is $\Delta$, what (7.2) and (7.3) make of the rewards of (7.1), so
 # $\hat A = (Q_{old} + \Delta) - V_{old} - \tau\log\frac{\pi_{old}}{\pi_b}$. A mean over $\pi_{old}$ with weight $\rho$ is a mean over $\pi$:
 #
-# $$\mathbb{E}_{\pi_{old}}[\rho\hat A] = \mathbb{E}_\pi[Q_{old} + \Delta] - V_{old} - \tau\,\mathbb{E}_\pi\Big[\underbrace{\log\frac{\pi_{old}}{\pi_b}}_{\text{frozen}}\Big] \tag{7.7}$$
+# $$\mathbb{E}_{\pi_{old}}[\rho\hat A] = \mathbb{E}_\pi[Q_{old} + \Delta] - V_{old} - \tau\,\mathbb{E}_\pi\left[\log\frac{\pi_{old}}{\pi_b}\right] \tag{7.7}$$
 #
-# The log-ratio is *frozen*: it was computed when the batch was sampled. As $\pi$ moves, it is weighed anew, but $\pi_{old}$ stays inside.
+# The log-ratio in the last term is *frozen*: it was computed when the batch was sampled. As $\pi$ moves, it is weighed anew, but $\pi_{old}$ stays inside.
 # For the check we make $\hat A$ by PPO's route alone, from KL-shaped rewards and $V$, back from the last token. A thousand random
 # policies in the first state go through the library's surrogate, its clip out of reach. (It takes a plain mean over the
 # four tokens; the factor $4\,\pi_{old}$ makes of that a mean under $\pi_{old}$.)
@@ -428,7 +428,8 @@ for c in (tau / alpha, beta):
 # this batch we compute both gradients, in all its parameters, and switch PPO's habits on.
 #
 # **Predict**, for the policy's parameters and for the critic's: which of these drive the gradients apart, at the first step and in a
-# second epoch? Clipping the ratios; clipping the values; a value coefficient of 1; whitening, or only one half of it.
+# second epoch? Clipping the ratios; clipping the values; a value coefficient of 1; whitening, or only one half of it: centring, scaling.
+# (For the second epoch both networks have taken a step down KLQ's gradient, long enough for some ratios to leave the clip.)
 
 # %%
 policy, rollout, config = grammar_batch()
@@ -478,10 +479,10 @@ sizes.style.format("{:.1e}")
 # - *Whitening* is two habits, centring and scaling, for the policy's part. Both make another estimator, so claim 1 is gone before
 #   any gradient is taken. They are not equally bad, as we shall see.
 #
-# All four in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
+# The clips and whitening in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
 # Which is smaller? That depends on the sign of $\hat A$:
 #
-# $$\min\left(\rho\hat A,\; \mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A\right) = \min(\rho,\, 1+\varepsilon)\,\hat A \;\text{ if } \hat A \ge 0, \quad \max(\rho,\, 1-\varepsilon)\,\hat A \;\text{ if } \hat A < 0 \tag{7.15}$$
+# $$\min\left(\rho\hat A,\; \mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A\right) = \hat A\min(\rho, 1+\varepsilon) \text{ if } \hat A \ge 0,\; \hat A\max(\rho, 1-\varepsilon) \text{ else} \tag{7.15}$$
 #
 # A good token earns nothing beyond $1+\varepsilon$, a bad one nothing below $1-\varepsilon$. The other two sides stay open, so a step in the wrong
 # direction can be taken back. (With a maximum instead it would be the other way round.) The clip never promises more than $\rho\hat A$.
