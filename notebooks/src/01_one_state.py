@@ -22,7 +22,7 @@ from klq_kernels.reference import kl_divergence
 check = start("01")
 
 # %% [markdown]
-# ## A critic with one blind spot
+# ## A scorer with one blind spot
 #
 # A language model has written *"The soup was"* and is about to write one last word. Four are possible. The model that
 # we were given, the **reference** $\pi_b$, has learnt from people and says *fine* half of the time. A **reward model**

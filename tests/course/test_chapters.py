@@ -142,6 +142,21 @@ def test_a_chapter_that_does_not_fit_is_named(add, chapter, says):
         load_all()
 
 
+NAMES = ["tau", "gamma", "ell", "lambda", "alpha", "delta", "rho", "varepsilon", "beta"]
+LETTERS = dict(zip("τγℓλαδρεβ", NAMES, strict=True))
+
+
+@pytest.mark.parametrize("symbol", LETTERS)
+def test_a_symbol_comes_in_where_the_notation_says(symbol):
+    """The first notebook after 00 that writes it; two tables, the second beginning where the first ends."""
+    rows = [row for later in (False, True) for row in c00.notation(later).itertuples(index=False)]
+    assert [tuple(row) for row in rows] == c00.NOTATION == sorted(c00.NOTATION, key=lambda row: row[-1])
+    said = next(row[-1] for row in rows if row[0].startswith(symbol))
+    letter = re.compile(rf"\\{LETTERS[symbol]}(?![a-z])")
+    found = (c.number for c in load_all()[1:] if letter.search((SOURCES / f"{c.name}.py").read_text()))
+    assert said == next(found)
+
+
 @pytest.mark.parametrize("chapter", load_all(), ids=lambda c: c.name)
 def test_a_source_opens_with_what_its_chapter_says(chapter):
     """Title and time; the question may be worded more fully there."""

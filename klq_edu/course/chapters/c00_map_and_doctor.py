@@ -14,30 +14,32 @@ from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
-NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
-    ("x, y", "prompt, completion", "–", "prompt, completion"),
-    ("s_t = (x, y_1..y_t), a_t = y_{t+1}", "state: prefix; action: next token", "s, a", "input_ids, labels"),
-    ("π_θ, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy"),
-    ("π_old", "the policy that sampled the batch", "π_old", "old_logprobs"),
-    ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta"),
-    ("γ", "discount: a reward one step later counts γ times as much", "γ", "gamma"),
-    ("λ", "how far the λ-return looks ahead", "λ", "lam"),
-    ("α", "step size of the target", "–", "–"),
-    ("R(x, y), r_{t+1}", "score of a text, reward of a token", "reward", "score"),
-    ("D(π‖π_b)(s)", "exact KL in a state", "KL", "–"),
-    ("J(π)", "objective: expected reward, less τ times the KL", "J", "–"),
-    ("V, Q", "value of a prefix; of a token after it", "V", "values"),
-    ("V_π, Q_π; V*, Q*", "values of the policy π; of the best policy π*", "V^π, Q^π", "–"),
-    ("π_Q, V_Q", "Boltzmann policy of Q and its soft value", "–", "–"),
-    ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages"),
-    ("m_t", "mask: whether position t holds a real token", "–", "mask"),
-    ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–"),
-    ("ρ = π/π_old", "ratio", "r(θ)", "ratio"),
-    ("ε", "PPO's clip", "ε", "cliprange"),
-    ("β", "here always the weight of KL(π‖π_old), as in PPO with a penalty", "β", "adaptive kl"),
-    ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef"),
-    ("[B, T]; [N]; [A]", "shapes: batch and tokens; all tokens; actions", "–", "–"),
+NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries, the notebook that brings it in
+    ("m_t", "mask: whether position t holds a real token", "–", "mask", "00"),
+    ("[B, T]; [N]; [A]", "shapes: batch and tokens; all tokens; actions", "–", "–", "00"),
+    ("π, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy", "01"),
+    ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta", "01"),
+    ("D(π‖π_b)(s)", "exact KL in a state (notebook 01 has one state only)", "KL", "–", "01"),
+    ("V, Q", "value of a prefix; of a token after it", "V", "values", "01"),
+    ("J(π)", "objective: expected reward, less τ times the KL", "J", "–", "01"),
+    ("π_Q, V_Q", "Boltzmann policy of Q and its soft value", "–", "–", "01"),
+    ("γ", "discount: a reward one step later counts γ times as much", "γ", "gamma", "02"),
+    ("R(y), r", "score of a text, reward of a token", "reward", "score", "02"),
+    ("V_π, Q_π; V*, Q*", "values of the policy π; of the best policy π*", "V^π, Q^π", "–", "02"),
+    ("x, y", "prompt, completion", "–", "prompt, completion", "03"),
+    ("s_t = (x, y_1..y_t), a_t = y_{t+1}", "state: prefix; action: next token", "s, a", "input_ids, labels", "03"),
+    ("ℓ = log π/π_b", "log-ratio of an action that was sampled", "–", "logratio", "04"),
+    ("λ", "how far the λ-return looks ahead", "λ", "lam", "05"),
+    ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages", "05"),
+    ("α", "step size of the target", "–", "–", "05"),
+    ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–", "05"),
+    ("π_θ, π_old", "the policy in training; the policy that sampled the batch", "π_θ, π_old", "old_logprobs", "06"),
+    ("ρ = π/π_old", "ratio", "r(θ)", "ratio", "07"),
+    ("ε", "PPO's clip", "ε", "cliprange", "07"),
+    ("β", "here always the weight of KL(π‖π_old), as in PPO with a penalty", "β", "adaptive kl", "07"),
+    ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef", "07"),
 ]
+LATER = "05"  # the notebook from which on a symbol need not be known at the beginning
 GLOSSARY = {
     "CPU": "central processing unit: what every computer has",
     "EOS": "end of sequence: the token that ends a text",
@@ -56,9 +58,10 @@ GLOSSARY = {
 }
 
 
-def notation() -> pd.DataFrame:
-    """The notation table."""
-    return pd.DataFrame(NOTATION, columns=["here", "meaning", "in PPO papers", "in libraries"])
+def notation(later: bool = False) -> pd.DataFrame:
+    """The symbols that the first notebooks need, or those that come later, in the order in which they come in."""
+    rows = [row for row in NOTATION if (row[-1] >= LATER) == later]
+    return pd.DataFrame(rows, columns=["here", "meaning", "in PPO papers", "in libraries", "from notebook"])
 
 
 def glossary() -> pd.DataFrame:
