@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import klq_edu.course
+from klq_edu.bench import measure, roofline, workloads
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import load
@@ -80,6 +81,59 @@ def no_penalty(f):
     return lambda self, policy, tau, gamma=1.0: f(self, policy, 1e-9, gamma)
 
 
+def in_blocks(f):
+    """All of one contender, then all of the other."""
+    return lambda everyone, *args: {name: rows for one in everyone for name, rows in f([one], *args).items()}
+
+
+def product_before(f):
+    """The product before a repetition counts, not the mean of before and after."""
+
+    def wrong(everyone, x, gemm, reps, tick):
+        seen = []
+        times = f(everyone, x, lambda: seen.append(gemm()) or seen[-1], reps, tick)
+        for rep in range(reps):
+            for place in range(len(everyone)):
+                one = everyone[(rep + place) % len(everyone)]
+                times[one.name][rep]["gemm"] = seen[rep * len(everyone) + place]
+        return times
+
+    return wrong
+
+
+def mean_reported(f):
+    return lambda name, values: f(name, values) | {name: sum(values) / len(values)}
+
+
+def unit_forgotten(f):
+    return lambda *args, **kw: [row | {"units": row["seconds"]} for row in f(*args, **kw)]
+
+
+def gradient_error_doubled(f):
+    return lambda *args: (found := f(*args)) | {"error_gradient": 2 * found["error_gradient"]}
+
+
+def float32_truth(f):
+    def wrong(*args):
+        true = f(*args)
+        return true._replace(grads={name: g.float().double() for name, g in true.grads.items()})
+
+    return wrong
+
+
+def one_pass_more(f):
+    return lambda x, logits, ref_logits, **kw: f(x, 1.0 * logits, ref_logits, **kw)
+
+
+def no_overlap(f):
+    def wrong(kernel, device, dtype, *sizes):
+        moved, operations = roofline.KERNELS[kernel](*sizes, roofline.SIZE[dtype])
+        gpu = roofline.DEVICES[device]
+        return moved / gpu.bandwidth + operations / gpu.rate(dtype)
+
+    return wrong
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -120,6 +174,15 @@ MUTANTS = [
     ("07", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", improvement, "ppo_penalty_step", "anchors swapped", lambda f: lambda p, q, r, tau, b: f(r, q, p, tau, b)),
     ("07", improvement, "penalty_coefficient", "missing τ", lambda f: lambda tau, alpha: (1 - alpha) / alpha),
+    ("12", measure, "interleave", "in blocks", in_blocks),
+    ("12", measure, "interleave", "product before only", product_before),
+    ("12", measure, "_spread", "mean for median", mean_reported),
+    ("12", measure, "stage_rows", "no unit", unit_forgotten),
+    ("12", measure, "errors", "factor", gradient_error_doubled),
+    ("12", measure, "exact", "truth in float32", float32_truth),
+    ("12", workloads, "naive_stats", "a pass more", one_pass_more),
+    ("12", roofline, "floor_seconds", "sum for maximum", no_overlap),
+    ("12", roofline, "floor_seconds", "in bits", scaled(8.0)),
 ]  # fmt: skip
 
 
