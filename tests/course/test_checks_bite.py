@@ -83,7 +83,7 @@ def no_penalty(f):
 
 def in_blocks(f):
     """All of one contender, then all of the other."""
-    return lambda everyone, *args: {name: rows for one in everyone for name, rows in f([one], *args).items()}
+    return lambda all_, *a, **kw: {name: rows for one in all_ for name, rows in f([one], *a, **kw).items()}
 
 
 def product_before(f):

@@ -145,7 +145,8 @@ def effects() -> pd.DataFrame:
     rows = []
     for trouble, flaw in TROUBLES.items():
         right, wrong = (benchmark(Lab(trouble), REPS.get(trouble, 20), flaws) for flaws in ((), {trouble}))
-        rows.append((flaw, f"the machine {DOES[trouble]}", right, wrong))
+        half = {"drifts": ": the order", "hiccups": ": the mean", "favours": ": the mean"}.get(trouble, "")
+        rows.append((flaw + half, f"the machine {DOES[trouble]}", right, wrong))
     return pd.DataFrame(rows, columns=["flaw", "where", "without it", "with it"])
 
 
@@ -153,7 +154,7 @@ DOES = {
     "compiles": "compiles at the first call", "asynchronous": "works while the host goes on",
     "backward": "has a backward pass to do", "draws": "takes long to draw inputs",
     "drifts": "gets slower run by run", "hiccups": "is interrupted now and then",
-    "favours": "now and then finds fused's data in the cache",
+    "favours": "now and then caches fused's data",
     "wrong": "gives a wrong result, sooner",
 }  # fmt: skip
 
@@ -340,10 +341,12 @@ def draw_roofline(roofs: dict[str, tuple[float, float]], kernels: dict[str, floa
     intensity = np.geomspace(low, high, 300)
     for (name, (bandwidth, peak)), colour, line in zip(roofs.items(), (GREY, BLUE, GREEN), ("--", "-", "-.")):
         roof = np.minimum(peak, bandwidth * intensity)
-        axis.plot(intensity, roof / 1e12, color=colour, ls=line, label=f"{name}: ridge at {peak / bandwidth:.0f}")
+        axis.plot(intensity, roof / 1e12, color=colour, ls=line, label=f"{name}, bends at {peak / bandwidth:.0f}")
     bandwidth, peak = next(reversed(roofs.values()))
     for (name, x), marker in zip(kernels.items(), "osD^vP"):
-        axis.plot(x, min(peak, bandwidth * x) / 1e12, marker, color=ORANGE, ms=8, ls="", label=f"{name}: {x:,.3g}")
+        axis.plot(
+            x, min(peak, bandwidth * x) / 1e12, marker, color=ORANGE, ms=8, ls="", label=f"{name}: {x:,.{x < 100:d}f}"
+        )
     axis.set(
         xlabel="operations per byte", ylabel="attainable [10¹² operations/s]", xscale="log", yscale="log",
         xlim=(low, high),
@@ -375,7 +378,9 @@ def draw_beside(mine: pd.DataFrame, theirs: pd.DataFrame) -> Picture:
             low, mid, high = (both[f"{column}{end}{suffix}"] for end in ("_low", "", "_high"))
             axis.errorbar(mid, both.index + shift, xerr=[mid - low, high - mid], **look)
         axis.set(xlabel=label, ylabel="", ylim=(-0.6, len(both) - 0.4))
-    axes[0].set(xscale="log", ylabel="workload: contender")
+    low, high = (both[["seconds", "seconds_there"]].agg(f).agg(f) for f in ("min", "max"))
+    axes[0].set(xscale="log", ylabel="workload: contender", xlim=(low / 5, 5 * high))
+    axes[0].minorticks_off()
     axes[1].set_xlim(left=0)
     axes[0].set_yticks(both.index, both["workload"] + ": " + both["contender"])
     axes[1].set_yticks(both.index, [""] * len(both))
@@ -389,26 +394,28 @@ def draw_beside(mine: pd.DataFrame, theirs: pd.DataFrame) -> Picture:
     )
 
 
-def draw_repetitions(naive: Tensor, fused: Tensor, units: Tensor, draws: Tensor) -> Picture:
-    """Left: seconds of each repetition, and of the product beside it; right: resampled ratios with their interval."""
+def draw_repetitions(naive: list[dict], fused: list[dict], draws: Tensor) -> Picture:
+    """From repetitions as `interleave` gives them. Left: seconds of each, and of the product beside it; right: ratios
+    of medians of units in resamples, with their interval."""
     figure, (left, right) = panels(2, width=4.8, height=3.4)
-    for name, times, key in (("naive", naive, "naive"), ("fused", fused, "ours (torch)")):
+    for label, runs, key in (("naive", naive, "naive"), ("fused", fused, "ours (torch)")):
         colour, line, marker, _ = CONTENDERS[key]
-        left.plot(times, color=colour, ls=line, marker=marker, ms=4, label=name)
-    left.plot(units, color=GREY, ls=":", marker="x", ms=4, label="a product")
-    left.set(xlabel="repetition", ylabel="time [s]", yscale="log")
+        left.plot([r["both"] for r in runs], color=colour, ls=line, marker=marker, ms=4, label=label)
+    left.plot([r["gemm"] for r in fused], color=GREY, ls=":", marker="x", ms=4, label="a product")
+    left.set(xlabel="repetition", ylabel="time [s]", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
-    ratio, low, high = ratio_interval(naive / units, fused / units, draws)
-    right.hist(_medians(naive / units, fused / units, draws), bins=30, color=BLUE, alpha=0.5)
+    units = [torch.tensor([r["both"] / r["gemm"] for r in runs], dtype=torch.float64) for runs in (naive, fused)]
+    ratio, low, high = ratio_interval(*units, draws)
+    right.hist(_medians(*units, draws).numpy(), bins=30, color=BLUE, alpha=0.5)
     right.axvline(ratio, color="black", label=f"ratio of medians {ratio:.2f}")
-    for end in (low, high):
-        right.axvline(end, color=ORANGE, ls="--", label=f"95 %: {low:.2f} to {high:.2f}" if end is low else None)
+    right.axvline(low, color=ORANGE, ls="--", label=f"95 %: {low:.2f} to {high:.2f}")
+    right.axvline(high, color=ORANGE, ls="--")
     right.set(xlabel="fused over naive", ylabel="resamples")
     right.legend(frameon=False, fontsize=8)
     return Picture(
         figure,
-        "Measured where this page was run. Left: every repetition; what disturbs the machine moves all three curves. "
-        "Right: the ratio of medians in resamples of the repetitions, in units of the product beside each.",
+        "Measured where this page was run. Left: every repetition, and the product beside it. Right: the ratio of medians "
+        "in resamples of the repetitions, each in units of its own product; the dashed lines hold the middle 95 %.",
         "Curves of the time of each repetition for naive, fused and a product, and a histogram of resampled ratios.",
     )
 
