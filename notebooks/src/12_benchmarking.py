@@ -194,7 +194,7 @@ check.equation("12.4", mean(fused) / mean(naive), 2.0 / 3.0)
 print("order:", " ".join(name for name, _ in lab.log[:8]), "…")
 
 # %% [markdown]
-# **Change.** Which setting leaves only the median near the truth?
+# **Change.** What is cured by turns, what by medians, and what is left when a machine has both troubles?
 
 # %%
 explore(c12.ORDER)
@@ -494,6 +494,7 @@ show(c12.draw_beside(mine, table))
 # **Explain** what you see on *your* machine. Three things to look for. Do units agree better than seconds? (Another size changes what stays in
 # the cache, and another machine the price of an exponential against that of a product.) Do the whiskers overlap? By (12.5) those of five
 # repetitions cover the median with 94 %. Is memory what the arrays say?
+# (With a few hundred tokens the fused loss may gain no time at all; what it saves then is memory.)
 #
 # On the committed machine fusing gained less than 8.5. A processor may well be busy with exponentials while bytes wait. The floor by bytes says
 # what can be gained at most, and predicts no time.
