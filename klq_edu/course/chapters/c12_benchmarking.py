@@ -327,8 +327,8 @@ ORDER = Widget(
     ],
     "Above, a simulated machine that gets slower with every run. In blocks (left), fused runs on the fresh machine and "
     "naive on the tired one, and every statistic flatters fused. By turns (right) the drift falls on both. Below, a "
-    "machine without drift, where some runs are interrupted and some of fused's are lucky: mean and minimum go wrong in "
-    "either order, and only the median is right. So turns cure drift, and medians cure accidents.",
+    "machine without drift, where some runs are interrupted and some of fused's are lucky: mean and minimum go wrong "
+    "in either order, and only the median is right. So turns cure drift, and medians cure accidents.",
     "For four settings, times of runs in the order they ran, and bars of the ratio reported by mean, median and "
     "minimum against a dashed line at the true ratio of 0.67. With drift: below it in blocks, at it by turns. With "
     "hiccups: only the median is on it.",
