@@ -21,7 +21,7 @@ import torch
 from klq_edu.core.objectives import ppo_clip_loss, ppo_penalty_loss, value_loss
 from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.course import explore, show, source, start
-from klq_edu.course.chapters.c07_ppo_in_disguise import float32
+from klq_edu.course.chapters import float32
 from klq_edu.course.chapters.c08_write_the_loop import (
     SCHEDULES,
     curves,

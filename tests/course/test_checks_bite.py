@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import klq_edu.course
+from klq_edu.bench import measure, roofline, workloads
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c07_ppo_in_disguise as c07
@@ -267,6 +268,59 @@ def asked_once(f):
     return lambda prompts, a, b, asked: judge.preferred(torch.tensor(asked(prompts, a, b)).numpy(), 0.5)
 
 
+def in_blocks(f):
+    """All of one contender, then all of the other."""
+    return lambda all_, *a, **kw: {name: rows for one in all_ for name, rows in f([one], *a, **kw).items()}
+
+
+def product_before(f):
+    """The product before a repetition counts, not the mean of before and after."""
+
+    def wrong(everyone, x, gemm, reps, tick):
+        seen = []
+        times = f(everyone, x, lambda: seen.append(gemm()) or seen[-1], reps, tick)
+        for rep in range(reps):
+            for place in range(len(everyone)):
+                one = everyone[(rep + place) % len(everyone)]
+                times[one.name][rep]["gemm"] = seen[rep * len(everyone) + place]
+        return times
+
+    return wrong
+
+
+def mean_reported(f):
+    return lambda name, values: f(name, values) | {name: sum(values) / len(values)}
+
+
+def unit_forgotten(f):
+    return lambda *args, **kw: [row | {"units": row["seconds"]} for row in f(*args, **kw)]
+
+
+def gradient_error_doubled(f):
+    return lambda *args: (found := f(*args)) | {"error_gradient": 2 * found["error_gradient"]}
+
+
+def float32_truth(f):
+    def wrong(*args):
+        true = f(*args)
+        return true._replace(grads={name: g.float().double() for name, g in true.grads.items()})
+
+    return wrong
+
+
+def one_pass_more(f):
+    return lambda x, logits, ref_logits, **kw: f(x, 1.0 * logits, ref_logits, **kw)
+
+
+def no_overlap(f):
+    def wrong(kernel, device, dtype, *sizes):
+        moved, operations = roofline.KERNELS[kernel](*sizes, roofline.SIZE[dtype])
+        gpu = roofline.DEVICES[device]
+        return moved / gpu.bandwidth + operations / gpu.rate(dtype)
+
+    return wrong
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -415,6 +469,15 @@ MUTANTS = [
     ("07", reference, "kl_divergence", "half", scaled(0.5)),
     ("07", TokenTree, "evaluate", "no discount", no_discount),
     ("07", TokenTree, "evaluate", "no KL", no_penalty),
+    ("12", measure, "interleave", "in blocks", in_blocks),
+    ("12", measure, "interleave", "product before only", product_before),
+    ("12", measure, "_spread", "mean for median", mean_reported),
+    ("12", measure, "stage_rows", "no unit", unit_forgotten),
+    ("12", measure, "errors", "factor", gradient_error_doubled),
+    ("12", measure, "exact", "truth in float32", float32_truth),
+    ("12", workloads, "naive_stats", "a pass more", one_pass_more),
+    ("12", roofline, "floor_seconds", "sum for maximum", no_overlap),
+    ("12", roofline, "floor_seconds", "in bits", scaled(8.0)),
     ("13", TokenTree, "sequence_kl", "half", scaled(0.5)),
     ("13", reference, "kl_divergence", "direction", swapped),
     ("13", preference, "bradley_terry_loss", "chosen and rejected swapped", swapped),

@@ -130,7 +130,10 @@ WRONG = {
     "complex": (each(lambda x: x + 0j), set()),
     "detached": (each(torch.detach), set(EXERCISES) - DIFFERENTIATED),
     "NaN": (each(lambda x: x * torch.nan), set()),
-    "overwrites its arguments first": (zeroing(first=True), {"7.1", "8.1"}),  # which are given no tensor to overwrite
+    "overwrites its arguments first": (
+        zeroing(first=True),
+        {"7.1", "8.1", "12.1"},
+    ),  # which are given no tensor to overwrite
     "a text": (instead(lambda: "two"), set()),
     "texts": (instead(lambda: np.array(["two"])), set()),
     "a dictionary": (instead(lambda: {"": 1.0}), set()),
@@ -150,7 +153,7 @@ WRONG = {
     "recursion": (instead(endless_recursion), set()),
 }
 RIGHT = {
-    "in memory that the next call reuses": (reusing, DIFFERENTIATED | {"7.1"}),  # whose results have one shape
+    "in memory that the next call reuses": (reusing, DIFFERENTIATED | {"7.1", "12.2", "12.3"}),  # of one shape
     "not contiguous": (each(lambda x: torch.stack([x, x], -1)[..., 0]), set()),
     "with gradient": (each(lambda x: x + torch.zeros((), requires_grad=True)), set()),
     "NumPy": (each(lambda x: x.numpy()), DIFFERENTIATED | {"4.1", "5.2"}),

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,17 @@ def load_all() -> list[Chapter]:
             raise ValueError(f"notebook {number} stands at {chapter.place} on the map, where {there[0]} is already")
         before[number] = chapter
     return [*before.values()]
+
+
+@contextmanager
+def float32():
+    """The precision that models are trained in, whatever the notebook's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:

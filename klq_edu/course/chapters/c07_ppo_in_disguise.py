@@ -11,7 +11,7 @@ from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.returns import whiten
-from klq_edu.course.chapters import Chapter, differentiate
+from klq_edu.course.chapters import Chapter, differentiate, float32
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
@@ -25,17 +25,6 @@ from klq_kernels.reference import masked_mean
 
 WITHOUT_CLIP = 1e9
 STEP = 0.04  # length of the step between first and second epoch, in parameter space
-
-
-@contextmanager
-def float32():
-    """The precision that models are trained in, whatever the notebook's default is."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @functools.cache

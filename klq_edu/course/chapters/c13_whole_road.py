@@ -16,8 +16,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 import klq_edu
 from klq_edu.core.tree import TokenTree
-from klq_edu.course.chapters import Chapter, differentiate
-from klq_edu.course.chapters.c07_ppo_in_disguise import float32
+from klq_edu.course.chapters import Chapter, differentiate, float32
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, PINK, Picture, panels, plain_axes
