@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from klq_edu.bench.roofline import DEVICES, floor_seconds
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Mistake
@@ -41,13 +40,6 @@ class Traffic(TorchFunctionMode):
         if function.__name__ != "gather":  # which reads only what it picks
             self.passes += sum(x.numel() == self.elements for x in given + made)
         return out
-
-
-def floors(passes: int, rows: int, vocab: int) -> pd.DataFrame:
-    """The model, not a measurement: milliseconds of 2 and of so many passes over bf16 logits, by GPUs' data sheets."""
-    best = {name: 1e3 * floor_seconds("token_stats", name, "bf16", rows, vocab, 1) for name in DEVICES}
-    return pd.DataFrame([(name, ms, ms * passes / 2) for name, ms in best.items()], columns=["GPU", "one visit [ms]",
-                        f"{passes} passes [ms]"])  # fmt: skip
 
 
 def measured(naive: Callable, fused: Callable, rows: int, vocab: int) -> pd.DataFrame:
