@@ -66,6 +66,27 @@ class Exercise:
         """What this answer gives for these arguments, as float64 tensors by name; Wrong for anything else."""
         return {name: _numbers(x) for name, x in self.probe(partial(_call, answer), *arguments).items()}
 
+    def outcomes(self, answer: Callable, trials: list[tuple]) -> list[dict[str, Tensor]]:
+        """`outcome` for the arguments of every trial."""
+        return [self.outcome(answer, arguments) for arguments in trials]
+
+    def close(self, got: Tensor, want: Tensor) -> Tensor:
+        """Which numbers of a result are right."""
+        scale = max([1e-4, *want[want.isfinite()].abs().tolist()])
+        return torch.isclose(got, want, rtol=0.0, atol=self.tol * scale, equal_nan=True)
+
+    def place(self, index: tuple, result: Tensor, arguments: tuple) -> str:
+        """An index in words, and what stands there if a mask among the arguments tells."""
+        at = f"at {list(index)} " if index else ""
+        mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
+        if not index or mask is None or result.shape not in (mask.shape, mask.shape[:1]):
+            return at
+        length = int(mask[index[0]].sum())
+        if len(index) == 1:
+            return f"{at}(a row of length {length}) "
+        token = "the last token" if index[1:] == (length - 1,) else "a real token" if mask[index] else "on padding"
+        return f"{at}({token}, in a row of length {length}) "
+
 
 @contextmanager
 def _isolated():
@@ -93,10 +114,10 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
-    right = [exercise.outcome(exercise.solution, x) for x in trials]  # before the answer can change what it calls
+    right = exercise.outcomes(exercise.solution, trials)  # before the answer can change what it calls
     with _watched() as rung:
         try:
-            results, message = [exercise.outcome(answer, x) for x in trials], None
+            results, message = exercise.outcomes(answer, trials), None
         except BaseException as error:
             message = _complaint(error)
     if signal.SIGINT in rung:  # whatever the answer made of it
@@ -111,12 +132,16 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     return Verdict(True, f"✔ Exercise {exercise.number} passed on {TRIALS} random inputs.")
 
 
-def _call(answer, *arguments):
+def _copies(arguments: tuple) -> tuple:
+    return tree_map_only(Tensor, torch.clone, arguments)
+
+
+def _call(answer, *arguments, copy=_copies):
     """The answer's result on copies of the arguments, itself copied: nobody's memory is shared."""
     if callable(answer):
         with _isolated():
             # in a generator: a swallowed interrupt can leave an exception "being handled", and there it ends with it
-            answer = next(answer(*copies) for copies in [tree_map_only(Tensor, torch.clone, arguments)])
+            answer = next(answer(*copies) for copies in [copy(arguments)])
     elif arguments and answer is not ...:
         raise Wrong(f"a function is expected, yours is a {type(answer).__name__}.")
     if answer is ...:
@@ -126,15 +151,15 @@ def _call(answer, *arguments):
     return tree_map_only(Tensor, torch.clone, answer)
 
 
-def _numbers(x) -> Tensor:
-    """A result as a float64 tensor; Wrong for what is no real number, or rounded to another precision."""
+def _numbers(x, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A result as a float64 tensor; Wrong for what is no real number, or in another precision than this."""
     kind = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
     try:
         values = torch.tensor(x.tolist() if isinstance(x, Tensor) else x, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise Wrong(f"your answer stopped with a {kind}; real numbers in a tensor are expected.") from None
-    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
-        raise Wrong(f"your result is a {kind}; checks are in torch.float64, so compute in that.")
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype:
+        raise Wrong(f"your result is a {kind}; checks are in {dtype}, so compute in that.")
     return values.reshape(x.shape) if isinstance(x, Tensor) else values
 
 
@@ -173,6 +198,8 @@ def _watched():
 
 def _complaint(error: BaseException) -> str:
     """What to say to an answer that stopped."""
+    if type(error).__module__.startswith("triton"):  # about what was raised in a kernel, or a line of its source
+        error = NotImplementedError() if NOT_ATTEMPTED in str(error) else error.__cause__ or error
     if isinstance(error, NotImplementedError) and error.args in ((), (NOT_ATTEMPTED,)):  # torch raises others
         return NOT_ATTEMPTED
     said = traceback.format_exception_only(error)[0].strip()[:300].encode(errors="backslashreplace").decode()
@@ -183,13 +210,13 @@ def _judge(exercise: Exercise, results: list[dict], right: list[dict], trials: l
     """None where all results are right, else the message of the mistake that gives just these, or how they differ."""
 
     def differences(others: Iterable[dict]) -> Iterator[str]:
-        return (_difference(got, want, x, exercise.tol) for got, want, x in zip(results, others, trials))
+        return (_difference(got, want, x, exercise) for got, want, x in zip(results, others, trials))
 
     found = list(differences(right))
     if not any(found):
         return None
     for mistake in exercise.mistakes:
-        if not any(differences(exercise.outcome(mistake.answer, x) for x in trials)):
+        if not any(differences(exercise.outcomes(mistake.answer, trials))):
             return mistake.message
     (text, arguments), *more = [(text, x) for text, x in zip(found, trials) if text]
     shown = (list(x.shape) if isinstance(x, Tensor) else f"{x:.3}" if isinstance(x, float) else x for x in arguments)
@@ -197,34 +224,21 @@ def _judge(exercise: Exercise, results: list[dict], right: list[dict], trials: l
     return f"{text} ({where})"
 
 
-def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, tol: float) -> str:
+def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, exercise: Exercise) -> str:
     """In words: the first number that differs, and in which direction; empty where nothing does."""
     if got.keys() != want.keys():
         return f"{len(want)} results are expected, yours gives {len(got)}."
     for name, right in want.items():
         if got[name].shape != right.shape:
             return f"{name}a result of shape {tuple(right.shape)} is expected, yours has {tuple(got[name].shape)}."
-        scale = max([1e-4, *right[right.isfinite()].abs().tolist()])
-        off = ~torch.isclose(got[name], right, rtol=0.0, atol=tol * scale, equal_nan=True)
+        off = ~exercise.close(got[name], right)
         if off.any():
             index = tuple(off.nonzero()[0].tolist())
             x, y = got[name][index].item(), right[index].item()
             way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, padding that got in"
             way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
             form = ".7g" if f"{x:.7g}" != f"{y:.7g}" else ".12g"
-            text = f"{name}{_place(index, right, arguments)}yours gives {x:{form}} where {y:{form}} is expected: {way}."
+            place = exercise.place(index, right, arguments)
+            text = f"{name}{place}yours gives {x:{form}} where {y:{form}} is expected: {way}."
             return text.replace("nan", "NaN (not a number)")
     return ""
-
-
-def _place(index: tuple, result: Tensor, arguments: tuple) -> str:
-    """An index in words, and what stands there if a mask among the arguments tells."""
-    at = f"at {list(index)} " if index else ""
-    mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
-    if not index or mask is None or result.shape not in (mask.shape, mask.shape[:1]):
-        return at
-    length = int(mask[index[0]].sum())
-    if len(index) == 1:
-        return f"{at}(a row of length {length}) "
-    token = "the last token" if index[1:] == (length - 1,) else "a real token" if mask[index] else "on padding"
-    return f"{at}({token}, in a row of length {length}) "

@@ -19,7 +19,7 @@ from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c07_ppo_in_disguise as c07
 from klq_edu.course.chapters import c13_whole_road, load
 from klq_edu.rlhf import judge, power, preference
-from klq_kernels import ops, reference
+from klq_kernels import device, ops, reference, triton_linear, triton_logits  # noqa: F401 (lest they import a mutant)
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -321,6 +321,32 @@ def no_overlap(f):
     return wrong
 
 
+def field(name, change):
+    """The result with one field of its statistics changed, or of what a jit function of Triton returns, its place."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = f(*args, **kw)
+            if isinstance(name, int):
+                return (*out[:name], change(out[name]), *out[name + 1 :])
+            return out._replace(**{name: change(getattr(out, name))})
+
+        wrong.fn = getattr(f, "fn", None)  # its source is shown
+        return wrong
+
+    return spoil
+
+
+def left_behind(f):
+    """Triton's `_move`, without the move of w to another pivot."""
+
+    def wrong(s, t, w, *rest):
+        moved = f(s, t, w, *rest)
+        return moved[0], w, moved[2]
+
+    return wrong
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -469,6 +495,15 @@ MUTANTS = [
     ("07", reference, "kl_divergence", "half", scaled(0.5)),
     ("07", TokenTree, "evaluate", "no discount", no_discount),
     ("07", TokenTree, "evaluate", "no KL", no_penalty),
+    ("09", roofline, "floor_seconds", "half", scaled(0.5)),
+    ("09", ops, "token_stats", "log-prob too large", field("logprob", lambda x: x + 0.1)),
+    ("09", ops, "token_stats", "sign of the entropy", field("entropy", torch.neg)),
+    ("09", ops, "token_stats", "half the KL", field("kl", lambda x: 0.5 * x)),
+    ("09", ops, "token_q", "missing τ", without_tau),
+    ("09", reference, "kl_divergence", "direction", swapped),
+    ("09", device, "kl_divergence", "five percent, in the Triton kernel", field(0, lambda kl: kl * 1.05)),
+    ("09", device, "_move", "w not moved, in the Triton kernel", left_behind),
+    ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.05)),
     ("12", measure, "interleave", "in blocks", in_blocks),
     ("12", measure, "interleave", "product before only", product_before),
     ("12", measure, "_spread", "mean for median", mean_reported),
@@ -537,7 +572,7 @@ def test_a_wrong_formula_fails_a_check(mutant):
         run(number)
 
 
-@pytest.mark.parametrize("number", ["01", "07"])
+@pytest.mark.parametrize("number", ["01", "07", "09"])
 def test_the_right_formulas_pass(number):
     """Else the mutants above might fail for another reason."""
     c07.gradients.cache_clear()
