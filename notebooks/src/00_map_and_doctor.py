@@ -7,7 +7,7 @@
 # notebooks; read the notation; and use the checks that come with every equation and exercise. KL stands for the
 # Kullback–Leibler divergence, a measure of how far one distribution is from another.
 #
-# *You need* a little Python and one course on machine learning. *Time:* 20 minutes. *Symbols:* the table below has those
+# *You need* a little Python and one course on machine learning. *Time:* <!-- minutes --> minutes. *Symbols:* the table below has those
 # that return; nothing in it has to be learnt now.
 
 # %%
