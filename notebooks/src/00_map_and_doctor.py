@@ -37,7 +37,7 @@ pd.set_option("display.max_colwidth", None)
 #
 # The usual algorithm is proximal policy optimisation (PPO): it pushes up the probability of tokens that turned out
 # better than expected. KLQ goes another way: it reads the language model itself as a table of action values, $Q$, and
-# fits them by least squares. The surprise, and the end of this course, is that this is PPO in disguise, in a sense that
+# fits them by least squares. The surprise, at the end of the theory, is that this is PPO in disguise, in a sense that
 # can be made exact; and we shall see where exactly it ends. "The paper" is from here on J. R. Brown, L. Wells, E. J. Young
 # and S. Bacallado, *KL-Regularised Q-Learning* (arXiv 2508.17000); "the paper's (13)" is its equation 13.
 #
