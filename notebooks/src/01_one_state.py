@@ -7,7 +7,7 @@
 # its value without overflow; go back from a policy to the rewards it is optimal for; say what the coefficient τ
 # costs, in which units; and explain why one direction of the divergence is charged and not the other.
 #
-# *You need* probabilities, logarithms, a little Python. *Time:* 40 minutes. *Symbols:* $\pi$ policy, $\pi_b$ reference
+# *You need* probabilities, logarithms, a little Python. *Time:* <!-- minutes --> minutes. *Symbols:* $\pi$ policy, $\pi_b$ reference
 # policy, $Q$ action value (here: reward), $\tau$ price of divergence, $D$ Kullback–Leibler divergence (KL), $V$ value.
 
 # %%

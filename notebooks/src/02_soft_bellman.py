@@ -6,7 +6,7 @@
 # *After this notebook you can* evaluate a policy step by step from the end; say where the divergence is charged and why;
 # compute the optimal soft values; and prove that alternating evaluation and improvement gets there.
 #
-# *You need* notebook 01. *Time:* 40 minutes. *Symbols:* $s$ state, $a$ action, $s'$ the state that follows, $r(s,a)$ reward,
+# *You need* notebook 01. *Time:* <!-- minutes --> minutes. *Symbols:* $s$ state, $a$ action, $s'$ the state that follows, $r(s,a)$ reward,
 # $\gamma \le 1$ discount (a reward one step later counts $\gamma$ times as much; for texts usually 1), $Q_\pi, V_\pi$ values of a policy, $Q^*, V^*$ optimal values, $\tau$ price of the Kullback–Leibler divergence
 # (KL) $D$ to the reference $\pi_b$.
 

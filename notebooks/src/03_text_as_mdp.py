@@ -7,7 +7,7 @@
 # Kullback–Leibler divergence (KL) token by token; put the reward where it belongs; and handle end and padding
 # without mistakes.
 #
-# *You need* notebooks 01 and 02. *Time:* 35 minutes. *Symbols:* $x$ prompt, $y$ completion, $s_t = (x, y_{1:t})$ state,
+# *You need* notebooks 01 and 02. *Time:* <!-- minutes --> minutes. *Symbols:* $x$ prompt, $y$ completion, $s_t = (x, y_{1:t})$ state,
 # $a_t = y_{t+1}$ action, $R(x,y)$ score of a whole completion, $\Pr(s)$ probability that $\pi$ reaches $s$, $D(\pi\|\pi_b)(s)$ KL in a
 # state. Here $\gamma = 1$ throughout.
 

@@ -7,7 +7,7 @@
 # each is to be trusted; tell an estimator of the *value* from a loss with the right *gradient*; and avoid two bugs that
 # make a KL negative.
 #
-# *You need* notebook 01. *Time:* 45 minutes. *Symbols:* $\ell = \log\frac{\pi(a)}{\pi_b(a)}$ log-ratio of a sampled action, $D$
+# *You need* notebook 01. *Time:* <!-- minutes --> minutes. *Symbols:* $\ell = \log\frac{\pi(a)}{\pi_b(a)}$ log-ratio of a sampled action, $D$
 # KL, $k_1, k_2, k_3$ the estimators.
 
 # %%

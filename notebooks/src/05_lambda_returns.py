@@ -6,7 +6,7 @@
 # *After this notebook you can* compute temporal-difference errors for a language model; sum them over many steps in
 # three equivalent ways; say what λ trades; and keep padding out of all of it.
 #
-# *You need* notebooks 01 (the Q of a policy), 02 (values) and 03 (text as a decision process, masks). *Time:* 45 minutes. *Symbols:* index $t$
+# *You need* notebooks 01 (the Q of a policy), 02 (values) and 03 (text as a decision process, masks). *Time:* <!-- minutes --> minutes. *Symbols:* index $t$
 # holds the action $a_t$, the value $V(s_t)$ and the reward $r_{t+1}$ that follows; $\gamma$ discount, $\lambda$ how far to look,
 # $\delta$ temporal-difference (TD) error, $\Delta$ its λ-sum, $\hat G$ target, $\alpha$ how far it goes; $\tau$ price of the Kullback–Leibler divergence (KL).
 

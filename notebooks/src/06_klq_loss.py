@@ -7,7 +7,7 @@
 # is $V$ whatever the weights are; build the target; write the loss and derive its gradient; and explain what the step
 # size $\alpha$ does.
 #
-# *You need* notebooks 01 (Boltzmann policies, the Kullback–Leibler divergence or KL) and 05 (λ-returns). *Time:* 50
+# *You need* notebooks 01 (Boltzmann policies, the Kullback–Leibler divergence or KL) and 05 (λ-returns). *Time:* <!-- minutes -->
 # minutes. *Symbols:* $\pi_\theta$, $V_\theta$ policy and value head with weights $\theta$; $\pi_b$ reference; $\tau$ price of
 # KL; $\Delta$ λ-sum of temporal-difference errors; $\hat G$ target; $\alpha$ step size; subscript *old*: when the batch was
 # sampled. KLQ is KL-regularised Q-learning.

@@ -10,7 +10,7 @@
 #
 # *You need* notebooks 01 (Boltzmann policies), 04 (the estimator $k_2$), 05 (λ-returns) and 06 (the loss of KLQ, KL-regularised
 # Q-learning).
-# *Time:* 60 minutes. *Symbols:* $\pi_b$ reference, $\pi_{old}$ the policy that sampled the batch, $\tau$ price of the
+# *Time:* <!-- minutes --> minutes. *Symbols:* $\pi_b$ reference, $\pi_{old}$ the policy that sampled the batch, $\tau$ price of the
 # Kullback–Leibler divergence (KL) $D$, $\alpha$ step size, $\delta$ temporal-difference error, $\Delta$ its λ-sum,
 # $\hat A$ the advantage of PPO (proximal policy optimisation), $\rho = \pi/\pi_{old}$, $\beta$ PPO's penalty.
 

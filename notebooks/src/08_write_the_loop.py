@@ -7,7 +7,7 @@
 # it, the number that gives each away, and its repair; prove that one pair of policy and value fits every completion,
 # whoever sampled it; and say what replay and cooling buy.
 #
-# *You need* notebooks 06 (target and loss) and 07 (what they share with PPO, proximal policy optimisation). *Time:* 75
+# *You need* notebooks 06 (target and loss) and 07 (what they share with PPO, proximal policy optimisation). *Time:* <!-- minutes -->
 # minutes. *Symbols:* $\pi_b$ reference, $\tau$ price of the Kullback–Leibler divergence (KL) $D$, $J$ objective,
 # $\delta$ temporal-difference error, $\Delta$ its λ-sum, $\hat G$ target, $\alpha$ step size; a star marks the
 # optimum. Here $\gamma = 1$ throughout.

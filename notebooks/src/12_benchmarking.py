@@ -8,7 +8,7 @@
 # and write a claim that a reviewer would accept.
 #
 # *You need* notebook 07 for what is computed (log-probabilities, the Kullback–Leibler divergence or KL, the loss of KLQ, KL-regularised
-# Q-learning); nothing of it is derived again. *Time:* 60 minutes. *Symbols:* $N$ tokens, $V$ vocabulary, $H$ hidden size, $s$ bytes per
+# Q-learning); nothing of it is derived again. *Time:* <!-- minutes --> minutes. *Symbols:* $N$ tokens, $V$ vocabulary, $H$ hidden size, $s$ bytes per
 # number; $t$ seconds of a job, $g$ seconds of a matrix product, $u = t/g$; $R$ repetitions; $\varepsilon$ drift; $B$ bandwidth, $P$ peak
 # rate, $I$ operations per byte.
 #

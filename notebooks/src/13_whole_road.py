@@ -8,7 +8,7 @@
 # policy leaves its reference; compare two policies before judges that lean; and say how many prompts and seeds it takes to show a
 # difference.
 #
-# *You need* notebook 07 (KLQ, KL-regularised Q-learning, beside PPO, proximal policy optimisation). *Time:* 75 minutes.
+# *You need* notebooks 07 (KLQ, KL-regularised Q-learning, beside PPO, proximal policy optimisation) and 08 (the loop). *Time:* <!-- minutes --> minutes.
 # *Symbols:* $R$ reward, $R^*$ the true one, $D$ Kullback–Leibler divergence (KL), $\sigma(x) = 1/(1+e^{-x})$, $\varepsilon$ share of wrong labels,
 # $n$ completions or prompts, $S$ seeds, $d$ a win-rate less ½, $z_p$ quantile of the normal distribution.
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from klq_edu.course.exercises import Exercise, Wrong
 
+PARTS = ("theory", "practice", "kernels")
+
 
 @dataclass(frozen=True)
 class Chapter:
@@ -19,7 +21,7 @@ class Chapter:
     Attributes:
         number, slug, title: "01", "one_state", "One state"; the module is called c01_one_state.
         question: the one sentence it answers.
-        minutes: for a reader who works through it.
+        part: of the course, one of PARTS.
         paper: the part of the paper it covers.
         functions: where it lives in the library.
         needs: the numbers of the earlier notebooks that it builds on.
@@ -31,7 +33,7 @@ class Chapter:
     slug: str
     title: str
     question: str
-    minutes: int
+    part: str
     paper: str
     functions: tuple[str, ...]
     needs: tuple[str, ...]
@@ -53,6 +55,8 @@ def load(number: str) -> Chapter:
     chapter = importlib.import_module(f"{__name__}.{modules[number]}").CHAPTER
     if modules[number] != f"c{chapter.name}":
         raise ValueError(f"the chapter in {modules[number]}.py calls itself {chapter.name}")
+    if chapter.part not in PARTS:
+        raise ValueError(f"notebook {number} belongs to a part of {PARTS}, not to {chapter.part!r}")
     return chapter
 
 

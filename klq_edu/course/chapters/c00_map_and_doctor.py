@@ -78,11 +78,11 @@ def progress() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["notebook", "title", "passed", "exercises"])
 
 
-def draw_map(figure: FigureBase, notebook: str) -> None:
-    """The notebooks and what each needs; the chosen one, all it needs, and all that needs it."""
+def draw_map(figure: FigureBase, notebook: str | None) -> None:
+    """The notebooks and what each needs; the chosen one, if any, all it needs, and all that needs it."""
     (axis,) = plain_axes(figure)
     chapters = {c.number: c for c in load_all()}
-    before = _needed(notebook, chapters)
+    before = _needed(notebook, chapters) if notebook else set()
     after = {number for number in chapters if notebook in _needed(number, chapters)}
     look = {"arrowstyle": "->", "color": GREY, "shrinkA": 17, "shrinkB": 17}
     for number, chapter in chapters.items():
@@ -92,11 +92,12 @@ def draw_map(figure: FigureBase, notebook: str) -> None:
         colour = BLUE if here else "#cfe3f3" if number in before else "#fbe3c8" if number in after else "white"
         edge = ORANGE if number in after else BLUE if here or number in before else GREY
         rim = {"boxstyle": "circle,pad=0.35", "fc": colour, "ec": edge, "ls": "--" if number in after else "-"}
-        axis.text(x, y, number, ha="center", va="center", color="white" if here else "black", bbox=rim)
-        axis.text(x, y - 0.42, chapter.short, ha="center", va="top", fontsize=8)
+        text = {"ha": "center", "url": f"{chapter.name}.html"}  # a link, where a page draws it as SVG
+        axis.text(x, y, number, va="center", color="white" if here else "black", bbox=rim, **text)
+        axis.text(x, y - 0.42, chapter.short, va="top", fontsize=8, bbox={"fc": "white", "lw": 0, "pad": 1}, **text)
     (left, right), (low, high) = _extent(chapters.values())
     limits = {"xlim": (left - 0.6, right + 0.6), "ylim": (low - 0.8, high + 0.6)}
-    axis.set(**limits, title=f"notebook {notebook}: {chapters[notebook].short}")
+    axis.set(**limits, title=f"notebook {notebook}: {chapters[notebook].short}" if notebook else "")
     axis.axis("off")
 
 
@@ -121,8 +122,8 @@ def map_widget() -> Widget:
     (left, right), (low, high) = _extent(chapters)
     return Widget(
         "00-map", draw_map, {"notebook": numbers}, [{"notebook": n} for n in numbers[-3::2]],
-        "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has "
-        f"a dashed orange rim. Everything leads to {goals}.{wait}",
+        f"An arrow means: needed for. Everything leads to {goals}.{wait} The chosen notebook is dark blue, what it "
+        "needs light blue, and what needs it has a dashed orange rim.",
         f"Graph of the notebooks {numbers[0]} to {numbers[-1]} with arrows from each to those that need it: {arrows}.",
         size=(1 + right - left, round(1.2 + high - low, 2)),
     )  # fmt: skip
@@ -194,7 +195,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "00", "map_and_doctor", "Map, notation and doctor",
     "What is in this course, how do its checks work, and is my machine ready?",
-    20, "all of it, from above",
+    "theory", "all of it, from above",
     ("klq_edu.app.doctor.examine", "klq_edu.course"),
     needs=(), place=(0, 0), short="map", exercises=EXERCISES,
 )  # fmt: skip

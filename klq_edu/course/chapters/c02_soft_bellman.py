@@ -136,7 +136,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "02", "soft_bellman", "Soft Bellman equations",
     "What is the best policy when each choice decides which choices come next?",
-    40, "§2, the KL-regularised MDP, (1) and (2)",
+    "theory", "§2, the KL-regularised MDP, (1) and (2)",
     ("klq_edu.core.tree.TokenTree", "klq_edu.core.improvement.soft_policy_iteration"),
     needs=("01",), place=(2, 0.6), short="soft Bellman", exercises=EXERCISES,
 )  # fmt: skip

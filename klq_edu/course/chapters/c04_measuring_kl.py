@@ -155,7 +155,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "04", "measuring_kl", "Measuring KL from samples",
     "Why did my KL go negative, and which estimator belongs where?",
-    45, "§2, the divergence (2)",
+    "theory", "§2, the divergence (2)",
     ("klq_edu.core.estimators", "klq_kernels.reference.kl_divergence", "klq_kernels.token_stats"),
     needs=("01",), place=(2, -0.8), short="measuring KL", exercises=EXERCISES,
 )  # fmt: skip

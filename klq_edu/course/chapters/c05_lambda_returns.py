@@ -246,7 +246,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "05", "lambda_returns", "λ-returns and GAE",
     "How far ahead should a target look?",
-    45, "§3, (7) and (14)",
+    "theory", "§3, (7) and (14)",
     ("klq_kernels.lambda_returns", "klq_edu.core.returns.gae", "klq_edu.core.returns.forward_view"),
     needs=("02", "03"), place=(4, 0.6), short="λ-returns", exercises=EXERCISES,
 )  # fmt: skip

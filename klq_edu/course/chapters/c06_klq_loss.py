@@ -388,7 +388,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "06", "klq_loss", "The KLQ loss",
     "How does a language model become an action-value function, and what does it regress on?",
-    50, "§3, the algorithm: (6), (7) and (13)",
+    "theory", "§3, the algorithm: (6), (7) and (13)",
     ("klq_kernels.reference.klq_loss", "klq_edu.core.improvement.klq_step", "klq_kernels.logits_klq_loss"),
     needs=("01", "05"), place=(5, 0), short="the KLQ loss", exercises=EXERCISES,
 )  # fmt: skip

@@ -334,7 +334,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "07", "ppo_in_disguise", "KLQ is PPO in disguise (and where it is not)",
     "In what sense is KLQ the same algorithm as PPO, and where does that stop?",
-    60, "§4, the equivalence, (14) and (18)",
+    "theory", "§4, the equivalence, (14) and (18)",
     ("klq_edu.core.improvement.klq_step", "klq_edu.core.improvement.ppo_penalty_step", "klq_edu.rlhf.algorithms"),
     needs=("01", "04", "05", "06"), place=(6, 0), short="PPO in disguise", exercises=EXERCISES,
 )  # fmt: skip

@@ -378,7 +378,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "08", "write_the_loop", "Write the loop",
     "How do the formulas become a training loop, how does it break, and why may it learn from old completions?",
-    75, "§3 and §4, the algorithm, (6), (7) and (14)",
+    "practice", "§3 and §4, the algorithm, (6), (7) and (14)",
     ("klq_edu.rlhf.loop.train", "klq_edu.rlhf.replay", "klq_edu.core.tree.TokenTree.td_errors"),
     needs=("06", "07"), place=(7, 0.6), short="write the loop", exercises=EXERCISES,
 )  # fmt: skip

@@ -518,7 +518,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "12", "benchmarking", "Benchmarking without fooling yourself",
     "Is the fused way faster, by how much, and in which sentence may you say so?",
-    60, "Table 3 (cost per update), as measured here",
+    "kernels", "Table 3 (cost per update), as measured here",
     ("klq_edu.bench.measure.interleave", "klq_edu.bench.measure.errors", "klq_edu.bench.roofline.floor_seconds"),
     needs=("07",), place=(9, -1.4), short="benchmarking", exercises=EXERCISES,
 )  # fmt: skip

@@ -394,7 +394,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "13", "whole_road", "The whole road on a laptop",
     "What does it take to get from texts to a trained policy, and how sure are we that it got better?",
-    75, "§5 and Figures 1 and 3, on a laptop",
+    "practice", "§5 and Figures 1 and 3, on a laptop",
     ("klq_edu.rlhf.preference", "klq_edu.rlhf.judge", "klq_edu.rlhf.power", "klq_edu.app.study"),
-    needs=("07",), place=(8, 0.6), short="whole road", exercises=EXERCISES,
+    needs=("07", "08"), place=(8, 0.6), short="whole road", exercises=EXERCISES,
 )  # fmt: skip
