@@ -125,7 +125,7 @@ def test_the_map_draws_every_chapter_and_every_need():
 def test_a_new_chapter_is_inside_the_map_and_changes_its_words(add):
     before, needed = c00.map_widget(), {n for c in load_all() for n in c.needs}
     goals = [c.number for c in load_all() if c.number not in needed]
-    assert f"Everything leads to {' or '.join(goals)}. What can wait: 03 until 05, 04 until 07." in before.caption
+    assert f"Everything leads to {' or '.join(goals)}. What can wait: 03 until 05, 04 until 07" in before.caption
     add(needs=("02",), place=(7, 3))
     widget, axis = c00.map_widget(), drawn("98")
     assert (
