@@ -8,13 +8,12 @@
 # as one formula; say which numbers a forward pass must keep for it, and count the bytes; take KLQ's loss and its gradient
 # in one go (KLQ is KL-regularised Q-learning); write the λ-returns as a scan; and say how wrong a sum becomes in half precision.
 #
-# *You need* notebooks 05 (λ-returns, their maps) and 06 (the KLQ loss), and a first kernel in Triton, the language in which
-# this library's kernels for a graphics processing unit (GPU) are written. *Time:* 75 minutes. *Symbols:* $z$, $r$ a row of logits of policy and
+# *You need* notebooks 05 (λ-returns, and their maps), 06 (the KLQ loss) and 09 (kernels in Triton for a graphics processing unit, GPU; the
+# maximum $m$ and the sum $s$ of a row). *Time:* 75 minutes. *Symbols:* $z$, $r$ a row of logits of policy and
 # reference, $V$ numbers each (or $V(s)$, a value: the brackets tell); $\kappa = 1/\text{temperature}$; $p = \text{softmax}(\kappa z)$, $q$ likewise of $r$; $y$ the token
 # that was sampled; $\ell = \log p_y$ its log-prob; $H$ entropy of $p$; $D$ the KL $D(p\|q)$; $N$ rows; $T$ tokens of a completion.
 #
-# Without a GPU, Triton's kernels run in its *interpreter*: the same programs, one after another, on NumPy arrays. That is slow,
-# and right or wrong in the same places. The first cell switches it on.
+# Without a GPU, kernels run in Triton's interpreter, as in notebook 09: slow, and right or wrong in the same places.
 
 # %%
 import os
@@ -220,7 +219,7 @@ check.equation("10.3", masked, torch.where(mask[:, None], by_hand, 0.0))
 # ## What must be kept
 #
 # Look at (10.3) from the kernel's side. $z$ and $r$ are still in memory. $H$ and $D$ are one number per row. The upstream gradients are one number per row each. What
-# is missing is $p$, and of that the forward pass needs to keep two numbers per row: the largest logit $m$, and $\log s$ with
+# is missing is $p$, and for that the forward pass needs to keep two numbers per row, those of (9.4): the largest logit $m$, and $\log s$ with
 # $s = \sum_u e^{\kappa(z_u - m)}$.
 #
 # $$p_v = e^{\,\kappa(z_v - m) - \log s} \tag{10.5}$$
@@ -247,7 +246,7 @@ print(f"from 300 to the next number in fp32: {near[0].nextafter(near[1]) - 300:.
 source(triton_logits.grad_kernel.fn)
 
 # %% [markdown]
-# **Predict, then count.** Below is what one writes in PyTorch, with the [N, V] tensors that each line reads and writes. On the way
+# **Predict, then count.** Below is what one writes in PyTorch, with the [N, V] tensors that each line reads and writes (notebook 09's passes). On the way
 # back, autograd needs what the forward pass computed. How many [N, V] tensors does it *keep*, beside $z$ and $r$? How
 # many will forward and backward pass together *move*? And how many must a kernel move at least, that reads both rows to get the statistics, and
 # both again to write a gradient?

@@ -13,11 +13,20 @@ import pytest
 import torch
 
 import klq_edu.course
+from klq_edu.bench import roofline
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c10_backwards_and_scan as c10
 from klq_edu.course.chapters import load
-from klq_kernels import loss, reference, torch_logits, triton_logits
+from klq_kernels import (
+    device,
+    loss,
+    ops,
+    reference,
+    torch_logits,
+    triton_linear,  # noqa: F401 (lest it imports a mutant)
+    triton_logits,
+)
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -41,6 +50,32 @@ def shifted(field):
         return wrong
 
     return spoil
+
+
+def field(name, change):
+    """The result with one field of its statistics changed, or of what a jit function of Triton returns, its place."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = f(*args, **kw)
+            if isinstance(name, int):
+                return (*out[:name], change(out[name]), *out[name + 1 :])
+            return out._replace(**{name: change(getattr(out, name))})
+
+        wrong.fn = getattr(f, "fn", None)  # its source is shown
+        return wrong
+
+    return spoil
+
+
+def left_behind(f):
+    """Triton's `_move`, without the move of w to another pivot."""
+
+    def wrong(s, t, w, *rest):
+        moved = f(s, t, w, *rest)
+        return moved[0], w, moved[2]
+
+    return wrong
 
 
 def scaled(factor):
@@ -161,6 +196,15 @@ MUTANTS = [
     ("07", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", improvement, "ppo_penalty_step", "anchors swapped", lambda f: lambda p, q, r, tau, b: f(r, q, p, tau, b)),
     ("07", improvement, "penalty_coefficient", "missing τ", lambda f: lambda tau, alpha: (1 - alpha) / alpha),
+    ("09", roofline, "floor_seconds", "half", scaled(0.5)),
+    ("09", ops, "token_stats", "log-prob too large", field("logprob", lambda x: x + 0.1)),
+    ("09", ops, "token_stats", "sign of the entropy", field("entropy", torch.neg)),
+    ("09", ops, "token_stats", "half the KL", field("kl", lambda x: 0.5 * x)),
+    ("09", ops, "token_q", "missing τ", without_tau),
+    ("09", reference, "kl_divergence", "direction", swapped),
+    ("09", device, "kl_divergence", "one percent, in the Triton kernel", field(0, lambda kl: kl * 1.01)),
+    ("09", device, "_move", "w not moved, in the Triton kernel", left_behind),
+    ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.01)),
     ("10", reference, "kl_divergence", "direction", swapped),
     ("10", torch_logits, "logits_stats", "normaliser", off("lse")),
     ("10", torch_logits, "logits_grad", "one upstream gradient for all rows", upstream(means)),
@@ -225,7 +269,7 @@ def test_a_wrong_formula_fails_a_check(mutant):
         run(number)
 
 
-@pytest.mark.parametrize("number", ["01", "10"])
+@pytest.mark.parametrize("number", ["01", "09", "10"])
 def test_the_right_formulas_pass(number):
     """Else the mutants above might fail for another reason."""
     run(number)

@@ -17,9 +17,11 @@ from klq_edu.course import exercises
 from klq_edu.course.chapters import load_all
 from klq_edu.course.checks import Checks, Progress
 from klq_edu.course.exercises import grade
+from klq_edu.course.puzzles import Puzzle
 from klq_kernels.reference import shift_left
 
 EXERCISES = {n: e for chapter in load_all() for n, e in chapter.exercises.items()}
+PUZZLES = {n for n, e in EXERCISES.items() if isinstance(e, Puzzle)}  # in float32, and their inputs are only read
 
 
 def differentiated(exercise):
@@ -123,7 +125,8 @@ WRONG = {
     "twice": (lambda solution: lambda *a: (solution(*a), solution(*a)), set()),
     "wrong at first": (wrong_in_call(0), set()),
     "wrong in the middle": (wrong_in_call(3), set()),
-    "float32": (each(Tensor.float), set()),
+    "float32": (each(Tensor.float), PUZZLES),
+    "float64": (each(Tensor.double), set(EXERCISES) - PUZZLES),
     "float16": (each(Tensor.half), set()),
     "integers": (each(lambda x: x.round().long()), set()),
     "booleans": (each(Tensor.bool), set()),
@@ -154,7 +157,7 @@ RIGHT = {
     "not contiguous": (each(lambda x: torch.stack([x, x], -1)[..., 0]), set()),
     "with gradient": (each(lambda x: x + torch.zeros((), requires_grad=True)), set()),
     "NumPy": (each(lambda x: x.numpy()), DIFFERENTIATED | {"4.1", "5.2"}),
-    "overwrites its arguments afterwards": (zeroing(first=False), DIFFERENTIATED | {"5.2"}),
+    "overwrites its arguments afterwards": (zeroing(first=False), DIFFERENTIATED | PUZZLES | {"5.2"}),
 }
 
 

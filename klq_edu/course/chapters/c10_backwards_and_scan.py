@@ -330,8 +330,8 @@ EXERCISES = {
                     "you took the rows for contiguous: row i starts at i · z_row, not at i · V."),
             Mistake("first block", lambda *x: _first_block(logprob_grad(*x)),
                     "only the first block of each row was written; the grid needs cdiv(V, BLOCK) programs for a row."),
-            Mistake("half", partial(logprob_grad, softmax=lambda *x: _log_softmax(*x).exp().half().double()),
-                    "p was rounded to half precision: load what you like, compute in tl.float32."),
+            Mistake("half", lambda z, *x: logprob_grad(z.half(), *x),
+                    "your logits were rounded to half precision: near 300 that is steps of 0.25. Stay in tl.float32."),
         ),
         ("(10.3) with only the first upstream gradient: what is left is g times one-hot minus softmax.",
          "p = exp((z − top) · inverse − lse); −inf gives p = 0 by itself. Compare `column` with the row's token.",
@@ -447,5 +447,5 @@ CHAPTER = Chapter(
     "How does one gradient kernel serve every loss, and how does a recursion run in parallel?",
     75, "§3, (2), (6), (7) and (14), differentiated and fused",
     ("klq_kernels.token_stats", "klq_kernels.logits_klq_loss", "klq_kernels.lambda_returns"),
-    needs=("05", "06"), place=(7, -1.4), short="backwards, scan", exercises=EXERCISES,
+    needs=("05", "09"), place=(7, -1.4), short="backwards, scan", exercises=EXERCISES,
 )  # fmt: skip
