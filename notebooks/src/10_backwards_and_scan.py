@@ -453,18 +453,18 @@ check.equation("10.9", run_scan(blelloch(T), decay, delta), tiled.advantages[0])
 #
 # in $2\log_2 T - 1$ rounds: less than twice the work of the plain loop, $T - 1$, and about twice the rounds of Hillis and Steele.
 
+
 # %%
-powers = range(1, 11)
-for number, scan, formula in (
-    ("10.10", hillis_steele, lambda j: 2**j * j - 2**j + 1),
-    ("10.11", blelloch, lambda j: 2 * 2**j - 2 - j),
-):
-    counted = [sum(len(pairs) for pairs in scan(2**j)) for j in powers]
-    check.equation(
-        number, [float(n) for n in counted], [float(formula(j)) for j in powers]
-    )
+def work(scan):
+    """How many compositions it makes for T = 2, 4, … 1024."""
+    return torch.tensor([sum(map(len, scan(2**j))) for j in range(1, 11)]).double()
+
+
+log_T = torch.arange(1.0, 11)
+check.equation("10.10", work(hillis_steele), 2**log_T * log_T - 2**log_T + 1)
+check.equation("10.11", work(blelloch), 2 * 2**log_T - 2 - log_T)
 print("rounds at T = 1024:", len(hillis_steele(1024)), "and", len(blelloch(1024)))
-print("compositions:", *(sum(map(len, s(1024))) for s in (hillis_steele, blelloch)))
+print("compositions:", *(int(work(s)[-1]) for s in (hillis_steele, blelloch)))
 
 # %% [markdown]
 # **Explain.** Which is better? It depends on who would be idle. The 32 threads of a *warp* run in step; if five rounds are enough for 32
