@@ -182,12 +182,14 @@ def _fenced(arguments: tuple) -> tuple:
 def _forked(work: Callable, afterwards: Callable) -> tuple[bytes, int]:
     """(what the work returned and what there is to complain of, pickled; the signal that ended its process, or 0)."""
     read, write = os.pipe()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGINT})  # none of them while it forks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child uses none
         child = os.fork()
     if not child:
         _child(write, work, afterwards)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(write)
         with open(read, "rb") as pipe:
             data = pipe.read()
@@ -204,6 +206,7 @@ def _child(write: int, work: Callable, afterwards: Callable) -> None:
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, exercises.SECONDS)
         faulthandler.disable()
         sys.stdout = sys.stderr = io.StringIO()

@@ -305,6 +305,8 @@ print(
 )
 
 # %% [markdown]
+# **Change.** Take the line of the KL out of `naive` (and $D$ out of its sum). Predict the five numbers of its column before you run the cell again.
+#
 # ## Loss and gradient in one go
 #
 # Usually a gradient has to wait. The backward pass starts when the whole loss is known, and by then the logits have left the cache. Must
@@ -385,7 +387,7 @@ except RuntimeError as error:
 #
 # The targets of KLQ come from $\Delta_t = \delta_t + a_t\,\Delta_{t+1}$ with $a_t = \gamma\lambda$, each step waiting for the next. Notebook 05 saw each step as a map
 # $f_t: x \mapsto b_t + a_t x$ with $b_t = \delta_t$, and two of them in a row as one, by (5.5): $(a_1, b_1)\circ(a_2, b_2) = (a_1a_2,\; b_1 + a_1b_2)$. All that
-# follows rests on one property. Compose three, first the left two or first the right two:
+# follows rests on one property. **Prove** it in one line: compose three, first the left two or first the right two;
 # both give the pair $(a_1a_2a_3,\; b_1 + a_1b_2 + a_1a_2b_3)$.
 #
 # $$\left(f_1\circ f_2\right)\circ f_3 = f_1\circ\left(f_2\circ f_3\right) \tag{10.8}$$
@@ -416,7 +418,7 @@ check.equation("10.8", left[1] + left[0] * x, one_by_one)
 # to the right. **Blelloch**: build a tree upwards, pairs, then pairs of pairs, and come down again to serve those that were left
 # out.
 #
-# **Predict**, for $T = 16$: how many rounds does each take, and how many compositions? Then move the slider.
+# **Predict**, for $T = 16$: how many rounds does each take, and how many compositions? **Change.** Then move the slider, round by round.
 
 # %%
 explore(SCAN)
