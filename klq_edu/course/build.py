@@ -19,32 +19,48 @@ from nbclient import execute
 from nbformat import NotebookNode
 
 from klq_edu.course import html
-from klq_edu.course.chapters import Chapter, load, load_all
-from klq_edu.course.display import FRAMES, TEMPLATES
+from klq_edu.course.chapters import PARTS, Chapter, load, load_all
+from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY, map_widget
+from klq_edu.course.display import FRAMES, TEMPLATES, svg
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
-from klq_edu.course.html import TAG
 
 SOLUTION = re.compile(r"^( *)# BEGIN SOLUTION\n(.*?)\n *# END SOLUTION$", re.DOTALL | re.MULTILINE)
 HOLE = rf'\1raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
+PACE = {"words": 130, "lines": 12, "figure": 2, "open": 5}  # words, lines a minute; minutes: chosen, not measured
+OVERVIEWS = {"README.md": "map.md.j2", "html/index.html": "index.html.j2"}  # page of the whole course -> its template
 
 
 def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
-    """Write every edition of the chosen notebooks (all by default), and the map of all."""
+    """Write every edition of the chosen notebooks (all by default), and the pages about all."""
     for chapter in chosen(only):
         print(f"{chapter.name} …", flush=True)
         build(folder, chapter)
-    (folder / "README.md").write_text(course_map(folder), encoding="utf-8")
+    for page in OVERVIEWS:
+        (folder / page).write_text(overview(folder, page), encoding="utf-8")
 
 
-def course_map(folder: Path) -> str:
-    """notebooks/README.md: notebook, question, part of the paper, functions, minutes, equations, exercises."""
-    rows = [(c, len(equations(editions(folder, c)[0]))) for c in load_all()]
-    return TEMPLATES.get_template("map.md.j2").render(rows=rows)
+def overview(folder: Path, page: str) -> str:
+    """A page of OVERVIEWS: of every notebook its question, functions, minutes, number of equations and exercises."""
+    rows = [(c, minutes(folder, c), len(equations(_source(folder, c)))) for c in load_all()]
+    parts = {part: [c for c, *_ in rows if c.part == part] for part in PARTS}
+    about = {"rows": rows, "parts": parts, "pace": PACE, "glossary": GLOSSARY, "map": map_widget(), "svg": svg}
+    return TEMPLATES.get_template(OVERVIEWS[page]).render(about) + "\n"
+
+
+def minutes(folder: Path, chapter: Chapter) -> int:
+    """What a reader needs, by PACE (of prose: half a novel's); a formula is a word. ValueError for a typed number."""
+    cells = [c for c in _source(folder, chapter).cells if "solution" not in c.metadata.get("tags", [])]
+    prose, code = ("\n".join(c.source for c in cells if c.cell_type == kind) for kind in ("markdown", "code"))
+    if re.search(r"\*Time:\*\s*(?!<!-- minutes -->)\S", prose):
+        raise ValueError(f"{chapter.name}: write *Time:* <!-- minutes --> minutes, the builder knows how many")
+    words = re.findall(r"\S*\w\S*", re.sub(r"\$[^$]+\$", "x", EQUATION.sub("", prose)))
+    time = len(words) / PACE["words"] + len(re.findall(r"\S.*", SOLUTION.sub(HOLE, code))) / PACE["lines"]
+    time += len(EQUATION.findall(prose)) + prose.count("**Predict") + PACE["open"] * prose.count("### Open question")
+    time += PACE["figure"] * len(re.findall(r"^ *(?:explore|show|source)\(", code, re.MULTILINE))
+    return 5 * round((time + sum(e.minutes for e in chapter.exercises.values())) / 5)
 
 
 def chosen(only: tuple[str, ...]) -> list[Chapter]:
@@ -74,8 +90,12 @@ def build(folder: Path, chapter: Chapter) -> None:
 
 def editions(folder: Path, chapter: Chapter) -> tuple[NotebookNode, NotebookNode]:
     """The full and the student notebook of a chapter as their source has them, without outputs."""
-    notebook = jupytext.read(folder / "src" / f"{chapter.name}.py", fmt="py:percent")
-    return tuple(_edition(notebook.cells, chapter.exercises, student) for student in (False, True))
+    cells, time = _source(folder, chapter).cells, str(minutes(folder, chapter))
+    return tuple(_edition(cells, chapter.exercises, time, student) for student in (False, True))
+
+
+def _source(folder: Path, chapter: Chapter) -> NotebookNode:
+    return jupytext.read(folder / "src" / f"{chapter.name}.py", fmt="py:percent")
 
 
 def failures(full: NotebookNode, chapter: Chapter) -> list[str]:
@@ -100,21 +120,22 @@ def drift(folder: Path, chapter: Chapter) -> list[Path]:
 def equations(notebook: NotebookNode) -> list[str]:
     """Numbers of the displayed equations in order; ValueError for one without a number."""
     found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
-    if bare := [equation for equation in found if not TAG.search(equation)]:
+    if bare := [equation for equation in found if not html.TAG.search(equation)]:
         raise ValueError(f"a displayed equation without \\tag: {bare[0]}")
-    return [TAG.search(equation)[1] for equation in found]
+    return [html.TAG.search(equation)[1] for equation in found]
 
 
-def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], student: bool) -> NotebookNode:
+def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], time: str, student: bool) -> NotebookNode:
     made, seen = [], Counter()
     for cell in cells:
         tags = list(cell.metadata.get("tags", []))
         if student and "solution" in tags:
             continue
-        text = SOLUTION.sub(HOLE if student else r"\2", cell.source)
+        text = SOLUTION.sub(HOLE if student else r"\2", cell.source).replace("<!-- minutes -->", time)
         text = re.sub(r"<!-- hints ([\d.]+) -->", lambda m: hints(exercises[m.group(1)]), text)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         tags += ["nbval-check-output"] if not student and "check.exercise(" in text else []
+        tags += ["answer"] if not student and SOLUTION.search(cell.source) else []
         new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         made.append(new(text, id=f"{digest}-{seen[digest]}", metadata={"tags": tags} if tags else {}))
         seen[digest] += 1

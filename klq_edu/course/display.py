@@ -14,6 +14,7 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 from jinja2 import Environment, FileSystemLoader
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from klq_edu.figures import Picture
@@ -51,7 +52,7 @@ class Widget:
 def explore(widget: Widget) -> None:
     """Display the static twin, always; below it live controls, or where a page is built, the frames for its sliders."""
     width, height = widget.size
-    rows = math.ceil(len(widget.twin) * width / 15)  # not wider than a page
+    rows = math.ceil(len(widget.twin) * width / 10)  # not wider than a page
     columns = math.ceil(len(widget.twin) / rows)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     for part, values in zip(figure.subfigures(rows, columns, squeeze=False).flat, widget.twin):
@@ -97,6 +98,15 @@ def slider_page(widget: Widget) -> str:
     start = {k: choices.index(widget.twin[0][k]) for k, choices in options.items()}
     page = TEMPLATES.get_template("slider.html.j2")
     return page.render(name=widget.name, alt=widget.alt, options=options, start=start, frames=frames)
+
+
+def svg(widget: Widget, **values) -> str:
+    """One picture of a widget as an SVG element, its text as text."""
+    figure, data = Figure(figsize=widget.size, layout="constrained"), io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": widget.name}):
+        widget.draw(figure, **values)
+        figure.savefig(data, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return "<svg" + data.getvalue().partition("<svg")[2].replace(' target="_blank"', "")
 
 
 def _png(figure: Figure, dpi: int = 100) -> bytes:

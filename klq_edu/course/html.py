@@ -8,11 +8,14 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 from pygments.formatters import HtmlFormatter
 
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import TEMPLATES
 
+CELLS = """{% extends "basic/index.html.j2" %}{% block input %}{% if "answer" in cell.metadata.tags %}<details>
+<summary>A solution</summary>{{ super() }}</details>{% else %}{{ super() }}{% endif %}{% endblock %}"""
 TAG = re.compile(r"\\tag\{([\d.]+)\}")
 
 
@@ -41,14 +44,15 @@ class Renderer(IPythonRenderer):
 
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:
-    """An executed notebook as a page; `frames` holds its widgets as HTML, to put in the place of their static twins."""
+    """An executed notebook as a page; `frames` holds its widgets as HTML, to put below their static twins."""
     notebook = deepcopy(notebook)
-    for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
-        if name := output.get("metadata", {}).get("image/png", {}).get("klq_widget"):
-            output.data = {"text/html": (frames / f"{name}.html").read_text(encoding="utf-8")}
+    for outputs in (cell.outputs for cell in notebook.cells if "outputs" in cell):
+        names = [o.get("metadata", {}).get("image/png", {}).get("klq_widget") for o in outputs]
+        sliders = [(frames / f"{name}.html").read_text(encoding="utf-8") for name in names if name]
+        outputs += [new_output("display_data", {"text/html": text}) for text in sliders]
     filters = {"markdown2html": MarkdownWithMath(renderer=Renderer(escape=False)).render}
     bare = {"exclude_input_prompt": True, "exclude_output_prompt": True}
-    body, _ = HTMLExporter(template_name="basic", filters=filters, **bare).from_notebook_node(notebook)
+    body, _ = HTMLExporter(raw_template=CELLS, filters=filters, **bare).from_notebook_node(notebook)
     at = [c.number for c in chapters].index(chapter.number)
     about = {"before": chapters[at - 1] if at else None, "after": next(iter(chapters[at + 1 :]), None)}
     css = HtmlFormatter(style="default").get_style_defs(".highlight")

@@ -7,8 +7,8 @@
 # notebooks; read the notation; and use the checks that come with every equation and exercise. KL stands for the
 # Kullback–Leibler divergence, a measure of how far one distribution is from another.
 #
-# *You need* a little Python and one course on machine learning. *Time:* 20 minutes. *Symbols:* the table below has those
-# that return; nothing in it has to be learnt now.
+# *You need* a little Python and one course on machine learning. *Time:* <!-- minutes --> minutes. *Symbols:* two tables below have
+# those that return; nothing in them has to be learnt now.
 
 # %%
 import pandas as pd
@@ -37,8 +37,8 @@ pd.set_option("display.max_colwidth", None)
 #
 # The usual algorithm is proximal policy optimisation (PPO): it pushes up the probability of tokens that turned out
 # better than expected. KLQ goes another way: it reads the language model itself as a table of action values, $Q$, and
-# fits them by least squares. The surprise, and the end of this course, is that this is PPO in disguise, in a sense that
-# can be made exact; and we shall see where exactly it ends. "The paper" is from here on J. R. Brown, L. Wells, E. J. Young
+# fits them by least squares. The surprise, at the end of the theory (notebook 07), is that this is PPO in disguise, in a
+# sense that can be made exact; and we shall see where exactly it ends. "The paper" is from here on J. R. Brown, L. Wells, E. J. Young
 # and S. Bacallado, *KL-Regularised Q-Learning* (arXiv 2508.17000); "the paper's (13)" is its equation 13.
 #
 # ## The map
@@ -66,10 +66,17 @@ pd.DataFrame(
 # %% [markdown]
 # ## Notation
 #
-# The same things have other names in papers on PPO and in libraries such as TRL and verl:
+# The same things have other names in papers on PPO and in libraries such as TRL and verl. This much is needed for notebooks
+# 01 to 04, which bring each symbol in where the last column says:
 
 # %%
 course.notation().style.hide(axis="index")
+
+# %% [markdown]
+# And this comes later. Skip it now, and come back when a notebook sends you here.
+
+# %%
+course.notation(later=True).style.hide(axis="index")
 
 # %% [markdown]
 # One convention saves many mistakes. **Index $t$ holds what belongs to one decision**: the token $a_t$, the value $V(s_t)$ of

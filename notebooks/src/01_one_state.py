@@ -7,7 +7,7 @@
 # its value without overflow; go back from a policy to the rewards it is optimal for; say what the coefficient τ
 # costs, in which units; and explain why one direction of the divergence is charged and not the other.
 #
-# *You need* probabilities, logarithms, a little Python. *Time:* 40 minutes. *Symbols:* $\pi$ policy, $\pi_b$ reference
+# *You need* probabilities, logarithms, a little Python. *Time:* <!-- minutes --> minutes. *Symbols:* $\pi$ policy, $\pi_b$ reference
 # policy, $Q$ action value (here: reward), $\tau$ price of divergence, $D$ Kullback–Leibler divergence (KL), $V$ value.
 
 # %%
@@ -22,7 +22,7 @@ from klq_kernels.reference import kl_divergence
 check = start("01")
 
 # %% [markdown]
-# ## A critic with one blind spot
+# ## A scorer with one blind spot
 #
 # A language model has written *"The soup was"* and is about to write one last word. Four are possible. The model that
 # we were given, the **reference** $\pi_b$, has learnt from people and says *fine* half of the time. A **reward model**

@@ -6,7 +6,7 @@
 # *After this notebook you can* evaluate a policy step by step from the end; say where the divergence is charged and why;
 # compute the optimal soft values; and prove that alternating evaluation and improvement gets there.
 #
-# *You need* notebook 01. *Time:* 40 minutes. *Symbols:* $s$ state, $a$ action, $s'$ the state that follows, $r(s,a)$ reward,
+# *You need* notebook 01. *Time:* <!-- minutes --> minutes. *Symbols:* $s$ state, $a$ action, $s'$ the state that follows, $r(s,a)$ reward,
 # $\gamma \le 1$ discount (a reward one step later counts $\gamma$ times as much; for texts usually 1), $Q_\pi, V_\pi$ values of a policy, $Q^*, V^*$ optimal values, $\tau$ price of the Kullback–Leibler divergence
 # (KL) $D$ to the reference $\pi_b$.
 
@@ -23,8 +23,8 @@ check = start("02")
 # %% [markdown]
 # ## A prize behind a door
 #
-# Two tokens, 0 and 1, four steps. Every 0 earns a little, paid with the last token. But the text 1111 earns 3, more than anything
-# else. The reference likes to start with 0. **Predict:** at which price $\tau$ would you still go for the prize?
+# Two tokens, 0 and 1, four steps, and the score is paid with the last token. Every 0 in a text earns 0.25. But the text 1111
+# earns 3. The reference starts with a 1 in one text out of five; after that both tokens are equally likely.
 #
 # A `TokenTree` holds all prefixes of such texts: row $i$ of `tree.ref` and `tree.rewards` is the state `tree.prefixes[i]`, a column
 # is a token; `tree.children[i, a]` is the row of the state that follows, or −1 where the text ends; `tree.leaves` are the
@@ -34,11 +34,23 @@ check = start("02")
 tree, tau, gamma = maze(), 0.5, 0.9
 texts = tree.completions()
 states, tokens = tree.leaves
-for text, r in zip(texts, tree.rewards[states, tokens].tolist()):
+scores, prior = tree.rewards[states, tokens], tree.sequence_distribution(tree.ref)
+for text, r, p in zip(texts, scores.tolist(), prior.tolist()):
     if text in ((0, 0, 0, 0), (0, 1, 0, 1), (1, 1, 1, 0), (1, 1, 1, 1)):
-        print(text, "earns", r)
+        print(text, f"earns {r:.2f}, probability under the reference {p:.3f}")
+path = [tree.ref[tree.prefixes.index((1,) * t), 1].item() for t in range(4)]
+print("token by token along 1111:", path)
+prize = texts.index((1, 1, 1, 1))
+chance, others = prior[prize], torch.arange(16) != prize
+print(f"all other texts: probability {1 - chance:.3f}", end=", ")
+mean = (prior * scores)[others].sum() / (1 - chance)
+print(f"mean score {mean:.2f}, at most {scores[others].max()}")
 
 # %% [markdown]
+# **Predict:** at which price $\tau$ does the best policy still go for the prize, that is, write 1111 more often than all other
+# texts together? Take $\gamma = 1$, where only the score of a text counts. A pencil will do: treat the others as *one* word that earns
+# their mean. Notebook 01 had the odds of two words, $\tfrac{\pi_b(a)}{\pi_b(a')}\,e^{(Q(a) - Q(a'))/\tau}$. (The estimate is below.)
+#
 # ## What a policy is worth
 #
 # In notebook 01 a state was worth its expected reward, less the KL at price $\tau$. Now a token earns its reward $r$ *and*
@@ -126,16 +138,29 @@ check.equation("2.5", tree.evaluate(best, tau, gamma)[1], V_best)
 # %%
 explore(VALUES)
 
+# %% [markdown]
+# Now the price. The pencil first: the odds are even where the logarithm of how much rarer the prize is equals what it earns
+# more, divided by $\tau$. Then the truth.
+
 # %%
+more, rarer = scores[prize] - mean, (1 - chance) / chance
+pencil = more / rarer.log()
+print(f"pencil: τ = {more:.2f} / log {rarer:.0f} = {pencil:.2f}")
+
+
+def share(price):
+    """How often the best policy writes 1111, at γ = 1."""
+    return tree.sequence_distribution(tree.optimum(price)[2])[prize].item()
+
+
 for price in (0.4, 0.5, 0.6, 0.7, 0.8):
-    shares = tree.sequence_distribution(tree.optimum(price)[2])
-    print(
-        f"τ = {price}, γ = 1: 1111 with probability {shares[texts.index((1,) * 4)]:.2f}"
-    )
+    print(f"τ = {price}: 1111 with probability {share(price):.2f}")
+assert share(0.6) > 0.5 > share(pencil)
 
 # %% [markdown]
-# **Explain.** With $\gamma = 1$ the prize is as likely as all other texts together at a price between 0.6 and 0.7. Above it, the first step
-# that the reference dislikes costs more than the prize is worth.
+# **Explain.** The prize is as likely as all other texts together at a price between 0.6 and 0.7, a little below the pencil's: the
+# best policy does not take the others as they come, it prefers those that earn more than their mean. Above that price, the first
+# step that the reference dislikes costs more than the prize is worth.
 #
 # ## With γ = 1 it is a bandit after all
 #
@@ -146,7 +171,6 @@ for price in (0.4, 0.5, 0.6, 0.7, 0.8):
 
 # %%
 _, V_one, best_one = tree.optimum(tau)
-scores, prior = tree.rewards[states, tokens], tree.sequence_distribution(tree.ref)
 weights = prior * (scores / tau).exp()
 check.equation("2.6", tree.sequence_distribution(best_one), weights / weights.sum())
 

@@ -7,7 +7,7 @@
 # Kullback–Leibler divergence (KL) token by token; put the reward where it belongs; and handle end and padding
 # without mistakes.
 #
-# *You need* notebooks 01 and 02. *Time:* 35 minutes. *Symbols:* $x$ prompt, $y$ completion, $s_t = (x, y_{1:t})$ state,
+# *You need* notebooks 01 and 02. *Time:* <!-- minutes --> minutes. *Symbols:* $x$ prompt, $y$ completion, $s_t = (x, y_{1:t})$ state,
 # $a_t = y_{t+1}$ action, $R(x,y)$ score of a whole completion, $\Pr(s)$ probability that $\pi$ reaches $s$, $D(\pi\|\pi_b)(s)$ KL in a
 # state. Here $\gamma = 1$ throughout.
 
@@ -211,8 +211,6 @@ print(
 # With samples we get an estimate, and its standard error falls like $1/\sqrt{n}$. For one text the variance is
 #
 # $$\mathrm{Var}\left[\log\tfrac{\pi(y)}{\pi_b(y)}\right] = \mathbb{E}\left[\left(\log\tfrac{\pi(y)}{\pi_b(y)}\right)^2\right] - D^2 \tag{3.8}$$
-#
-# **Predict** how many texts it takes until the standard error is ten per cent of the KL.
 
 # %%
 weights, log_ratio = tree.sequence_distribution(policy), by_hand - reference
@@ -220,6 +218,15 @@ spread = (weights * (log_ratio - over_texts) ** 2).sum()
 check.equation(
     "3.8", spread, (weights * log_ratio**2).sum() - tree.sequence_kl(policy) ** 2
 )
+print(f"KL of a text: D = {over_texts:.2f} nats")
+print(f"mean square of its log-ratio: {(weights * log_ratio**2).sum():.2f}")
+
+# %% [markdown]
+# **Predict** from these two numbers how many texts it takes until the standard error of the mean, $\sqrt{\mathrm{Var}/n}$, is ten per
+# cent of $D$. Are our 400 enough?
+
+# %%
+print(f"variance {spread:.2f}: one text is off by {spread.sqrt() / over_texts:.1f} D")
 print(f"exact KL {over_texts:.4f}, our 400 texts say {per_text.mean():.4f}")
 print(f"texts needed for 10 %: about {spread / (0.1 * over_texts) ** 2:.0f}")
 

@@ -7,7 +7,7 @@
 # each is to be trusted; tell an estimator of the *value* from a loss with the right *gradient*; and avoid two bugs that
 # make a KL negative.
 #
-# *You need* notebook 01. *Time:* 45 minutes. *Symbols:* $\ell = \log\frac{\pi(a)}{\pi_b(a)}$ log-ratio of a sampled action, $D$
+# *You need* notebook 01. *Time:* <!-- minutes --> minutes. *Symbols:* $\ell = \log\frac{\pi(a)}{\pi_b(a)}$ log-ratio of a sampled action, $D$
 # KL, $k_1, k_2, k_3$ the estimators.
 
 # %%
@@ -241,24 +241,26 @@ def my_k3(log_ratio):
 check.exercise("4.1", my_k3)
 
 # %% [markdown]
-# ### Exercise 4.2 · A loss whose gradient is ∇KL
+# ### Exercise 4.2 · Samples from an older policy
 #
-# From `logits` and probabilities `ref`, both [A], return a loss $\sum_a \pi(a)\,f(a)$ in which the weights $\pi(a)$ are *held fixed*
-# (they stand for sampling: `.detach()` them), and whose gradient in the logits is $\nabla D(\pi\|\pi_b)$. So the KL itself, whose
-# weights are live, won't do: of samples one only has $f$. (The check tells the two apart by their second derivatives.)
+# A batch is often used for several steps. From the second step on its actions come from an older policy $\pi_{old}$, and $\pi$ has
+# moved on, while (4.5) to (4.8) are means over $\pi$. From `logprobs`, `old_logprobs` and `ref_logprobs` of the sampled
+# actions, that is $\log\pi$, $\log\pi_{old}$ and $\log\pi_b$, each [N], return a loss, the mean of something over the samples, whose
+# expected gradient is $\nabla D(\pi\|\pi_b)$ at the *present* $\pi$. Gradients flow through `logprobs` only. (In the check each action
+# occurs exactly as often as $\pi_{old}$ says, so that there is no noise.)
 #
 # <!-- hints 4.2 -->
 
 
 # %%
-def my_surrogate(logits, ref):
+def my_penalty(logprobs, old_logprobs, ref_logprobs):
     # BEGIN SOLUTION
-    logp = torch.log_softmax(logits, -1)
-    return (logp.exp().detach() * 0.5 * (logp - ref.log()) ** 2).sum()
+    ratio = (logprobs - old_logprobs).exp().detach()
+    return (ratio * 0.5 * (logprobs - ref_logprobs) ** 2).mean()
     # END SOLUTION
 
 
-check.exercise("4.2", my_surrogate)
+check.exercise("4.2", my_penalty)
 
 # %% [markdown]
 # ### Open question

@@ -6,19 +6,21 @@
 # *After this notebook you can* compute temporal-difference errors for a language model; sum them over many steps in
 # three equivalent ways; say what λ trades; and keep padding out of all of it.
 #
-# *You need* notebooks 01 (the Q of a policy), 02 (values) and 03 (text as a decision process, masks). *Time:* 45 minutes. *Symbols:* index $t$
+# *You need* notebooks 01 (the Q of a policy), 02 (values) and 03 (text as a decision process, masks). *Time:* <!-- minutes --> minutes. *Symbols:* index $t$
 # holds the action $a_t$, the value $V(s_t)$ and the reward $r_{t+1}$ that follows; $\gamma$ discount, $\lambda$ how far to look,
 # $\delta$ temporal-difference (TD) error, $\Delta$ its λ-sum, $\hat G$ target, $\alpha$ how far it goes; $\tau$ price of the Kullback–Leibler divergence (KL).
 
 # %%
 import torch
 
+from klq_edu.core.improvement import action_values
 from klq_edu.core.returns import forward_view, gae, kl_shaped_rewards, lambda_returns
 from klq_edu.course import explore, source, start
 from klq_edu.course.chapters.c05_lambda_returns import (
     LAMBDA,
     bias_and_variance,
     every_completion,
+    mean_given,
 )
 from klq_kernels import reference
 
@@ -27,11 +29,17 @@ check = start("05")
 # %% [markdown]
 # ## One step ahead
 #
-# The model has written a few tokens and gets a score at the end. Was the second token a good one? We have a guess of what
-# it was worth, which by (1.10) is $Q(s_t,a_t) = \tau\log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)$. One step later we know a little more: the reward
+# The model has written a few tokens and gets a score at the end. Was the second token a good one? Suppose we have a *value head*: a
+# second output of the model, which guesses what each prefix is worth, $V(s_t)$, one number beside the logits. (Whatever does that,
+# a head or a network of its own, is called a *critic*.) Then we also have a guess of what the token
+# was worth, which by (1.10) is $Q(s_t,a_t) = \tau\log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)$. One step later we know a little more: the reward
 # $r_{t+1}$, and the value of where we are now. The difference between the two is the TD error, the paper's (14):
 #
 # $$\delta_t = r_{t+1} + \gamma V(s_{t+1}) - \left(\tau \log\frac{\pi(a_t|s_t)}{\pi_b(a_t|s_t)} + V(s_t)\right) \tag{5.1}$$
+#
+# The sum of such errors is what this notebook is about. It is called *generalised advantage estimation* (GAE) in *proximal policy
+# optimisation* (PPO), the usual algorithm for training language models by a reward: that makes tokens that went better
+# than expected more likely, and takes the sum for *how much better*. Notebook 07 compares the two in full.
 #
 # After the last token there is no state, so its value is 0. Our batch has three completions of different lengths, with
 # padding that is filled with NaN (not a number) on purpose: what is padding must never be read.
@@ -56,14 +64,63 @@ for b in range(B):
 check.equation("5.1", out.td_errors, delta)
 
 # %% [markdown]
+# ## Two Qs
+#
+# In notebook 02 a $Q$ was something else: $Q_\pi(s,a) = r(s,a) + \gamma V_\pi(s')$ by (2.1) is what a token *is* worth if $\pi$ goes on from
+# there. The $Q$ in (5.1) is what model and value head *say* it is worth: it is read off $\pi$, $\pi_b$ and $V$, and no reward occurs in
+# it. Training is to make the second like the first, and $\delta$ sees the difference. If $V$ is right, it is the difference:
+#
+# $$\delta(s,a) = Q_\pi(s,a) - Q(s,a) \qquad (V = V_\pi) \tag{5.2}$$
+#
+# **Predict.** Let $V$ be right. Do the two then agree, for every token? On average?
+#
+# <details><summary>Compare</summary>
+#
+# On average, yes; for every token, only at the optimum. $Q$ says of *any* model that its choices are the best there are: by (1.10) $\pi$ is
+# the Boltzmann policy of $Q$. If $Q = Q_\pi$ throughout, $\pi$ is the Boltzmann policy of its own $Q_\pi$, and that is $\pi^*$ (notebook 02).
+#
+# </details>
+#
+# The check takes every state and every token of a small tree, for a random policy.
+
+# %%
+tree = every_completion()[0]
+other = torch.softmax(tree.ref.log() + torch.randn(tree.ref.shape), -1)
+price, discount = 0.3, 0.9
+
+Q_pi, V_pi = tree.evaluate(other, price, discount)
+Q_said = action_values(other, V_pi, tree.ref, price)
+errors = tree.td_errors(other, V_pi, price, discount)
+check.equation("5.2", errors, Q_pi - Q_said)
+print("V right: largest |Q_π − Q|", (Q_pi - Q_said).abs().max().item())
+
+Q_star, V_star, best = tree.optimum(price, discount)
+check.equation("5.2", action_values(best, V_star, tree.ref, price), Q_star)
+print(
+    "at the optimum:", tree.td_errors(best, V_star, price, discount).abs().max().item()
+)
+
+# %% [markdown]
+# For the average take (2.2) and its like for $Q$: the mean of $\tau\log\frac{\pi}{\pi_b}$ under $\pi$ is $\tau D$, in both, and cancels.
+#
+# $$\sum_a \pi(a|s)\left(Q_\pi(s,a) - Q(s,a)\right) = V_\pi(s) - V(s) \tag{5.3}$$
+#
+# The check takes values that are wrong.
+
+# %%
+nonsense = torch.randn(len(tree.ref))
+wrong = Q_pi - action_values(other, nonsense, tree.ref, price)
+check.equation("5.3", (other * wrong).sum(-1), V_pi - nonsense)
+
+# %% [markdown]
 # ## Many steps ahead
 #
 # One step ahead we still rely on $V$, which may be wrong. We could wait $n$ steps. Waiting adds the errors that we meet on
 # the way, discounted; the values in between cancel in pairs. So an $n$-step estimate of how much better it went is
 #
-# $$\Delta^{(n)}_t = \sum_{k=0}^{n-1} \gamma^k\,\delta_{t+k} \tag{5.2}$$
+# $$\Delta^{(n)}_t = \sum_{k=0}^{n-1} \gamma^k\,\delta_{t+k} \tag{5.4}$$
 #
-# **Predict.** What is left of all the values $V$ if $n$ reaches the end of the completion? (The answer is (5.8).)
+# **Predict.** What is left of all the values $V$ if $n$ reaches the end of the completion? (The answer is (5.10).)
 #
 # The check writes out what really happened over two steps in the first completion, without any $\delta$: two rewards, two
 # penalties (the one of the first token is in $Q$), and the value two states on.
@@ -72,14 +129,14 @@ check.equation("5.1", out.td_errors, delta)
 q = tau * (logp - logq) + values
 two_steps = rewards[0, 0] + gamma * (rewards[0, 1] - tau * (logp[0, 1] - logq[0, 1]))
 two_steps = two_steps + gamma**2 * values[0, 2] - q[0, 0]
-check.equation("5.2", out.td_errors[0, 0] + gamma * out.td_errors[0, 1], two_steps)
+check.equation("5.4", out.td_errors[0, 0] + gamma * out.td_errors[0, 1], two_steps)
 
 # %% [markdown]
 # Which $n$? Instead of choosing, mix them all, with weights that fall by $\lambda$ at each step:
 # $(1-\lambda)\lambda^{n-1}$ for $n = 1, 2, \dots$ They sum to 1. Collect what each $\delta_{t+k}$ gets: it occurs in all
 # $\Delta^{(n)}$ with $n > k$, whose weights sum to $\lambda^k$. The mixture becomes simple:
 #
-# $$\Delta_t = \sum_{k \ge 0} (\gamma\lambda)^k\,\delta_{t+k} \tag{5.3}$$
+# $$\Delta_t = \sum_{k \ge 0} (\gamma\lambda)^k\,\delta_{t+k} \tag{5.5}$$
 #
 # A completion ends. If $M$ errors are left, the estimates with $n \ge M$ are all the same, so the last one gets all the
 # remaining weight, $\lambda^{M-1}$.
@@ -94,31 +151,31 @@ for b in range(B):
             sum(gamma**k * delta[b, t + k] for k in range(n)) for n in range(1, M + 1)
         ]
         mixture[b, t] = sum(w * x for w, x in zip(weights, n_step))
-check.equation("5.3", out.advantages, mixture)
+check.equation("5.5", out.advantages, mixture)
 summed = forward_view(out.td_errors, mask, gamma=gamma, lam=lam)
-check.equation("5.3", summed, mixture)
+check.equation("5.5", summed, mixture)
 
 # %% [markdown]
 # ## Backwards is faster
 #
 # The sum costs $T^2$. But it contains itself: take out the first term, and a factor $\gamma\lambda$ from the rest.
 #
-# $$\Delta_t = \delta_t + \gamma\lambda\,\Delta_{t+1} \tag{5.4}$$
+# $$\Delta_t = \delta_t + \gamma\lambda\,\Delta_{t+1} \tag{5.6}$$
 #
 # One pass from the end to the start. That is the definition in the library:
 
 # %%
 source(reference.lambda_returns)
 later = torch.cat([out.advantages[:, 1:], torch.zeros(B, 1)], 1)
-check.equation("5.4", out.advantages, delta + gamma * lam * later)
+check.equation("5.6", out.advantages, delta + gamma * lam * later)
 
 # %% [markdown]
 # ## In parallel, faster still
 #
-# A graphics processing unit (GPU) hates waiting for $t+1$. Look at one step of (5.4) as a map, $x \mapsto \delta_t + a\,x$ with
+# A graphics processing unit (GPU) hates waiting for $t+1$. Look at one step of (5.6) as a map, $x \mapsto \delta_t + a\,x$ with
 # $a = \gamma\lambda$. Two maps in a row are again such a map:
 #
-# $$(a_1, b_1)\circ(a_2, b_2) = (a_1 a_2,\; b_1 + a_1 b_2) \tag{5.5}$$
+# $$(a_1, b_1)\circ(a_2, b_2) = (a_1 a_2,\; b_1 + a_1 b_2) \tag{5.7}$$
 #
 # This operation is associative, so one may compose in any grouping, and in parallel. In the first round every position composes its
 # map with that of its right neighbour, in the second with what then stands 2 to the right, then 4, then 8. For $T = 4$: position 0
@@ -128,31 +185,31 @@ check.equation("5.4", out.advantages, delta + gamma * lam * later)
 # %%
 a1, b1, a2, b2 = gamma * lam, delta[0, 0], gamma * lam, delta[0, 1]
 a, b = a1 * a2, b1 + a1 * b2
-check.equation("5.5", b + a * out.advantages[0, 2], out.advantages[0, 0])
+check.equation("5.7", b + a * out.advantages[0, 2], out.advantages[0, 0])
 
 # %% [markdown]
 # ## The target, and PPO's name for it
 #
 # KLQ (KL-regularised Q-learning) goes a part $\alpha$ of the way from $Q$ to what it saw, the paper's (7):
 #
-# $$\hat G_t = Q(s_t,a_t) + \alpha\,\Delta_t \tag{5.6}$$
+# $$\hat G_t = Q(s_t,a_t) + \alpha\,\Delta_t \tag{5.8}$$
 
 # %%
 alpha = 0.3
 goals = lambda_returns(
     rewards, values, logp, logq, mask, tau=tau, gamma=gamma, lam=lam, alpha=alpha
 ).targets
-check.equation("5.6", goals[mask], (q + alpha * mixture)[mask])
+check.equation("5.8", goals[mask], (q + alpha * mixture)[mask])
 
 # %% [markdown]
-# PPO (proximal policy optimisation) calls the same sum generalised advantage estimation, GAE. It subtracts the KL from the
-# reward instead of putting it into $Q$. Notebook 07 proves that this is the same; here is a first look.
+# PPO calls the same sum GAE, and takes it as its advantage $\hat A$: how much better the token was than the state it was chosen in.
+# It subtracts the KL from the reward instead of putting it into $Q$. Notebook 07 proves that this is the same; here is a first look.
 #
-# $$\hat A^{GAE}_t\left(r - \tau\log\tfrac{\pi}{\pi_b}\right) = \Delta_t \tag{5.7}$$
+# $$\hat A^{GAE}_t\left(r - \tau\log\tfrac{\pi}{\pi_b}\right) = \Delta_t \tag{5.9}$$
 
 # %%
 shaped = kl_shaped_rewards(rewards, logp, logq, tau)
-check.equation("5.7", gae(shaped, values, mask, gamma=gamma, lam=lam), mixture)
+check.equation("5.9", gae(shaped, values, mask, gamma=gamma, lam=lam), mixture)
 
 # %% [markdown]
 # > **People ask: is the critic a Q or a V? Why is there a value for every token?**
@@ -172,29 +229,38 @@ print("largest |Q − V|:", (q_at_reference - values)[mask].abs().max().item())
 # $\lambda = 0$ believes $V$ at the next state. $\lambda = 1$ waits for the end and believes one sampled completion. The first is biased
 # if $V$ is wrong; the second is right on average but noisy. How biased, how noisy? On a small tree we need not sample: we take
 # *all* completions with their probabilities. First, that $\lambda = 1$ is right on average, however wrong $V$ is. Write out the sum
-# (5.3) at $\lambda = 1$: each $V(s_{t+1})$ enters once with $+\gamma$ and once, a step later, with a minus. They cancel in pairs (the sum
-# *telescopes*) and $V(s_0) + \Delta_0 = \sum_k \gamma^k\left(r_{k+1} - \tau\log\frac{\pi}{\pi_b}(a_k|s_k)\right)$. No value is left: that answers
-# the question above. And the average of what is left is, by (3.6),
+# (5.5) at $\lambda = 1$: each $V(s_{t+1})$ enters once with $+\gamma$ and once, a step later, with a minus. They cancel in pairs (the sum
+# *telescopes*) and $V(s_t) + \Delta_t = \sum_k \gamma^k\left(r_{t+k+1} - \tau\log\frac{\pi}{\pi_b}(a_{t+k}|s_{t+k})\right)$. No value is left: that
+# answers the question above. The average of what is left is what the policy is worth from here, in *every* state:
 #
-# $$\mathbb{E}\left[V(s_0) + \Delta_0\right] = V_\pi(s_0) \qquad (\lambda = 1) \tag{5.8}$$
+# $$\mathbb{E}\left[V(s_t) + \Delta_t \,\middle|\, s_t = s\right] = V_\pi(s) \qquad (\lambda = 1) \tag{5.10}$$
+#
+# Know the token as well, and its own log-ratio is no longer averaged: it stays, in $Q$. So $\Delta$ at $\lambda = 1$ is a sample of the
+# difference between the two Qs, with no need for (5.2)'s true values:
+#
+# $$\mathbb{E}\left[\Delta_t \,\middle|\, s_t = s,\, a_t = a\right] = Q_\pi(s,a) - Q(s,a) \qquad (\lambda = 1) \tag{5.11}$$
+#
+# Both are checked in all states, with the same random policy and the same nonsense for $V$.
 
 # %%
 tree, states, tokens, tree_rewards, probability = every_completion()
-nonsense = torch.randn(len(tree.ref))[states]
 ones = torch.ones_like(states, dtype=torch.bool)
-lp = tree.ref[states, tokens].log()
-other = torch.softmax(tree.ref.log() + torch.randn(tree.ref.shape), -1)
-other_lp = other[states, tokens].log()
-long = lambda_returns(tree_rewards, nonsense, other_lp, lp, ones, tau=0.3, lam=1.0)
-estimate = nonsense[:, 0] + long.advantages[:, 0]
-average = (other_lp.sum(1).exp() * estimate).sum()
-check.equation("5.8", average, tree.evaluate(other, 0.3)[1][0])
+lp, other_lp = tree.ref[states, tokens].log(), other[states, tokens].log()
+long = lambda_returns(
+    tree_rewards, nonsense[states], other_lp, lp, ones,
+    tau=price, gamma=discount, lam=1.0,
+).advantages  # fmt: skip
+chance = other_lp.sum(1, keepdim=True).exp().expand_as(long)
+mean = mean_given((states,), chance, nonsense[states] + long, V_pi.shape)
+check.equation("5.10", mean, V_pi)
+mean = mean_given((states, tokens), chance, long, Q_pi.shape)
+check.equation("5.11", mean, wrong)
 
 # %% [markdown]
-# And the error of the estimate $\hat V = V(s_0) + \Delta_0$ (which is $\hat G$ at $\alpha = 1$, less the log-ratio's part of $Q$) is the sum of
+# And with $\lambda < 1$? Look at the first token, under the reference itself. The error of the estimate $\hat V = V(s_0) + \Delta_0$ (which is $\hat G$ at $\alpha = 1$, less the log-ratio's part of $Q$) is the sum of
 # two parts, for every λ:
 #
-# $$\mathbb{E}\left[(\hat V - V_\pi)^2\right] = \left(\mathbb{E}[\hat V] - V_\pi\right)^2 + \mathrm{Var}[\hat V] \tag{5.9}$$
+# $$\mathbb{E}\left[(\hat V - V_\pi)^2\right] = \left(\mathbb{E}[\hat V] - V_\pi\right)^2 + \mathrm{Var}[\hat V] \tag{5.12}$$
 #
 # **Predict** where the sum is smallest when $V$ is perfect, and when it is useless.
 
@@ -205,7 +271,7 @@ guess = (truth + 0.5 * noise)[states]
 mid = lambda_returns(tree_rewards, guess, lp, lp, ones, tau=0.3, lam=0.7)
 target = guess[:, 0] + mid.advantages[:, 0]
 squared_error = (probability * (target - truth[0]) ** 2).sum()
-check.equation("5.9", squared_error, torch.tensor(bias_and_variance(0.7)).sum())
+check.equation("5.12", squared_error, torch.tensor(bias_and_variance(0.7)).sum())
 
 # %%
 explore(LAMBDA)
@@ -290,9 +356,10 @@ check.exercise("5.2", my_scan)
 # %% [markdown]
 # ## Remember
 #
-# $\delta_t$ compares $Q$ with one step of reality (5.1); $\Delta$ adds up later errors with weights $(\gamma\lambda)^k$, as a sum,
-# as a recursion, or as a scan (5.3 to 5.5); the target goes $\alpha$ of the way (5.6). After the last token the value is 0, and
-# padding is never read.
+# $Q$ is what model and value head say, $Q_\pi$ what a token is worth; on average over the policy they differ by the error of $V$ (5.3).
+# $\delta_t$ compares $Q$ with one step of reality (5.1). $\Delta$ adds up later errors with weights $(\gamma\lambda)^k$, as a sum, as a
+# recursion, or as a scan (5.5 to 5.7), and at $\lambda = 1$ it is a sample of $Q_\pi - Q$, however wrong $V$ is (5.11); the target goes
+# $\alpha$ of the way (5.8). After the last token the value is 0, and padding is never read.
 #
 # *In the library:* `klq_kernels.lambda_returns`; `klq_edu.core.returns` (`gae`, `forward_view`, `kl_shaped_rewards`).
 # *Next:* notebook 06 makes a loss of the target.

@@ -10,7 +10,7 @@
 #
 # *You need* notebooks 01 (Boltzmann policies), 04 (the estimator $k_2$), 05 (λ-returns) and 06 (the loss of KLQ, KL-regularised
 # Q-learning).
-# *Time:* 60 minutes. *Symbols:* $\pi_b$ reference, $\pi_{old}$ the policy that sampled the batch, $\tau$ price of the
+# *Time:* <!-- minutes --> minutes. *Symbols:* $\pi_b$ reference, $\pi_{old}$ the policy that sampled the batch, $\tau$ price of the
 # Kullback–Leibler divergence (KL) $D$, $\alpha$ step size, $\delta$ temporal-difference error, $\Delta$ its λ-sum,
 # $\hat A$ the advantage of PPO (proximal policy optimisation), $\rho = \pi/\pi_{old}$, $\beta$ PPO's penalty.
 
@@ -34,11 +34,10 @@ from klq_edu.core.returns import gae, kl_shaped_rewards, lambda_returns, whiten
 from klq_edu.core.tree import TokenTree
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c07_ppo_in_disguise import (
-    ALONE,
     GAP,
-    PLAIN,
-    gap,
     grammar_batch,
+    habits,
+    second_epoch,
 )
 from klq_edu.figures import exact_steps
 from klq_kernels.reference import kl_divergence
@@ -210,41 +209,73 @@ typed = old * (alpha * Delta / tau).exp()
 check.equation("7.6", new, typed / typed.sum(-1, keepdim=True))
 
 # %% [markdown]
-# Where does PPO's penalty version end, the one that subtracts $\beta D(\pi\|\pi_{old})$ instead of clipping? It
-# maximises, in each state,
-# $\;\mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old})$: the value of the next choice with the KL to $\pi_b$ charged
-# afresh for the new $\pi$, as notebook 02 charges it, and not frozen into the reward. Three moves show that it is the same policy.
+# Where does PPO's penalty version end, the one that subtracts $\beta D(\pi\|\pi_{old})$ instead of clipping? We need its objective
+# first, in each state, and it follows from the surrogate in two moves.
 #
-# **First move.** $Q_{old}$ belongs to $\pi_{old}$, its soft value is $V_{old}$ (1.10), and equation (1.6) of notebook 01 says what any
-# other policy gets from it:
+# **First move.** Write $\hat A$ out. It is $\Delta$, what (7.2) and (7.3) make of the rewards of (7.1), so
+# $\hat A = (Q_{old} + \Delta) - V_{old} - \tau\log\frac{\pi_{old}}{\pi_b}$. A mean over $\pi_{old}$ with weight $\rho$ is a mean over $\pi$:
 #
-# $$\mathbb{E}_\pi[Q_{old}] - \tau D(\pi\|\pi_b) = V_{old} - \tau D(\pi\|\pi_{old}) \tag{7.7}$$
+# $$\mathbb{E}_{\pi_{old}}[\rho\hat A] = \mathbb{E}_\pi[Q_{old} + \Delta] - V_{old} - \tau\,\mathbb{E}_\pi\left[\log\frac{\pi_{old}}{\pi_b}\right] \tag{7.7}$$
 #
-# So a penalty against the reference *is* a penalty against the old policy, once $Q_{old}$ is there. We try a thousand
-# random policies in the first state.
+# The log-ratio in the last term is *frozen*: it was computed when the batch was sampled. As $\pi$ moves, it is weighed anew, but $\pi_{old}$ stays inside.
+# For the check we make $\hat A$ by PPO's route alone, from KL-shaped rewards and $V$, back from the last token. A thousand random
+# policies in the first state go through the library's surrogate, its clip out of reach. (It takes a plain mean over the
+# four tokens; the factor $4\,\pi_{old}$ makes of that a mean under $\pi_{old}$.)
 
 # %%
+frozen = kl_shaped_rewards(tree.rewards, old.log(), tree.ref.log(), tau)
+A_hat = torch.zeros_like(old)
+for level in reversed(tree.levels):
+    after = tree.children[level]
+    worth = torch.where(after >= 0, (V + (old * A_hat).sum(-1))[after], 0.0)
+    A_hat[level] = frozen[level] + gamma * worth - V[level, None]
+check.equation("7.7", A_hat, Delta)
+
+
+def surrogate_at(policy, state=0):
+    """E_old[ρÂ] in one state, with all its tokens."""
+    weighted, each = 4 * old[state] * A_hat[state], torch.ones(4).bool()
+    return -ppo_clip_loss(policy.log(), old[state].log(), weighted, each, clip=1e9)
+
+
 rivals = torch.softmax(2 * torch.randn(1000, 4), -1)
+surrogates = torch.stack([surrogate_at(policy) for policy in rivals])
+gain = rivals @ (Q_old + Delta)[0]
+kept = tau * rivals @ (old[0] / tree.ref[0]).log()
+check.equation("7.7", surrogates, gain - V[0] - kept)
+
+# %% [markdown]
+# **Second move.** Notebook 02 charges the KL to $\pi_b$ *afresh*, for the policy that is being chosen: $\tau\log\frac{\pi}{\pi_b}$ in the place of
+# $\tau\log\frac{\pi_{old}}{\pi_b}$. The mean of the difference under $\pi$ is $\tau D(\pi\|\pi_{old})$, and that is all there is to it:
+#
+# $$\mathbb{E}_{\pi_{old}}[\rho\hat A] - \tau D(\pi\|\pi_{old}) = \mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - V_{old} \tag{7.8}$$
+#
+# So a fresh price for leaving the reference *is* a frozen one and a brake against leaving $\pi_{old}$. (At $\Delta = 0$ the surrogate is 0,
+# and this is (1.6) of notebook 01 for $Q_{old}$, whose Boltzmann policy is $\pi_{old}$.)
+
+# %%
 ref0, old0 = tree.ref[0].expand(1000, 4), old[0].expand(1000, 4)
 to_ref = kl_divergence(rivals.log(), ref0.log())
 to_old = kl_divergence(rivals.log(), old0.log())
-check.equation("7.7", rivals @ Q_old[0] - tau * to_ref, V[0] - tau * to_old)
+check.equation("7.8", surrogates - tau * to_old, gain - tau * to_ref - V[0])
+check.equation("7.8", -tau * to_old, rivals @ Q_old[0] - tau * to_ref - V[0])
 
 # %% [markdown]
-# **Second move.** Put (7.7) into PPO's objective. Both penalties merge, and only the advantage is left of $Q$:
+# PPO with a penalty maximises the right-hand side less $\beta D(\pi\|\pi_{old})$. By (7.8) both penalties merge, and only the advantage
+# is left of $Q$ (the surrogate is $\mathbb{E}_\pi[\Delta]$ here):
 #
-# $$\mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old}) = V_{old} + \mathbb{E}_\pi[\Delta] - (\tau + \beta)\,D(\pi\|\pi_{old}) \tag{7.8}$$
+# $$\mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - \beta D(\pi\|\pi_{old}) = V_{old} + \mathbb{E}_\pi[\Delta] - (\tau + \beta)\,D(\pi\|\pi_{old}) \tag{7.9}$$
 
 # %%
 beta = penalty_coefficient(tau, alpha)
-left = rivals @ (Q_old + Delta)[0] - tau * to_ref - beta * to_old
-check.equation("7.8", left, V[0] + rivals @ Delta[0] - (tau + beta) * to_old)
+left = gain - tau * to_ref - beta * to_old
+check.equation("7.9", left, V[0] + rivals @ Delta[0] - (tau + beta) * to_old)
 
 # %% [markdown]
 # **Third move.** By notebook 01 the best policy of the right-hand side is $\pi_{old}\,e^{\Delta/(\tau+\beta)}$, normalised.
 # Compare with (7.6): they agree when $\tau + \beta = \tau/\alpha$, that is, for the paper's (18),
 #
-# $$\beta = \frac{\tau\,(1-\alpha)}{\alpha} \tag{7.9}$$
+# $$\beta = \frac{\tau\,(1-\alpha)}{\alpha} \tag{7.10}$$
 #
 # This is an equation about algorithms, so we check it on them: the library's PPO-penalty step against its KLQ step, in
 # every state, for several $\alpha$, with this $\beta$ typed in.
@@ -253,8 +284,8 @@ check.equation("7.8", left, V[0] + rivals @ Delta[0] - (tau + beta) * to_old)
 for a in (0.1, 0.3, 0.7, 1.0):
     step = klq_step(old, V, Delta, tree.ref, tau, a)[0]
     penalty = ppo_penalty_step(old, Q_old + Delta, tree.ref, tau, tau * (1 - a) / a)
-    check.equation("7.9", penalty, step)
-check.equation("7.9", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha))
+    check.equation("7.10", penalty, step)
+check.equation("7.10", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha))
 
 # %% [markdown]
 # **Read it.** A small step size is a strong penalty: $\alpha = 0.1$ means $\beta = 9\tau$. At $\alpha = 1$ there is no
@@ -262,36 +293,49 @@ check.equation("7.9", torch.tensor(beta), torch.tensor(tau * (1 - alpha) / alpha
 # alone.
 #
 # **Which one do I set in a trainer?** A trainer keeps $\hat A = \Delta$, with the KL to $\pi_b$ frozen into it by (7.3), and adds a
-# penalty $c\,D(\pi\|\pi_{old})$ to $-\mathbb{E}[\rho\hat A]$. Then $Q_{old}$ and the reference are gone from the objective, (7.8) has been
+# penalty $c\,D(\pi\|\pi_{old})$ to $-\mathbb{E}[\rho\hat A]$. Then $Q_{old}$ and the reference are gone from the objective, (7.9) has been
 # used already, and the right coefficient is not $\beta$ but
 #
-# $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \text{argmax}_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.10}$$
+# $$\tau + \beta = \frac{\tau}{\alpha}, \qquad \pi_{new} = \text{argmax}_\pi\; \mathbb{E}_\pi[\Delta] - \frac{\tau}{\alpha}\,D(\pi\|\pi_{old}) \tag{7.11}$$
 
 # %%
 bare, best = kl_penalised_argmax(Delta, (old, tau / alpha))
-check.equation("7.10", bare, new)
+check.equation("7.11", bare, new)
 
 # %% [markdown]
 # Does a trainer that minimises the library's `ppo_penalty_loss` end there? Give it every token of every state. Its value at $\pi_{new}$ must
-# be minus the maximum in (7.10), and no other policy may get below. (It takes a plain mean over tokens; the factor $4\,\pi_{old}$ makes of
-# that a mean under $\pi_{old}$, since there are four tokens.)
+# be minus the maximum in (7.11), no other policy may get below, and its gradient must vanish there. At $\pi_{old}$ the penalty is flat: the
+# gradient is the bare surrogate's, whatever the coefficient.
 
 # %%
 everywhere = torch.ones_like(old, dtype=torch.bool)
 
 
-def trainer_loss(policy):
+def trainer_loss(policy, c=tau / alpha):
     kl = kl_divergence(policy.log(), old.log())[:, None].expand_as(old)
-    weighted, c = 4 * old * Delta, tau / alpha
+    weighted = 4 * old * Delta
     return ppo_penalty_loss(
         policy.log(), old.log(), weighted, everywhere, coef=c, kl=kl
     )
 
 
-check.equation("7.10", trainer_loss(new), -best.mean())
+check.equation("7.11", trainer_loss(new), -best.mean())
 others = torch.softmax(new.log() + 0.3 * torch.randn(100, *new.shape), -1)
 losses = torch.stack([trainer_loss(other) for other in others])
-check.inequality("7.10", -best.mean().expand(100), losses)
+check.inequality("7.11", -best.mean().expand(100), losses)
+
+
+def slope(policy, c=tau / alpha):
+    """Gradient of the trainer's loss in the logits of every state."""
+    z = policy.log().requires_grad_()
+    return torch.autograd.grad(trainer_loss(torch.softmax(z, -1), c), z)[0]
+
+
+surrogate_slope = -old * (Delta - (old * Delta).sum(-1, keepdim=True)) / len(old)
+check.equation("7.11", slope(new), torch.zeros_like(new))
+for c in (0.1, beta, tau / alpha):
+    check.equation("7.11", slope(old, c), surrogate_slope)
+    print(f"c = {c:.2f}: slope at KLQ's policy {slope(new, c).norm():.0e}")
 
 # %% [markdown]
 # It is a trap that has caught many readers: $c = \tau/\alpha$ beside the bare advantage, $\beta = \tau/\alpha - \tau$ beside $Q_{old} + \Delta$ and
@@ -299,7 +343,7 @@ check.inequality("7.10", -best.mean().expand(100), losses)
 # form. Near $\pi_{old}$ the two hardly differ.)
 #
 # And the *values*? Claim 3 is about policies. Fitted exactly, PPO's critic ends at $V_{old} + \mathbb{E}_{\pi_{old}}[\Delta]$, a plain mean;
-# KLQ's ends, by (6.7), at a soft mean, $V_{old} + \tau\log\mathbb{E}_{\pi_{old}}[e^{\alpha\Delta/\tau}]$, which goes about $\alpha$ of the way. They differ
+# KLQ's ends, by (6.8), at a soft mean, $V_{old} + \tau\log\mathbb{E}_{\pi_{old}}[e^{\alpha\Delta/\tau}]$, which goes about $\alpha$ of the way. They differ
 # even at $\alpha = 1$:
 
 # %%
@@ -329,10 +373,10 @@ source(ppo_penalty_step)
 # Claim 3 speaks of tables and exact fits. What does KLQ do to a *sampled* token? Hold $V$ at $V_{old}$ and write
 # $\ell = \log\frac{\pi}{\pi_{old}}$, a log-ratio to the *old* policy now. Then $Q_\theta - \hat G = \tau\ell - \alpha\Delta$, and the square has three terms:
 #
-# $$\tfrac12(\tau\ell - \alpha\Delta)^2 = \alpha\tau\left[-\Delta\,\ell + \frac{\tau}{\alpha}\cdot\tfrac12\,\ell^2\right] + \tfrac12\alpha^2\Delta^2 \tag{7.11}$$
+# $$\tfrac12(\tau\ell - \alpha\Delta)^2 = \alpha\tau\left[-\Delta\,\ell + \frac{\tau}{\alpha}\cdot\tfrac12\,\ell^2\right] + \tfrac12\alpha^2\Delta^2 \tag{7.12}$$
 #
 # The first is PPO's surrogate with $\log\rho$ in place of $\rho$. The second is the estimator $k_2 = \tfrac12\ell^2$ of notebook
-# 04, a sampled penalty on $D(\pi\|\pi_{old})$ with just the coefficient $\tau/\alpha$ of (7.10), right to second order in $\ell$, since the
+# 04, a sampled penalty on $D(\pi\|\pi_{old})$ with just the coefficient $\tau/\alpha$ of (7.11), right to second order in $\ell$, since the
 # samples come from $\pi_{old}$ and not from $\pi$. The third does not depend on $\theta$. So one
 # square holds PPO's gain *and* PPO's brake.
 
@@ -343,7 +387,38 @@ square = klq_loss(
 )
 D = out.advantages
 parts = alpha * tau * (-D * ell + tau / alpha * 0.5 * ell**2) + 0.5 * (alpha * D) ** 2
-check.equation("7.11", square[mask], parts[mask])
+check.equation("7.12", square[mask], parts[mask])
+
+# %% [markdown]
+# Now differentiate. Beside it put PPO with a penalty of weight $c$ on the same samples. The library estimates $D(\pi\|\pi_{old})$ by
+# $\rho\log\rho - \rho + 1$, whose derivative in $\log\pi$ is $\rho\,\ell$:
+#
+# $$\frac{1}{\alpha\tau}\nabla L_{KLQ} = \mathbb{E}\Big[\Big(\frac{\tau}{\alpha}\,\ell - \Delta\Big)\nabla\log\pi\Big], \qquad \nabla L_{pen} = \mathbb{E}\Big[\rho\,(c\,\ell - \Delta)\,\nabla\log\pi\Big] \tag{7.13}$$
+#
+# At $\pi_{old}$, where $\rho = 1$ and $\ell = 0$, both are the policy gradient, whatever $c$ is. Away from it they agree, token by token, up to
+# the weight $\rho$, if and only if $c = \tau/\alpha$: both pull a token towards $\ell = \alpha\Delta/\tau$, which is (7.6) again. With $c = \beta$ PPO pulls
+# it further.
+
+
+# %%
+def gradient_at(new_logp, c=None):
+    """Per token: of PPO with penalty c, or of KLQ divided by ατ where c is None."""
+    new_logp = new_logp.detach().requires_grad_()
+    if c is None:
+        loss = klq_loss(new_logp, logq, values, out.targets, mask, tau=tau)
+        return torch.autograd.grad(loss / (alpha * tau), new_logp)[0]
+    loss = ppo_penalty_loss(new_logp, logp, D, mask, coef=c)
+    return torch.autograd.grad(loss, new_logp)[0]
+
+
+rho, N = ell.exp(), mask.sum()
+pull = torch.where(mask, tau / alpha * ell - D, 0.0)
+check.equation("7.13", gradient_at(logp + ell), pull / N)
+check.equation("7.13", gradient_at(logp + ell, tau / alpha), rho * pull / N)
+for c in (tau / alpha, beta):
+    check.equation("7.13", gradient_at(logp, c), gradient_at(logp))
+    apart = gradient_at(logp + ell, c) / rho - gradient_at(logp + ell)
+    print(f"c = {c:.2f}: apart by {apart.norm() / gradient_at(logp + ell).norm():.0e}")
 
 # %% [markdown]
 # ## Where it stops
@@ -352,64 +427,153 @@ check.equation("7.11", square[mask], parts[mask])
 # small transformer that has learnt a little grammar, trained by three KLQ updates, and the batch it samples next. On
 # this batch we compute both gradients, in all its parameters, and switch PPO's habits on.
 #
-# **Predict**, for the policy's parameters and for the critic's: which of these drive the gradients apart? Clipping; a value
-# coefficient of 1; a second epoch; whitening the advantages. We measure, in each group of parameters,
-# gap $= \|g_{PPO} - g\|/\|g\|$ with $g = \nabla L_{KLQ}/(\alpha\tau)$, which by (7.5) is 0 for plain PPO.
+# **Predict**, for the policy's parameters and for the critic's: which of these drive the gradients apart, at the first step and in a
+# second epoch? Clipping the ratios; clipping the values; a value coefficient of 1; whitening, or only one half of it: centring, scaling.
+# (For the second epoch both networks have taken a step down KLQ's gradient, long enough for some ratios to leave the clip.)
 
 # %%
 policy, rollout, config = grammar_batch()
 print(f"τ = {config.tau}, so KLQ's value coefficient is {1 / config.tau:g}")
 print(rollout.completions[:3])
+moved_rho, moved_V = second_epoch()
+print(f"second epoch: ρ from {moved_rho.min():.2f} to {moved_rho.max():.2f}", end=", ")
+print(f"{((moved_rho - 1).abs() > 0.2).double().mean():.0%} of them beyond the clip")
+print(f"{(moved_V.abs() > 0.2).double().mean():.0%} of the values moved by over 0.2")
 explore(GAP)
 
 # %% [markdown]
 # **Explain.** With nothing switched on, the gap is the rounding of float32: claim 2 holds on a neural network just as on
-# a table, since it never used the table. Each habit then does what the derivation says.
+# a table, since it never used the table. Now the sizes, habit by habit. We compare a gradient $g$ with the one it would be,
+# $g_0$: plain PPO with KLQ (divided by $\alpha\tau$) in the first line, and PPO with one habit with plain PPO, at the same
+# place, in the others. Each habit either does nothing or does much,
+#
+# $$\frac{\|g - g_0\|}{\|g_0\|} \le 10^{-5} \qquad\text{or}\qquad \frac{\|g - g_0\|}{\|g_0\|} \ge 0.3 \tag{7.14}$$
+#
+# and which one it is we say before we look: 1 for much, 0 for nothing.
 
 # %%
-for name, change in ALONE.items():
-    sizes = gap(**PLAIN | change)
-    print(f"{name:>20}: policy {sizes['policy']:.1e}, critic {sizes['critic']:.1e}")
+sizes = habits()
+changes = {  # first step: policy, critic; second epoch: policy, critic
+    "plain PPO (from KLQ)": (0, 0, 1, 1),
+    "ratios clipped": (0, 0, 1, 0),
+    "values clipped": (0, 0, 0, 1),
+    "value coefficient 1": (0, 1, 0, 1),
+    "centred": (1, 0, 1, 0),
+    "scaled": (1, 0, 1, 0),
+    "whitened": (1, 0, 1, 0),
+}
+said = torch.tensor([changes[name] for name in sizes.index]).bool()
+found = torch.tensor(sizes.to_numpy())
+check.inequality("7.14", found[~said], torch.full_like(found[~said], 1e-5))
+check.inequality("7.14", torch.full_like(found[said], 0.3), found[said])
+assert abs(sizes.iloc[3, 1] - (1 - config.tau)) < 1e-5  # value coefficient 1
+sizes.style.format("{:.1e}")
 
 # %% [markdown]
-# - *Clipping* is a rule about ratios that have moved. At the first step none has, so it changes nothing; later it stops
+# - *Clipping* is a rule about ratios, or values, that have moved. At the first step none has, so it changes nothing; later it stops
 #   the gradient of some tokens, where KLQ's square pulls them back.
-# - *The value coefficient* rescales the critic's part of (7.4) and leaves the policy's alone.
-# - *A second epoch* starts away from $\theta_{old}$. There KLQ's error contains $\tau\ell$, the brake of (7.11), which plain
-#   PPO lacks, and PPO has a ratio $\rho$, which KLQ lacks. The gap grows with the step.
-# - *Whitening* subtracts the mean of $\Delta$ and divides by its spread, for the policy's part. That is another
-#   estimator, and claim 1 is gone before any gradient is taken. For KLQ it is worse than for PPO: a constant taken from every
-#   $\Delta$ is a constant taken from every target, and $V$ learns the wrong level.
+# - *The value coefficient* rescales the critic's part of (7.4) and leaves the policy's alone: from $1/\tau$ to 1 it loses $1 - \tau$.
+# - *A second epoch* starts away from $\theta_{old}$. There KLQ's error contains $\tau\ell$, the brake of (7.12), which plain
+#   PPO lacks, and PPO has a ratio $\rho$, which KLQ lacks; and $V$ has moved, which couples policy and critic in KLQ only. The gap grows
+#   from 0 with the first step.
+# - *Whitening* is two habits, centring and scaling, for the policy's part. Both make another estimator, so claim 1 is gone before
+#   any gradient is taken. They are not equally bad, as we shall see.
 #
-# Two of them in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
+# The clips and whitening in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
 # Which is smaller? That depends on the sign of $\hat A$:
 #
-# $$\min\left(\rho\hat A,\; \mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A\right) = \min(\rho,\, 1+\varepsilon)\,\hat A \;\text{ if } \hat A \ge 0, \quad \max(\rho,\, 1-\varepsilon)\,\hat A \;\text{ if } \hat A < 0 \tag{7.12}$$
+# $$\min\left(\rho\hat A,\; \mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A\right) = \hat A\min(\rho, 1+\varepsilon) \text{ if } \hat A \ge 0,\; \hat A\max(\rho, 1-\varepsilon) \text{ else} \tag{7.15}$$
 #
 # A good token earns nothing beyond $1+\varepsilon$, a bad one nothing below $1-\varepsilon$. The other two sides stay open, so a step in the wrong
 # direction can be taken back. (With a maximum instead it would be the other way round.) The clip never promises more than $\rho\hat A$.
 
 # %%
-rho, eps = ell.exp(), 0.2
+eps = 0.2
 capped = torch.where(D >= 0, rho.clamp(max=1 + eps), rho.clamp(min=1 - eps)) * D
 surrogate = -ppo_clip_loss(logp + ell, logp, D, mask, clip=eps)
-check.equation("7.12", surrogate, capped[mask].mean())
-check.inequality("7.12", surrogate, (rho * D)[mask].mean())
+check.equation("7.15", surrogate, capped[mask].mean())
+check.inequality("7.15", surrogate, (rho * D)[mask].mean())
+
+# %% [markdown]
+# Many implementations clip the value head as well. With $G = V_{old} + \hat A$ they minimise
+#
+# $$L_V = \tfrac12\,\mathbb{E}\left[\max\left((V - G)^2,\; (\mathrm{clamp}(V,\, V_{old}\pm\varepsilon) - G)^2\right)\right] \;\ge\; \tfrac12\,\mathbb{E}\left[(V - G)^2\right] \tag{7.16}$$
+#
+# Where $V$ has left the interval $V_{old}\pm\varepsilon$ and is nearer to $G$ than the edge that it crossed, the clamped error is the larger
+# one, and it does not depend on $V$: such a value gets no gradient, however far it still has to go.
+
+# %%
+V_now = (values + 0.3 * torch.randn(mask.shape)).requires_grad_()
+G = values + D
+near = torch.minimum(torch.maximum(V_now, values - eps), values + eps)
+typed = 0.5 * torch.maximum((V_now - G) ** 2, (near - G) ** 2)[mask].mean()
+clipped = value_loss(V_now, G, mask, clip=eps, old_values=values)
+check.equation("7.16", clipped, typed)
+check.inequality("7.16", value_loss(V_now, G, mask), clipped)
+still = torch.autograd.grad(clipped, V_now)[0][mask] == 0
+nearer = (near != V_now) & ((V_now - G).abs() < (near - G).abs())
+check.equation("7.16", still.double(), nearer[mask].double())
+print(f"without a gradient: {still.double().mean():.0%} of the values")
 
 # %% [markdown]
 # Whitening, with the mean $\bar\Delta$ and the standard deviation $\sigma$ of all $\Delta$ in the batch:
 #
-# $$\hat A^{white}_t = \frac{\Delta_t - \bar\Delta}{\sigma} \tag{7.13}$$
-#
-# Dividing is another step size. Subtracting is worse, for it moves the zero. Here the mean is negative, so tokens that went worse than
-# expected, but not as badly as the average token, are now made *more* likely.
+# $$\hat A^{white}_t = \frac{\Delta_t - \bar\Delta}{\sigma} \tag{7.17}$$
 
 # %%
 real, white = D[mask], whiten(D, mask)[mask]
-sigma = real.std(correction=0)
-check.equation("7.13", white, (real - real.mean()) / (sigma + 1e-8))  # σ may be 0
+mean, sigma = real.mean(), real.std(correction=0)
+check.equation("7.17", white, (real - mean) / (sigma + 1e-8))  # σ may be 0
 turned = (white.sign() != real.sign()).double().mean()
-print(f"mean {real.mean():.2f}, σ {sigma:.2f}: {turned:.0%} of the signs change")
+print(f"mean {mean:.2f}, σ {sigma:.2f}: {turned:.0%} of the signs change")
+
+# %% [markdown]
+# What does each half do to the surrogate's gradient, $g(\hat A) = -\mathbb{E}[\hat A\,\nabla\log\pi]$?
+#
+# $$g\Big(\frac{\Delta}{\sigma}\Big) = \frac{1}{\sigma}\,g(\Delta), \qquad g(\Delta - \bar\Delta) = g(\Delta) + \bar\Delta\,\mathbb{E}[\nabla\log\pi] \tag{7.18}$$
+#
+# *Scaling* is another step size, for the policy alone: the direction stays, but against the critic's part the policy's weight changes, as
+# with another value coefficient. *Centring* turns signs: a token that went worse than expected, but not as badly as the average token,
+# is made *more* likely. For PPO that is harmless on average. Over all tokens of a state $\mathbb{E}_{\pi_{old}}[\nabla\log\pi] = \sum_a\nabla\pi = 0$, so $\bar\Delta$ is what
+# is called a *baseline*: what it changes is noise of the batch.
+
+
+# %%
+def policy_gradient(advantage):
+    loss = ppo_clip_loss(at_batch()[0], logp, advantage, mask)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+plain_gradient = policy_gradient(D)
+score = torch.autograd.grad(at_batch()[0][mask].mean(), logits)[0]
+check.equation("7.18", policy_gradient(D / sigma), plain_gradient / sigma)
+check.equation("7.18", policy_gradient(D - mean), plain_gradient + mean * score)
+over_all_tokens = (old * torch.log_softmax(logits, -1)).sum()
+average_score = torch.autograd.grad(over_all_tokens, logits)[0]
+check.equation("7.18", average_score, torch.zeros_like(old))
+for name, change in (("scaling", 1 / sigma - 1), ("centring", mean)):
+    added = change * (plain_gradient if name == "scaling" else score)
+    print(f"{name}: changes it by {added.norm() / plain_gradient.norm():.0%} here")
+
+# %% [markdown]
+# KLQ has no such baseline; $V$ does its work. Take $\bar\Delta$ off every $\Delta$ in KLQ's targets, and by (7.4) the gradient changes by
+#
+# $$\nabla L_{KLQ}(\Delta - \bar\Delta) - \nabla L_{KLQ}(\Delta) = \alpha\,\bar\Delta\;\mathbb{E}[\tau\,\nabla\log\pi + \nabla V] \tag{7.19}$$
+#
+# The first part is noise as before. The second is not: it has the same sign in every state, and no average makes it vanish. All values are
+# pulled to a level that is wrong by $\alpha\bar\Delta$. PPO is spared that, since its value head is fitted to the unwhitened $V_{old} + \Delta$.
+
+# %%
+new_logp, new_values = at_batch()
+loss = klq_loss(new_logp, logq, new_values, out.targets - alpha * mean, mask, tau=tau)
+centred = torch.cat([g.flatten() for g in torch.autograd.grad(loss, (logits, critic))])
+new_logp, new_values = at_batch()
+inner = (tau * new_logp + new_values)[mask].mean()
+shift = [alpha * mean * g for g in torch.autograd.grad(inner, (logits, critic))]
+check.equation("7.19", centred - klq_grad, torch.cat([g.flatten() for g in shift]))
+print(f"added in all to the slope of V: {shift[1].sum():.3f}, α times the mean")
+print(f"state by state: from {shift[1].min():.3f} to {shift[1].max():.3f}")
+assert (shift[1] * mean >= 0).all()
 
 # %% [markdown]
 # > **People ask: so is KLQ just PPO?**
@@ -426,7 +590,7 @@ print(f"mean {real.mean():.2f}, σ {sigma:.2f}: {turned:.0%} of the signs change
 # | the KL to $\pi_b$ | yes, moved across a minus sign (7.2) | nothing | a KL added to the reward of KLQ |
 # | $\Delta$ and $\hat A$ | yes, the same number (7.3) | equal $\gamma$, $\lambda$, $V$ | whitening |
 # | square and surrogate | same gradient up to $\alpha\tau$ (7.5) | $\theta = \theta_{old}$, value coefficient $1/\tau$ | the second epoch |
-# | $\alpha$ and penalty | same policy (7.9), other values | a table, all tokens, exact fits | sampled tokens, shared weights, the clip |
+# | $\alpha$ and penalty | same policy (7.10), other values | a table, all tokens, exact fits | sampled tokens, shared weights, the clip |
 #
 # ## Exercises
 #
@@ -512,13 +676,13 @@ check.exercise("7.3", my_matching_ppo)
 # ## Remember
 #
 # The penalty moves from the reward into $Q$: same $\delta$, same $\Delta$ (7.2, 7.3). The first gradient is PPO's with value
-# coefficient $1/\tau$ (7.5). The exact step is PPO-penalty with $\beta = \tau(1-\alpha)/\alpha$ beside $\tau D(\pi\|\pi_b)$ (7.9),
-# or $\tau/\alpha$ beside the bare advantage (7.10). It stops at whitening, at clipping once ratios have moved, at a second
-# epoch, and at every other value coefficient.
+# coefficient $1/\tau$ (7.5). The exact step is PPO-penalty with $\beta = \tau(1-\alpha)/\alpha$ beside $\tau D(\pi\|\pi_b)$ (7.10),
+# or $\tau/\alpha$ beside the bare advantage (7.11). It stops at whitening, at clipping once ratios or values have moved, at a second
+# epoch, and at every other value coefficient (7.14).
 #
 # *In the library:* `klq_edu.core.improvement` (`klq_step`, `ppo_penalty_step`, `penalty_coefficient`),
 # `klq_edu.core.returns` (`gae`, `lambda_returns`), and `klq_edu.rlhf.algorithms`, where both algorithms stand on one
-# page. *Next:* `make demo` lets the two race on a language model.
+# page. *Next:* notebook 08 turns the formulas into a loop, breaks it and repairs it; `make demo` lets the two race.
 
 # %%
 check.ledger()

@@ -7,7 +7,7 @@
 # the running statistics of a softmax, and say why a small KL (Kullback–Leibler divergence) drowns in float32, and which form of the
 # sum saves it.
 #
-# *You need* notebooks 04 (the exact KL and the estimator $k_3$) and 06 ($Q$ of a token). *Time:* 80 minutes. *Symbols:* $z$ and $r$ logits
+# *You need* notebooks 04 (the exact KL and the estimator $k_3$) and 06 ($Q$ of a token). *Time:* <!-- minutes --> minutes. *Symbols:* $z$ and $r$ logits
 # of policy and reference, $V$ size of the vocabulary (here never the value), $N$ rows, $m$ and $n$ running maxima, $s$, $t$, $h$, $w$, $b$
 # running sums, $g$ pivot, $\varphi(d) = e^{-d} - 1 + d$.
 #

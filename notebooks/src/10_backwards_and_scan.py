@@ -9,7 +9,7 @@
 # in one go (KLQ is KL-regularised Q-learning); write the λ-returns as a scan; and say how wrong a sum becomes in half precision.
 #
 # *You need* notebooks 05 (λ-returns, and their maps), 06 (the KLQ loss) and 09 (kernels in Triton for a graphics processing unit, GPU; the
-# maximum $m$ and the sum $s$ of a row). *Time:* 75 minutes. *Symbols:* $z$, $r$ a row of logits of policy and
+# maximum $m$ and the sum $s$ of a row). *Time:* <!-- minutes --> minutes. *Symbols:* $z$, $r$ a row of logits of policy and
 # reference, $V$ numbers each (or $V(s)$, a value: the brackets tell); $\kappa = 1/\text{temperature}$; $p = \text{softmax}(\kappa z)$, $q$ likewise of $r$; $y$ the token
 # that was sampled; $\ell = \log p_y$ its log-prob; $H$ entropy of $p$; $D$ the KL $D(p\|q)$; $N$ rows; $T$ tokens of a completion.
 #

@@ -1,11 +1,13 @@
 """The notebooks as files: every displayed equation checked, editions up to date, no solution in the student's, pages
 that ask no host for anything. That the full editions run is nbval's part of `make test`."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import jupytext
@@ -16,7 +18,7 @@ from nbclient import NotebookClient
 
 from klq_edu.course import build as builder
 from klq_edu.course import html
-from klq_edu.course.build import EQUATION, TAG, build, drift, editions, equations, failures
+from klq_edu.course.build import EQUATION, build, drift, editions, equations, failures
 from klq_edu.course.chapters import load, load_all
 from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY
 from klq_edu.course.exercises import NOT_ATTEMPTED
@@ -25,6 +27,7 @@ CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 NAMES = {"TRL"}
 FOLDER = Path(__file__).parents[2] / "notebooks"
 CHAPTERS = load_all()
+PAGES = [*(c.name for c in CHAPTERS), "index"]
 chapters = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
 
 
@@ -45,7 +48,7 @@ def test_every_displayed_equation_is_checked_where_it_stands(chapter):
     for cell in full.cells:
         if cell.cell_type == "code":
             waiting -= set(CHECKED.findall(cell.source))
-        elif here := [TAG.search(e).group(1) for e in EQUATION.findall(cell.source)]:
+        elif here := [html.TAG.search(e).group(1) for e in EQUATION.findall(cell.source)]:
             assert not waiting, f"not checked before the next equation: {waiting}"
             waiting |= set(here)
     assert not waiting, f"never checked: {waiting}"
@@ -116,8 +119,9 @@ def test_editions_are_what_the_source_says(chapter):
     assert drift(FOLDER, chapter) == [], "run `klq course build`"
 
 
-def test_the_map_is_up_to_date():
-    assert (FOLDER / "README.md").read_text() == builder.course_map(FOLDER)
+@pytest.mark.parametrize("page", builder.OVERVIEWS)
+def test_the_map_and_the_start_page_are_up_to_date(page):
+    assert (FOLDER / page).read_text() == builder.overview(FOLDER, page)
 
 
 def test_drift_is_noticed(tmp_path):
@@ -180,7 +184,7 @@ def test_every_figure_has_a_text_alternative(chapter):
     assert outputs and all(len(o.metadata["image/png"]["alt"]) > 20 for o in outputs)
 
 
-def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_for_twins(tmp_path):
+def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_below_twins(tmp_path):
     text = "A price $p_1$ of `$5`:\n\n$$p = 1 \\tag{9.1}$$\n\n| a |\n|---|\n| $p$ |\n\n```\n$q$\n```\n\n"
     text += "<details><summary>Hint 1</summary>\n\n**Try** $p$.\n\n</details>"
     (tmp_path / "99-toy.html").write_text("<figure><script>0 < 1 && draw()</script></figure>")
@@ -188,6 +192,8 @@ def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_for_twins(tmp_
     twin = nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata=metadata)
     said = nbformat.v4.new_output("display_data", {"text/markdown": "and $p$"})
     cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("1", outputs=[twin, said])]
+    verdict = [nbformat.v4.new_output("stream", text="passed")]
+    cells += [nbformat.v4.new_code_cell("answer", metadata={"tags": ["answer"]}, outputs=verdict)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     page = html.page(notebook, CHAPTERS[1], CHAPTERS, tmp_path)
     assert page.count("<math") == 5 and 'display="block"' in page and "$p" not in page and page.count("9.1") == 1
@@ -196,33 +202,67 @@ def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_for_twins(tmp_
     )
     assert page.count("$5") == page.count("$q$") == 1 and "<strong>Try</strong>" in page
     assert re.search(r"<details>\s*<summary>Hint 1</summary>", page) and "</details>" in page
-    assert "0 < 1 && draw()" in page and "AAAA" not in page
-    assert f"{CHAPTERS[0].name}.html" in page and f"{CHAPTERS[2].name}.html" in page
-    assert "image/png" in notebook.cells[1].outputs[0].data, "the notebook itself keeps its twin"
+    (solution,) = re.findall(r"<details>\s*<summary>A solution</summary>(.*?)</details>", page, re.DOTALL)
+    assert "answer" in solution and "passed" in page and "passed" not in solution
+    assert page.index("AAAA") < page.index("and <math") < page.index("0 < 1 && draw()")
+    assert 'href="index.html"' in page and f"{CHAPTERS[0].name}.html" in page and f"{CHAPTERS[2].name}.html" in page
+    assert len(notebook.cells[1].outputs) == 2, "the notebook itself gets no page's sliders"
     notebook.cells[0].source = "$\\nonsense$"
     with pytest.raises(ValueError, match=r"latex2mathml does not know a command in \$\\nonsense\$"):
         html.page(notebook, CHAPTERS[1], CHAPTERS, tmp_path)
 
 
-@chapters
-def test_page_asks_no_host_for_anything(chapter):
-    page = (FOLDER / "html" / f"{chapter.name}.html").read_text()
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#|\d\d_\w+\.html)[^"']*""", page)
+@pytest.mark.parametrize("name", PAGES)
+def test_page_asks_no_host_for_anything(name):
+    page = (FOLDER / "html" / f"{name}.html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#|\d\d_\w+\.html|index\.html)[^"']*""", page)
     assert "@import" not in page and "url(http" not in page and "fetch(" not in page
-    assert "klq-widget" in page and "<math" in page and "$$" not in page
-    assert page.count('class="equation"') == len(equations(read(chapter)))
+
+
+@chapters
+def test_page_has_what_the_notebook_has_and_folds_what_a_reader_is_to_find(chapter):
+    page = (FOLDER / "html" / f"{chapter.name}.html").read_text()
+    assert "<math" in page and "$$" not in page and page.count('class="equation"') == len(equations(read(chapter)))
+    assert page.count("<summary>A solution</summary>") == len(chapter.exercises) and "<details open" not in page
+    unfolded = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert "check.exercise" not in re.sub("<[^>]*>", "", unfolded)
+    assert all(f"Exercise {n} passed" in unfolded for n in chapter.exercises)
+    assert all(page.count(word) == 1 for word in ('<figure class="klq-widget"', "Move the sliders:"))
+    assert '<div class="output_png' in page.split('<figure class="klq-widget"')[0].split("explore")[-1], "no twin"
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
-@chapters
-def test_page_works_in_a_browser_without_network(chapter, tmp_path):
+@pytest.mark.parametrize("name", PAGES)
+def test_page_works_in_a_browser_without_network_and_fits_a_small_screen(name, tmp_path):
+    """What is wider than 400 pixels scrolls in a box of its own, the page does not."""
+    said = in_a_browser((FOLDER / "html" / f"{name}.html").read_text(), tmp_path)
+    assert said["client"] == 400 and said["scroll"] <= 400, f"the page is {said['scroll']} pixels wide"
+    assert len(said["drawn"]) == (name != "index") and all(frame.isdigit() for frame in said["drawn"])
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_a_page_that_is_too_wide_is_noticed(tmp_path):
+    said = in_a_browser('<!DOCTYPE html><body><div style="width: 420px">wide</div></body>', tmp_path)
+    assert said["client"] == 400 < said["scroll"]
+
+
+def in_a_browser(page, folder):
+    """The widths of a page in 400 pixels, and which frame each widget has drawn; nothing may be logged."""
+    script = """
+        onload = () => {
+          const page = frames[0].document, root = page.documentElement;
+          const drawn = [...page.querySelectorAll(".klq-widget")].map(w => w.hidden ? "nothing" : w.dataset.frame);
+          const said = {client: root.clientWidth, scroll: root.scrollWidth, drawn};
+          document.body.textContent = JSON.stringify(said);
+        }"""  # in a frame, because a window is at least 500 pixels wide
+    frame = f'<iframe style="width: 400px; height: 800px; border: 0" srcdoc="{escape(page)}"></iframe>'
+    (folder / "page.html").write_text(f"<!DOCTYPE html><body>{frame}<script>{script}</script></body>")
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--v=0",
-        "--dump-dom", (FOLDER / "html" / f"{chapter.name}.html").as_uri(),
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}", "--enable-logging=stderr", "--v=0",
+        "--hide-scrollbars", "--dump-dom", (folder / "page.html").as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    widgets = re.findall(r'<figure class="klq-widget"[^>]*>', done.stdout)
-    assert widgets and all("data-frame=" in w for w in widgets), "a slider has not drawn its picture"
+    return json.loads(re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)[1])

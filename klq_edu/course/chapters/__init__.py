@@ -3,12 +3,15 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from klq_edu.course.exercises import Exercise, Wrong
+
+PARTS = ("theory", "practice", "kernels")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Chapter:
     Attributes:
         number, slug, title: "01", "one_state", "One state"; the module is called c01_one_state.
         question: the one sentence it answers.
-        minutes: for a reader who works through it.
+        part: of the course, one of PARTS.
         paper: the part of the paper it covers.
         functions: where it lives in the library.
         needs: the numbers of the earlier notebooks that it builds on.
@@ -30,7 +33,7 @@ class Chapter:
     slug: str
     title: str
     question: str
-    minutes: int
+    part: str
     paper: str
     functions: tuple[str, ...]
     needs: tuple[str, ...]
@@ -52,6 +55,8 @@ def load(number: str) -> Chapter:
     chapter = importlib.import_module(f"{__name__}.{modules[number]}").CHAPTER
     if modules[number] != f"c{chapter.name}":
         raise ValueError(f"the chapter in {modules[number]}.py calls itself {chapter.name}")
+    if chapter.part not in PARTS:
+        raise ValueError(f"notebook {number} belongs to a part of {PARTS}, not to {chapter.part!r}")
     return chapter
 
 
@@ -66,6 +71,17 @@ def load_all() -> list[Chapter]:
             raise ValueError(f"notebook {number} stands at {chapter.place} on the map, where {there[0]} is already")
         before[number] = chapter
     return [*before.values()]
+
+
+@contextmanager
+def float32():
+    """The precision that models are trained in, whatever the notebook's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def on_any_padding(answer: Callable, *arguments) -> dict[str, Tensor]:

@@ -14,36 +14,40 @@ from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 
-NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries
-    ("x, y", "prompt, completion", "–", "prompt, completion"),
-    ("s_t = (x, y_1..y_t), a_t = y_{t+1}", "state: prefix; action: next token", "s, a", "input_ids, labels"),
-    ("π_θ, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy"),
-    ("π_old", "the policy that sampled the batch", "π_old", "old_logprobs"),
-    ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta"),
-    ("γ", "discount: a reward one step later counts γ times as much", "γ", "gamma"),
-    ("λ", "how far the λ-return looks ahead", "λ", "lam"),
-    ("α", "step size of the target", "–", "–"),
-    ("R(x, y), r_{t+1}", "score of a text, reward of a token", "reward", "score"),
-    ("D(π‖π_b)(s)", "exact KL in a state", "KL", "–"),
-    ("J(π)", "objective: expected reward, less τ times the KL", "J", "–"),
-    ("V, Q", "value of a prefix; of a token after it", "V", "values"),
-    ("V_π, Q_π; V*, Q*", "values of the policy π; of the best policy π*", "V^π, Q^π", "–"),
-    ("π_Q, V_Q", "Boltzmann policy of Q and its soft value", "–", "–"),
-    ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages"),
-    ("m_t", "mask: whether position t holds a real token", "–", "mask"),
-    ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–"),
-    ("ρ = π/π_old", "ratio", "r(θ)", "ratio"),
-    ("ε", "PPO's clip", "ε", "cliprange"),
-    ("β", "here always the weight of KL(π‖π_old), as in PPO with a penalty", "β", "adaptive kl"),
-    ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef"),
-    ("[B, T]; [N]; [A]", "shapes: batch and tokens; all tokens; actions", "–", "–"),
+NOTATION = [  # symbol, meaning, name in PPO papers, name in training libraries, the notebook that brings it in
+    ("m_t", "mask: whether position t holds a real token", "–", "mask", "00"),
+    ("[B, T]; [N]; [A]", "shapes: batch and tokens; all tokens; actions", "–", "–", "00"),
+    ("π, π_b", "policy; reference policy", "π_θ, π_ref", "policy, ref_policy", "01"),
+    ("τ", "price of KL", "β (of the KL to the reference)", "kl_coef, beta", "01"),
+    ("D(π‖π_b)(s)", "exact KL in a state (notebook 01 has one state only)", "KL", "–", "01"),
+    ("V, Q", "value of a prefix; of a token after it", "V", "values", "01"),
+    ("J(π)", "objective: expected reward, less τ times the KL", "J", "–", "01"),
+    ("π_Q, V_Q", "Boltzmann policy of Q and its soft value", "–", "–", "01"),
+    ("γ", "discount: a reward one step later counts γ times as much", "γ", "gamma", "02"),
+    ("R(y), r", "score of a text, reward of a token", "reward", "score", "02"),
+    ("V_π, Q_π; V*, Q*", "values of the policy π; of the best policy π*", "V^π, Q^π", "–", "02"),
+    ("x, y", "prompt, completion", "–", "prompt, completion", "03"),
+    ("s_t = (x, y_1..y_t), a_t = y_{t+1}", "state: prefix; action: next token", "s, a", "input_ids, labels", "03"),
+    ("ℓ = log π/π_b", "log-ratio of an action that was sampled", "–", "logratio", "04"),
+    ("λ", "how far the λ-return looks ahead", "λ", "lam", "05"),
+    ("δ, Δ", "TD error, its λ-sum", "δ, Â", "delta, advantages", "05"),
+    ("α", "step size of the target", "–", "–", "05"),
+    ("Ĝ = Q + αΔ", "target of KLQ's regression", "–", "–", "05"),
+    ("π_θ, π_old", "the policy in training; the policy that sampled the batch", "π_θ, π_old", "old_logprobs", "06"),
+    ("ρ = π/π_old", "ratio", "r(θ)", "ratio", "07"),
+    ("ε", "PPO's clip", "ε", "cliprange", "07"),
+    ("β", "here always the weight of KL(π‖π_old), as in PPO with a penalty", "β", "adaptive kl", "07"),
+    ("1/τ", "KLQ's value coefficient", "c_1", "vf_coef", "07"),
 ]
+LATER = "05"  # the notebook from which on a symbol need not be known at the beginning
 GLOSSARY = {
     "CPU": "central processing unit: what every computer has",
     "EOS": "end of sequence: the token that ends a text",
     "GAE": "generalised advantage estimation: PPO's λ-sum of TD errors",
+    "GEMM": "general matrix multiplication: the product of two matrices",
     "GPU": "graphics processing unit: fast at many equal computations",
     "HTML": "hypertext markup language: pages for a browser",
+    "JSON": "a text format for settings and records",
     "KL": "Kullback–Leibler divergence: how far one distribution is from another, in nats",
     "KLQ": "KL-regularised Q-learning: the algorithm of this course",
     "MDP": "Markov decision process: states, actions, rewards, transitions",
@@ -56,9 +60,10 @@ GLOSSARY = {
 }
 
 
-def notation() -> pd.DataFrame:
-    """The notation table."""
-    return pd.DataFrame(NOTATION, columns=["here", "meaning", "in PPO papers", "in libraries"])
+def notation(later: bool = False) -> pd.DataFrame:
+    """The symbols that the first notebooks need, or those that come later, in the order in which they come in."""
+    rows = [row for row in NOTATION if (row[-1] >= LATER) == later]
+    return pd.DataFrame(rows, columns=["here", "meaning", "in PPO papers", "in libraries", "from notebook"])
 
 
 def glossary() -> pd.DataFrame:
@@ -73,11 +78,11 @@ def progress() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["notebook", "title", "passed", "exercises"])
 
 
-def draw_map(figure: FigureBase, notebook: str) -> None:
-    """The notebooks and what each needs; the chosen one, all it needs, and all that needs it."""
+def draw_map(figure: FigureBase, notebook: str | None) -> None:
+    """The notebooks and what each needs; the chosen one, if any, all it needs, and all that needs it."""
     (axis,) = plain_axes(figure)
     chapters = {c.number: c for c in load_all()}
-    before = _needed(notebook, chapters)
+    before = _needed(notebook, chapters) if notebook else set()
     after = {number for number in chapters if notebook in _needed(number, chapters)}
     look = {"arrowstyle": "->", "color": GREY, "shrinkA": 17, "shrinkB": 17}
     for number, chapter in chapters.items():
@@ -87,11 +92,12 @@ def draw_map(figure: FigureBase, notebook: str) -> None:
         colour = BLUE if here else "#cfe3f3" if number in before else "#fbe3c8" if number in after else "white"
         edge = ORANGE if number in after else BLUE if here or number in before else GREY
         rim = {"boxstyle": "circle,pad=0.35", "fc": colour, "ec": edge, "ls": "--" if number in after else "-"}
-        axis.text(x, y, number, ha="center", va="center", color="white" if here else "black", bbox=rim)
-        axis.text(x, y - 0.42, chapter.short, ha="center", va="top", fontsize=8)
+        text = {"ha": "center", "url": f"{chapter.name}.html"}  # a link, where a page draws it as SVG
+        axis.text(x, y, number, va="center", color="white" if here else "black", bbox=rim, **text)
+        axis.text(x, y - 0.42, chapter.short, va="top", fontsize=8, bbox={"fc": "white", "lw": 0, "pad": 1}, **text)
     (left, right), (low, high) = _extent(chapters.values())
     limits = {"xlim": (left - 0.6, right + 0.6), "ylim": (low - 0.8, high + 0.6)}
-    axis.set(**limits, title=f"notebook {notebook}: {chapters[notebook].short}")
+    axis.set(**limits, title=f"notebook {notebook}: {chapters[notebook].short}" if notebook else "")
     axis.axis("off")
 
 
@@ -116,8 +122,8 @@ def map_widget() -> Widget:
     (left, right), (low, high) = _extent(chapters)
     return Widget(
         "00-map", draw_map, {"notebook": numbers}, [{"notebook": n} for n in numbers[-3::2]],
-        "An arrow means: needed for. The chosen notebook is dark blue, what it needs light blue, and what needs it has "
-        f"a dashed orange rim. Everything leads to {goals}.{wait}",
+        f"An arrow means: needed for. Everything leads to {goals}.{wait} The chosen notebook is dark blue, what it "
+        "needs light blue, and what needs it has a dashed orange rim.",
         f"Graph of the notebooks {numbers[0]} to {numbers[-1]} with arrows from each to those that need it: {arrows}.",
         size=(1 + right - left, round(1.2 + high - low, 2)),
     )  # fmt: skip
@@ -189,7 +195,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "00", "map_and_doctor", "Map, notation and doctor",
     "What is in this course, how do its checks work, and is my machine ready?",
-    20, "all of it, from above",
+    "theory", "all of it, from above",
     ("klq_edu.app.doctor.examine", "klq_edu.course"),
     needs=(), place=(0, 0), short="map", exercises=EXERCISES,
 )  # fmt: skip

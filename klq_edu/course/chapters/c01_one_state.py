@@ -83,7 +83,7 @@ BANDIT = Widget(
     "01-bandit", draw_bandit,
     {"tau": [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 20.0], "prize": [2.0, 3.0, 4.0, 5.0]},
     [{"tau": 5.0, "prize": 4.0}, {"tau": 1.0, "prize": 4.0}, {"tau": 0.5, "prize": 4.0}],
-    "From left to right (or as you move the slider) the price τ falls: at 5 the best policy stays close to the "
+    "From one pair to the next the price τ falls: at 5 the best policy stays close to the "
     "reference; at 1 it says superb most often; at 0.5 the blind spot has won. The orange dot moves to the "
     "right along the grey curve, the best reward that can be had for each amount of KL.",
     "Pairs of plots for several τ: bars of reference and best policy over four words, and the curve of reward against "
@@ -164,7 +164,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "01", "one_state", "One state: KL-regularised bandits",
     "What is the best policy near one that you trust?",
-    40, "§2, Boltzmann policies and (13)",
+    "theory", "§2, Boltzmann policies and (13)",
     ("klq_edu.core.improvement.boltzmann", "klq_edu.core.improvement.action_values"),
     needs=("00",), place=(1, 0), short="one state", exercises=EXERCISES,
 )  # fmt: skip

@@ -37,6 +37,9 @@ def draw_values(figure: FigureBase, tau: float, gamma: float) -> None:
         places[prefix] = places[prefix[:-1]] + (prefix[-1] - 0.5) * 2.0 ** -(len(prefix) - 1)
         shift = best[tree.prefixes.index(prefix[:-1]), prefix[-1]].item()
         left.plot([len(prefix) - 1, len(prefix)], [places[prefix[:-1]], places[prefix]], color=BLUE, lw=0.4 + 4 * shift)
+        if len(prefix) == 1:
+            left.annotate(f"token {prefix[0]}", (0.5, places[prefix] / 2), fontsize=8, ha="right",
+                          xytext=(-6, 8 if prefix[0] else -12), textcoords="offset points")  # fmt: skip
     for prefix, value in zip(tree.prefixes, values.tolist()):
         left.scatter(len(prefix), places[prefix], c=[value], cmap="cividis", vmin=0, vmax=3, s=90, zorder=3)
         left.annotate(f"{value:.1f}", (len(prefix), places[prefix]), fontsize=7, ha="center",
@@ -53,11 +56,13 @@ def draw_values(figure: FigureBase, tau: float, gamma: float) -> None:
 VALUES = Widget(
     "02-values", draw_values, {"tau": [0.05, 0.1, 0.3, 1.0, 3.0], "gamma": [0.5, 0.8, 0.9, 1.0]},
     [{"tau": 0.1, "gamma": 1.0}, {"tau": 1.0, "gamma": 1.0}],
-    "Left of each pair: every prefix with its soft optimal value (colour and number); thick lines are what the best "
-    "policy does. With a low price τ the value of the prize at the end reaches the start and the policy goes there; "
-    "with a high price it stays with the reference. Right: each sweep improves, and by the time there have been as "
-    "many sweeps as a text has tokens the optimum is reached.",
-    "For two τ, a tree of prefixes with their values and the optimal policy as thick lines, and the objective rising "
+    "Left of each pair: every prefix with its soft optimal value (colour and number); token 1 is always the branch "
+    "upwards, token 0 the one downwards; thick lines are what the best policy does. With a low price τ the value of "
+    "the prize at the end reaches the start and the policy goes there; with a high price it stays with the reference. "
+    "Right: each sweep improves, and by the time there have been as many sweeps as a text has tokens the optimum is "
+    "reached.",
+    "For two τ, a tree of prefixes (token 1 upwards, 0 downwards) with their values and the optimal "
+    "policy as thick lines, and the objective rising "
     "to the optimum within four sweeps.",
     size=(7.4, 3.0),
 )  # fmt: skip
@@ -131,7 +136,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "02", "soft_bellman", "Soft Bellman equations",
     "What is the best policy when each choice decides which choices come next?",
-    40, "§2, the KL-regularised MDP, (1) and (2)",
+    "theory", "§2, the KL-regularised MDP, (1) and (2)",
     ("klq_edu.core.tree.TokenTree", "klq_edu.core.improvement.soft_policy_iteration"),
     needs=("01",), place=(2, 0.6), short="soft Bellman", exercises=EXERCISES,
 )  # fmt: skip

@@ -158,7 +158,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "03", "text_as_mdp", "Text generation is an MDP",
     "What are the states, actions and rewards of a language model?",
-    35, "§2, the KL-regularised MDP, (4)",
+    "theory", "§2, the KL-regularised MDP, (4)",
     ("klq_edu.core.tree.TokenTree", "klq_kernels.reference.masked_mean"),
     needs=("02",), place=(3, 0.6), short="text as MDP", exercises=EXERCISES,
 )  # fmt: skip

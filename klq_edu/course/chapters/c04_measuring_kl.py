@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from klq_edu.core.estimators import k1, k2, k3
 from klq_edu.course.chapters import Chapter, differentiate, tensor64
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, Wrong
+from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
 from klq_kernels.reference import kl_divergence
 
@@ -35,6 +35,7 @@ def draw_estimators(figure: FigureBase, distance: float, batch: int) -> None:
         axis.axvline(exact, color="black", lw=1.5, label="exact KL")
         axis.axvline(means.mean(), color=GREY, ls="--", lw=1.5, label="mean")
         axis.set(xlabel=f"mean of {name} over {batch} [nats]", title=f"below 0: {(means < 0).mean():.0%}", yticks=[])
+    figure.suptitle(f"distance {distance:g}: exact KL {exact:.3f} nats", fontsize=10)
     axes[0].set_ylabel("batches")
     axes[0].legend(frameon=False, fontsize=7)
 
@@ -42,11 +43,13 @@ def draw_estimators(figure: FigureBase, distance: float, batch: int) -> None:
 ESTIMATORS = Widget(
     "04-estimators", draw_estimators, {"distance": [0.1, 0.3, 0.6, 1.0, 1.5, 3.0], "batch": [1, 4, 16, 64]},
     [{"distance": 0.3, "batch": 16}, {"distance": 1.5, "batch": 16}],
-    "Batch means of the three estimators (2,000 batches). k1 is right on average (dashed on black) and often negative; "
+    "Batch means of the three estimators (2,000 batches), for a policy near its reference and for one far off; above "
+    "each triple stand the distance, which the slider sets, and the KL it comes to. "
+    "k1 is right on average (dashed on black) and often negative; "
     "k3 is right on average and never negative; k2 is never negative, and its mean leaves "
     "the exact KL when the policies are far apart.",
     "Histograms of k1, k2 and k3 for two distances between policies, with the exact KL and the mean of each.",
-    size=(8.6, 2.6),
+    size=(8.6, 2.8),
 )  # fmt: skip
 
 
@@ -55,40 +58,22 @@ def my_k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def surrogate(logits: Tensor, ref: Tensor) -> Tensor:
+def off_policy(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Exercise 4.2."""
-    logp = logits.log_softmax(-1)
-    ratio = logp - ref.log()
-    return (logp.exp().detach() * ratio.detach() * logp).sum()
+    ratio, log_ratio = (logprobs - old_logprobs).exp(), logprobs - ref_logprobs
+    return (ratio.detach() * 0.5 * log_ratio**2).mean()
 
 
-def _weighted(inner):
-    """An exact expectation over actions with the sampling weights held fixed, of `inner(log π, log π_b)`."""
-
-    def loss(logits, ref):
-        logp = logits.log_softmax(-1)
-        return (logp.exp().detach() * inner(logp, ref.log())).sum()
-
-    return loss
+def _mean_of(inner):
+    """A loss: the mean over samples of `inner(ρ, ℓ)`, ρ = π/π_old and ℓ = log π/π_b, both live."""
+    return lambda p, old, ref: inner((p - old).exp(), p - ref).mean()
 
 
-def _gradient(answer, logits: Tensor, ref: Tensor) -> dict[str, Tensor]:
-    """The gradient of an answer's loss; where it is ∇KL, Wrong if some of it flows through the sampling weights.
-
-    If the weights are held and f' = ℓ + c, only f'' is free, and the second derivative is a multiple of diag π − ππᵀ.
-    """
-    logits = logits.clone().requires_grad_()
-    (grad,) = differentiate(answer(logits, ref), logits)
-    policy, right = logits.detach().softmax(-1), logits.detach().requires_grad_()
-    if torch.allclose(grad, *differentiate(surrogate(right, ref), right)):
-        held = policy.diag() - policy.outer(policy)
-        curve = torch.stack([differentiate(g, logits)[0] for g in grad]) if grad.requires_grad else held
-        if not torch.allclose(curve, (curve * held).sum() / held.square().sum() * held):
-            raise Wrong(
-                "the gradient is right, but the weights π(a) are not held fixed: part of it flows through them. With "
-                "sampled tokens nothing can flow through the sampling, so detach them."
-            )
-    return {"the gradient: ": grad}
+def _gradient(answer, logits: Tensor, actions: Tensor, ref: Tensor) -> dict[str, Tensor]:
+    """The gradient in the logits of an answer's loss on these samples, which are π_old to the last digit."""
+    logits, old = logits.clone().requires_grad_(), actions.bincount(minlength=len(ref)).double() / len(actions)
+    loss = answer(*(logprobs[actions] for logprobs in (logits.log_softmax(-1), old.log(), ref.log())))
+    return {"the gradient: ": differentiate(loss, logits)[0]}
 
 
 def _small_and_large(generator: Generator) -> tuple:
@@ -96,9 +81,11 @@ def _small_and_large(generator: Generator) -> tuple:
     return (torch.cat([signs * 1e-7, torch.randn(4, generator=generator, dtype=torch.float64)]),)
 
 
-def _logits_and_ref(generator: Generator) -> tuple:
-    a, b = torch.randn(2, 6, generator=generator, dtype=torch.float64)
-    return a, b.softmax(0)
+def _old_samples(generator: Generator) -> tuple:
+    logits, ref = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    counts = torch.randint(1, 9, (5,), generator=generator)
+    actions = torch.arange(5).repeat_interleave(counts)
+    return logits, actions[torch.randperm(len(actions), generator=generator)], ref.softmax(0)
 
 
 def _right_even_where_tiny(answer, x: Tensor) -> dict[str, Tensor]:
@@ -132,23 +119,35 @@ EXERCISES = {
         probe=_right_even_where_tiny,
     ),
     "4.2": Exercise(
-        "4.2", "A loss whose gradient is ∇KL", 3, 15, surrogate, _logits_and_ref,
+        "4.2", "Samples from an older policy", 3, 15, off_policy, _old_samples,
         (
-            Mistake("k1 as loss", _weighted(lambda p, q: p - q),
-                    "k1 as a loss: its gradient is the expected score, which is zero (4.6). Nothing would be learnt."),
-            Mistake("k3 as loss", _weighted(lambda p, q: torch.expm1(q - p) + p - q),
-                    "k3 as a loss: its gradient is that of KL(π_b‖π), the forward KL (4.8)."),
-            Mistake("live weights", lambda z, r: (z.softmax(-1) * 0.5 * (z.log_softmax(-1) - r.log()) ** 2).sum(),
-                    "the weights π(a) are not held fixed: your gradient also flows through the sampling. Detach them."),
-            Mistake("sign", _weighted(lambda p, q: -(p - q).detach() * p),
+            Mistake("k2 as it is", _mean_of(lambda rho, x: 0.5 * x**2),
+                    "½ℓ² has the right gradient where π itself has sampled (4.7). Yours came from π_old: how much more "
+                    "likely is each of them under π?"),
+            Mistake("live ratio", _mean_of(lambda rho, x: rho * 0.5 * x**2),
+                    "the ratio π/π_old belongs there, but it depends on π too: its gradient is an additional term, "
+                    "½ℓ² ∇π/π_old. Hold the ratio fixed."),
+            Mistake("k1, ratio held", _mean_of(lambda rho, x: rho.detach() * x),
+                    "with the ratio held fixed this is k1 as a loss: its expected gradient is zero (4.6)."),
+            Mistake("k3, ratio held", _mean_of(lambda rho, x: rho.detach() * (torch.expm1(-x) + x)),
+                    "with the ratio held fixed this is k3 as a loss: its gradient is that of D(π_b‖π), the forward KL "
+                    "(4.8)."),
+            Mistake("upside down", _mean_of(lambda rho, x: 0.5 * x**2 / rho.detach()),
+                    "the ratio is upside down: actions that π prefers to π_old came too rarely, so they must count "
+                    "more."),
+            Mistake("sign", _mean_of(lambda rho, x: -rho.detach() * 0.5 * x**2),
                     "the sign is wrong: this loss would drive π away from π_b."),
-            Mistake("unweighted", lambda z, r: 0.5 * ((z.log_softmax(-1) - r.log()) ** 2).mean(),
-                    "all actions count alike in yours; under π they come with probability π(a)."),
-            Mistake("doubled", _weighted(lambda p, q: (p - q) ** 2),
+            Mistake("doubled", _mean_of(lambda rho, x: rho.detach() * x**2),
                     "ℓ² without the ½ has twice the gradient."),
+            Mistake("the other anchor", lambda p, old, ref: off_policy(p, old, old),
+                    "that is the KL to π_old; the one to π_b is wanted, π_old has only done the sampling."),
+            Mistake("sum", lambda p, old, ref: len(p) * off_policy(p, old, ref),
+                    "you took the sum over the samples; their mean is wanted."),
         ),
-        ("Which estimator has the right gradient as a loss?", "½ℓ²: its derivative is ℓ times that of log π.",
-         "Σ_a π(a) (held fixed) · ½ (log π(a) − log π_b(a))²."),
+        ("(4.5) is a mean over π. Which weight makes of a mean over π_old a mean over π?",
+         "The weight is ρ = π/π_old, so E over π_old of ρ ℓ ∇log π is wanted. But ρ depends on π as well: what does a "
+         "derivative make of ρ times something?",
+         "Mean of ρ (held fixed, `.detach()`) · ½ (log π − log π_b)². Or, with ρ live, of ρ ℓ: why?"),
         probe=_gradient,
     ),
 }  # fmt: skip
@@ -156,7 +155,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "04", "measuring_kl", "Measuring KL from samples",
     "Why did my KL go negative, and which estimator belongs where?",
-    45, "§2, the divergence (2)",
+    "theory", "§2, the divergence (2)",
     ("klq_edu.core.estimators", "klq_kernels.reference.kl_divergence", "klq_kernels.token_stats"),
     needs=("01",), place=(2, -0.8), short="measuring KL", exercises=EXERCISES,
 )  # fmt: skip

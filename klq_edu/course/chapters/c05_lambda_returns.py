@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klq_edu.core.returns import lambda_returns
-from klq_edu.core.tree import TokenTree
+from klq_edu.core.tree import Episodes, TokenTree
 from klq_edu.course.chapters import Chapter, on_any_padding, tensor64
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake, Wrong
@@ -24,14 +24,30 @@ LENGTHS, OPERATIONS = (1, 2, 3, 8, 256, 300), 20  # of rows that a scan is tried
 STAYS = (Tensor, tuple, int, str, torch.dtype, torch.device, torch.layout, type(None), type(NotImplemented))
 
 
+def every_path(tree: TokenTree) -> Episodes:
+    """Each completion of a tree once, in the order of `completions()`: what sampling gives, without the chance."""
+    where, start = {prefix: state for state, prefix in enumerate(tree.prefixes)}, len(tree.prefixes[0])
+    paths = [[(where[y[:t]], y[t]) for t in range(start, len(y))] for y in tree.completions()]
+    table = torch.tensor([path + [(0, 0)] * (len(tree.levels) - len(path)) for path in paths])
+    mask = torch.arange(table.shape[1]) < torch.tensor([[len(path)] for path in paths])
+    states, tokens = table.unbind(-1)
+    return Episodes(states, tokens, zero_unless(mask, tree.rewards[states, tokens]), mask)
+
+
+def mean_given(index: tuple[Tensor, ...], weight: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+    """Mean of x_t, weighted, for each value of what `index` holds at t: E[x_t | s_t = s, a_t = a] for (states, tokens).
+
+    index, weight, x [n, T] -> `shape`, NaN where nothing weighs.
+    """
+    total = [torch.zeros(shape, dtype=torch.float64).index_put(index, y, accumulate=True) for y in (weight * x, weight)]
+    return total[0] / total[1]
+
+
 @functools.cache
 def every_completion():
     """(tree, states, tokens, rewards, probability) of all completions of a small tree, under its reference."""
     tree = TokenTree.random(3, STEPS, seed=7)
-    where = {prefix: state for state, prefix in enumerate(tree.prefixes)}
-    tokens = torch.tensor(tree.completions())
-    states = torch.tensor([[where[y[:t]] for t in range(STEPS)] for y in tree.completions()])
-    return tree, states, tokens, tree.rewards[states, tokens], tree.sequence_distribution(tree.ref)
+    return tree, *every_path(tree)[:3], tree.sequence_distribution(tree.ref)
 
 
 @functools.cache
@@ -220,7 +236,7 @@ EXERCISES = {
             Mistake("one round", lambda delta, decay: delta + decay * shift_left(delta),
                     "that is one round; go on with steps of 2, 4, 8, until the row is covered."),
         ),
-        ("Give every position its own map x ↦ b + a x, at first a = decay, b = δ; (5.5) joins two.",
+        ("Give every position its own map x ↦ b + a x, at first a = decay, b = δ; (5.7) joins two.",
          "Round j joins position t with t + 2^j: b ← b + a · b[t + 2^j], a ← a · a[t + 2^j]; zero past the end.",
          "`while step < len(b): b, a = b + a * shifted(b), a * shifted(a); step *= 2`."),
         probe=_every_length,
@@ -230,7 +246,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "05", "lambda_returns", "λ-returns and GAE",
     "How far ahead should a target look?",
-    45, "§3, (7) and (14)",
+    "theory", "§3, (7) and (14)",
     ("klq_kernels.lambda_returns", "klq_edu.core.returns.gae", "klq_edu.core.returns.forward_view"),
     needs=("02", "03"), place=(4, 0.6), short="λ-returns", exercises=EXERCISES,
 )  # fmt: skip

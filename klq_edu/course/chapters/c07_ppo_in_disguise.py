@@ -5,34 +5,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 
 from klq_edu.core.returns import whiten
-from klq_edu.course.chapters import Chapter, differentiate
+from klq_edu.course.chapters import Chapter, differentiate, float32
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.evaluate import score as score_tokens
 from klq_edu.rlhf.loop import fit, prepare
 from klq_edu.rlhf.rewards import score
 from klq_edu.rlhf.rollout import collect
+from klq_kernels.reference import masked_mean
 
 WITHOUT_CLIP = 1e9
-STEP = 0.02  # length of the step between first and second epoch, in parameter space
-
-
-@contextmanager
-def float32():
-    """The precision that models are trained in, whatever the notebook's default is."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+STEP = 0.04  # length of the step between first and second epoch, in parameter space
 
 
 @functools.cache
@@ -61,33 +53,71 @@ def grammar_batch():
     return policy, rollout, config
 
 
-def gradient(algorithm: str, config: TrainConfig) -> Tensor:
+WHITENING = {  # and its two halves
+    "no": lambda x, mask: x, "yes": whiten, "centred": lambda x, mask: x - masked_mean(x, mask),
+    "scaled": lambda x, mask: x / x[mask].std(correction=0),
+}  # fmt: skip
+
+
+def gradient(algorithm: str, config: TrainConfig, whitening: str = "no") -> Tensor:
     """The gradient of an algorithm's loss on the grammar batch in all trainable parameters, as one vector."""
     policy, rollout, _ = grammar_batch()
     parameters = list(policy.trainable().values())
     with float32():
-        loss = ALGORITHMS[algorithm](policy, rollout, make_targets(rollout, config), config).loss
+        targets = make_targets(rollout, config)
+        targets = targets._replace(advantages=WHITENING[whitening](targets.advantages, rollout.mask))
+        loss = ALGORITHMS[algorithm](policy, rollout, targets, config).loss
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     parts = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
     return torch.cat([part.flatten() for part in parts]).double()
 
 
 @functools.cache
-def gradients(whitened: bool, clipped: bool, epoch: int, value_coefficient: str) -> tuple[Tensor, Tensor]:
+def gradients(whitened: str, clipped: str, epoch: int, value_coefficient: str) -> tuple[Tensor, Tensor]:
     """(KLQ's, PPO's) gradient on the grammar batch; PPO with these habits, KLQ as it is."""
     policy, _, config = grammar_batch()
     ppo = replace(
-        config, algorithm="ppo_clip", whiten=whitened, ratio_clip=0.2 if clipped else WITHOUT_CLIP,
-        clip=0.2 if clipped else None, vf_coef=1 / config.tau if value_coefficient == "1/τ" else 1.0,
+        config, algorithm="ppo_clip", ratio_clip=0.2 if clipped in ("yes", "ratios") else WITHOUT_CLIP,
+        clip=0.2 if clipped in ("yes", "values") else None,
+        vf_coef=1 / config.tau if value_coefficient == "1/τ" else 1.0,
     )  # fmt: skip
     with moved(policy, _step(config) * (epoch - 1)):
-        return gradient("klq", config), gradient("ppo_clip", ppo)
+        return gradient("klq", config), gradient("ppo_clip", ppo, whitened)
+
+
+def relative(here: Tensor, there: Tensor) -> dict[str, float]:
+    """‖here − there‖ / ‖there‖ of two gradients, in the parameters of policy and of critic."""
+    return {name: ((here - there)[at].norm() / there[at].norm()).item() for name, at in parts().items()}
 
 
 def gap(**habits) -> dict[str, float]:
-    """‖PPO's gradient − KLQ's‖ / ‖KLQ's‖ with these habits of PPO, in the parameters of policy and of critic."""
-    klq, ppo = gradients(**habits)
-    return {name: ((ppo - klq)[at].norm() / klq[at].norm()).item() for name, at in parts().items()}
+    """How far PPO's gradient with these habits is from KLQ's, relative to that."""
+    klq, ppo = gradients(**PLAIN | habits)
+    return relative(ppo, klq)
+
+
+def habits() -> pd.DataFrame:
+    """What PPO's habits do to its gradient, one by one, relative to plain PPO's at the same place; first that to KLQ's.
+
+    Columns: policy and critic at the first step, policy and critic in the second epoch.
+    """
+    rows = {"plain PPO (from KLQ)": [gap(epoch=epoch) for epoch in (1, 2)]}
+    for name, habit in ALONE.items():
+        rows[name] = [
+            relative(gradients(**PLAIN | habit | {"epoch": epoch})[1], gradients(**PLAIN | {"epoch": epoch})[1])
+            for epoch in (1, 2)
+        ]
+    places = [(place, part) for place in ("first step", "second epoch") for part in ("policy", "critic")]
+    sizes = [[size for place in row for size in place.values()] for row in rows.values()]
+    return pd.DataFrame(sizes, rows, pd.MultiIndex.from_tuples(places))
+
+
+def second_epoch() -> tuple[Tensor, Tensor]:
+    """(ρ, V − V_old) of the grammar batch's tokens where the second epoch's gradients are taken."""
+    policy, old, config = grammar_batch()
+    with moved(policy, _step(config)), float32(), torch.no_grad():
+        new, values = score_tokens(policy, old)
+    return (new.logprob - old.logprobs)[old.mask].exp(), (values - old.values)[old.mask]
 
 
 @functools.cache
@@ -124,14 +154,13 @@ def _step(config: TrainConfig) -> Tensor:
     return -STEP * grad
 
 
-HABITS = {"whitened": [False, True], "clipped": [False, True], "epoch": [1, 2], "value_coefficient": ["1/τ", "1"]}
-
-
+HABITS = {"whitened": ["no", "yes"], "clipped": ["no", "yes"], "epoch": [1, 2], "value_coefficient": ["1/τ", "1"]}
+PLAIN = {name: options[0] for name, options in HABITS.items()}
 ALONE = {
-    "no habit": {}, "clipping": {"clipped": True}, "value coefficient 1": {"value_coefficient": "1"},
-    "second epoch": {"epoch": 2}, "whitening": {"whitened": True},
+    "ratios clipped": {"clipped": "ratios"}, "values clipped": {"clipped": "values"},
+    "value coefficient 1": {"value_coefficient": "1"}, "centred": {"whitened": "centred"},
+    "scaled": {"whitened": "scaled"}, "whitened": {"whitened": "yes"},
 }  # fmt: skip
-PLAIN = {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"}
 
 
 def draw_gap(figure: FigureBase, **habits) -> None:
@@ -143,12 +172,13 @@ def draw_gap(figure: FigureBase, **habits) -> None:
     left.plot(ends, ends, color=GREY, lw=1)
     left.plot(klq[largest], ppo[largest], "o", ms=3, alpha=0.6, color=BLUE)
     left.set(xlabel="KLQ's gradient", ylabel="PPO's gradient", title="400 parameters of the policy")
-    sizes = [gap(**PLAIN | change) for change in ALONE.values()] + [gap(**habits)]
+    bars = {"no habit": {}, **ALONE, "second epoch": {"epoch": 2}, "YOUR CHOICE": habits}
+    sizes = [gap(**habit) for habit in bars.values()]
     places = np.arange(len(sizes))
     right.barh(places - 0.19, [s["policy"] - 1e-8 for s in sizes], 0.36, left=1e-8, color=BLUE, label="policy")
     right.barh(places + 0.19, [s["critic"] - 1e-8 for s in sizes], 0.36, left=1e-8, color=ORANGE, hatch="//",
                edgecolor="white", label="critic")  # fmt: skip
-    right.set_yticks(places, [*ALONE, "YOUR CHOICE"])
+    right.set_yticks(places, [*bars])
     right.set(xscale="log", xlim=(1e-8, 100), xlabel="relative gap of the gradients", title="PPO's habits, one by one")
     right.axvline(1e-5, color=GREY, ls=":", lw=1.2)
     right.legend(frameon=False, fontsize=8, loc="upper right")
@@ -157,17 +187,14 @@ def draw_gap(figure: FigureBase, **habits) -> None:
 
 GAP = Widget(
     "07-gap", draw_gap, HABITS,
-    [
-        {"whitened": False, "clipped": False, "epoch": 1, "value_coefficient": "1/τ"},
-        {"whitened": True, "clipped": True, "epoch": 2, "value_coefficient": "1"},
-    ],
+    [PLAIN, {"whitened": "yes", "clipped": "yes", "epoch": 2, "value_coefficient": "1"}],
     "First pair: plain PPO with value coefficient 1/τ. Every parameter's gradient lies on the diagonal, and the gap is "
     "rounding (left of the dotted line), for the policy (blue) and the critic (orange). Second pair: PPO as it usually "
-    "comes. Clipping alone changes nothing at the first step, because no ratio has moved yet; another value "
-    "coefficient parts the critics, whitening the policies, and a second epoch both.",
+    "comes. Clipping alone changes nothing at the first step, because nothing has moved yet; another value "
+    "coefficient parts the critics, either half of whitening the policies, and a second epoch both.",
     "For each setting a scatter plot of PPO's gradients against KLQ's and bars of the relative gap for policy and "
-    "critic: about 1e-7 without PPO's habits and with clipping alone, between 0.7 and 3 with the others.",
-    size=(8.6, 3.2),
+    "critic: about 1e-7 without PPO's habits and with clipping alone, about a half to one with the others.",
+    size=(8.6, 3.6),
 )  # fmt: skip
 
 
@@ -248,7 +275,7 @@ EXERCISES = {
             Mistake("no τ", lambda tau, alpha: ((1 - alpha) / alpha, 1 / alpha),
                     "you forgot τ: the coefficients are in units of reward per nat."),
         ),
-        ("What must the two penalties of (7.8) add up to?", "τ + β = τ/α, and that sum is the second number.",
+        ("What must the two penalties of (7.9) add up to?", "τ + β = τ/α, and that sum is the second number.",
          "Solve for β and put it over one denominator. As α → 0 both grow without bound: no step at all."),
     ),
     "7.2": Exercise(
@@ -307,7 +334,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "07", "ppo_in_disguise", "KLQ is PPO in disguise (and where it is not)",
     "In what sense is KLQ the same algorithm as PPO, and where does that stop?",
-    60, "§4, the equivalence, (14) and (18)",
+    "theory", "§4, the equivalence, (14) and (18)",
     ("klq_edu.core.improvement.klq_step", "klq_edu.core.improvement.ppo_penalty_step", "klq_edu.rlhf.algorithms"),
     needs=("01", "04", "05", "06"), place=(6, 0), short="PPO in disguise", exercises=EXERCISES,
 )  # fmt: skip

@@ -333,7 +333,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "09", "one_pass", "Kernels I: one pass over the vocabulary",
     "How does one visit to a row of logits give log-prob, entropy, KL and Q, and keep a KL of 1e-8?",
-    80, "(2) and (13), as they are computed",
+    "kernels", "(2) and (13), as they are computed",
     ("klq_kernels.token_stats", "klq_kernels.token_q", "klq_kernels.device", "klq_edu.bench.roofline"),
     needs=("04", "06"), place=(6, -1.4), short="one pass", exercises=EXERCISES,
 )  # fmt: skip

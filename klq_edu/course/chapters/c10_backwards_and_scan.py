@@ -445,7 +445,7 @@ EXERCISES = {
 CHAPTER = Chapter(
     "10", "backwards_and_scan", "Kernels II: backwards, and a scan",
     "How does one gradient kernel serve every loss, and how does a recursion run in parallel?",
-    75, "§3, (2), (6), (7) and (14), differentiated and fused",
+    "kernels", "§3, (2), (6), (7) and (14), differentiated and fused",
     ("klq_kernels.token_stats", "klq_kernels.logits_klq_loss", "klq_kernels.lambda_returns"),
     needs=("05", "09"), place=(7, -1.4), short="backwards, scan", exercises=EXERCISES,
 )  # fmt: skip

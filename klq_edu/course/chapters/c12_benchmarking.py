@@ -1,0 +1,524 @@
+"""Chapter 12: benchmarking without fooling yourself. Its accelerator is simulated: no check depends on a timer."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import FigureBase
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from klq_edu.course.chapters import Chapter, tensor64
+from klq_edu.course.display import Widget
+from klq_edu.course.exercises import Exercise, Mistake, Wrong
+from klq_edu.figures import BLUE, CONTENDERS, GREEN, GREY, ORANGE, Picture, panels, plain_axes
+
+RESULTS = Path(__file__).parents[3] / "results"  # what was measured and committed
+SECONDS = {"naive": 3e-3, "fused": 2e-3, "product": 1e-3}  # of the simulated accelerator, forward
+BACKWARD = {"naive": 1.0, "fused": 1.5, "product": 0.0}  # the same, over forward
+REPS = {"compiles": 2}  # to try an answer with, where not 20: few, as a median of many forgives a slow first call
+FIRST = {"naive": 0.01, "fused": 0.4, "product": 0.0}  # seconds that keep the host busy at a first call
+LAUNCH = 1e-8  # seconds to ask an asynchronous device for something
+CLOSE = 1e-4  # two ratios are the same, if there is no drift
+TROUBLES = {  # what a machine does -> the flaw of a benchmark that is fooled by it
+    "compiles": "no warm-up",
+    "asynchronous": "no waiting",
+    "backward": "unequal work",
+    "draws": "inputs inside the clock",
+    "drifts": "a mean of three in a fixed order",
+    "hiccups": "a mean of three in a fixed order",
+    "favours": "a mean of three in a fixed order",
+    "wrong": "no look at the result",
+}
+
+
+class Lab:
+    """A simulated accelerator: its clock moves by known costs only. It has no trouble, or some of TROUBLES.
+
+    log: (name, seconds of the device) of every forward pass, in order.
+    """
+
+    def __init__(self, *troubles: str, seconds: dict[str, float] = SECONDS, drift: float = 0.04):
+        self.troubles, self.seconds, self.drift = troubles, seconds, drift
+        self.now = self.free = 0.0  # the host's clock; when the device will have done all it was asked for
+        self.called, self.log, self.factor = Counter(), [], 1.0
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for is done."""
+        self.now = max(self.now, self.free)
+
+    def inputs(self) -> Tensor:
+        """Logits [tokens, vocabulary], drawn on the host."""
+        self.now += 5 * self.seconds["naive"] * ("draws" in self.troubles)
+        return 2 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run(self, name: str, logits: Tensor | None = None) -> Tensor | None:
+        """Forward pass of "naive" or "fused": log Σ exp of every row of the logits (if there are any), in float32."""
+        runs, broken = len(self.log), name == "fused" and "wrong" in self.troubles
+        lucky = name == "fused" and self.called[name, "forward"] % 5 == 4
+        self.factor = 1 + self.drift * runs * ("drifts" in self.troubles)
+        self.factor *= 30.0 if "hiccups" in self.troubles and runs % 8 == 3 else 1.0
+        self.factor *= 0.2 if "favours" in self.troubles and lucky else 1.0
+        seconds = self.seconds[name] * (0.5 if broken else 1.0)
+        self.log.append((name, seconds * self.factor))
+        self._launch(name, "forward", seconds)
+        if logits is not None:
+            return logits[:, : 16 if broken else None].float().logsumexp(-1)
+
+    def backward(self, name: str, logits: Tensor) -> Tensor:
+        """Gradient of the sum of what `run` returns."""
+        self._launch(name, "backward", self.seconds[name] * BACKWARD[name] * ("backward" in self.troubles))
+        return logits.float().softmax(-1)
+
+    def exact(self, logits: Tensor) -> Tensor:
+        """What `run` should return, in float64."""
+        return logits.logsumexp(-1)
+
+    def _launch(self, name: str, stage: str, seconds: float) -> None:
+        self.called[name, stage] += 1
+        first = self.called[name, stage] == 1 and "compiles" in self.troubles
+        queued = "asynchronous" in self.troubles
+        self.now += LAUNCH * queued + FIRST[name] * first
+        self.free = max(self.now, self.free) + seconds * self.factor
+        if not queued:
+            self.synchronize()
+
+
+def broken_benchmark(lab, reps=3):
+    """Six flaws."""
+    logits = lab.inputs()
+    start = lab.clock()
+    for _ in range(reps):
+        lab.run("fused", logits)
+    fused = (lab.clock() - start) / reps
+
+    start = lab.clock()
+    for _ in range(reps):
+        logits = lab.inputs()
+        lab.run("naive", logits)
+        lab.backward("naive", logits)
+    naive = (lab.clock() - start) / reps
+    return fused / naive
+
+
+def benchmark(lab: Lab, reps: int = 20, flaws: Iterable[str] = (), middle=median) -> float:
+    """Exercise 12.1, with some flaws (named by their TROUBLES) put back; not a number where a result is wrong."""
+    logits, seconds = lab.inputs(), {"naive": [], "fused": []}
+    wait = (lambda: None) if "asynchronous" in flaws else lab.synchronize
+
+    def once(name: str) -> Tensor:
+        wait()
+        start = lab.clock()
+        here = lab.inputs() if name == "naive" and "draws" in flaws else logits
+        result = lab.run(name, here)
+        if name == "naive" or "backward" not in flaws:
+            lab.backward(name, here)
+        wait()
+        seconds[name].append(lab.clock() - start)
+        return result
+
+    for name in () if "compiles" in flaws else seconds:
+        once(name)
+        seconds[name].clear()
+    turns = ["naive", "fused", "fused", "naive"] * (reps // 2)
+    for name in sorted(turns) if "drifts" in flaws else turns:
+        result, exact = once(name), lab.exact(logits)
+        if "wrong" not in flaws and not (result - exact).norm() < 1e-4 * exact.norm():
+            return math.nan
+    middle = mean if {"hiccups", "favours"} & {*flaws} else middle
+    return middle(seconds["fused"]) / middle(seconds["naive"])
+
+
+def effects() -> pd.DataFrame:
+    """The ratio that is reported where the machine has a trouble, without the flaw and with it."""
+    rows = []
+    for trouble, flaw in TROUBLES.items():
+        right, wrong = (benchmark(Lab(trouble), REPS.get(trouble, 20), flaws) for flaws in ((), {trouble}))
+        half = {"drifts": ": the order", "hiccups": ": the mean", "favours": ": the mean"}.get(trouble, "")
+        rows.append((flaw + half, f"the machine {DOES[trouble]}", right, wrong))
+    return pd.DataFrame(rows, columns=["flaw", "where", "without it", "with it"])
+
+
+DOES = {
+    "compiles": "compiles at the first call", "asynchronous": "works while the host goes on",
+    "backward": "has a backward pass to do", "draws": "takes long to draw inputs",
+    "drifts": "gets slower run by run", "hiccups": "is interrupted now and then",
+    "favours": "now and then caches fused's data",
+    "wrong": "gives a wrong result, sooner",
+}  # fmt: skip
+
+
+def _number(x) -> float:
+    """An answer's result as a number; Wrong for anything else."""
+    if isinstance(x, Tensor) and tensor64(x).shape != ():
+        raise Wrong(f"one number is expected, yours is a tensor of shape {tuple(x.shape)}.")
+    try:
+        return float(x.detach() if isinstance(x, Tensor) else x)
+    except (TypeError, ValueError):
+        raise Wrong(f"one number is expected, yours is a {type(x).__name__}.") from None
+
+
+def _repaired(answer, naive: float, fused: float) -> dict[str, Tensor]:
+    """1 for each trouble that does not fool the answer, 0 for others; Wrong says which where no Mistake would."""
+    seconds, found = {"naive": naive, "fused": fused}, {}
+    for trouble in TROUBLES:
+        reps, labs = REPS.get(trouble, 20), (Lab(trouble, seconds=seconds) for _ in range(2))
+        right, got = benchmark(next(labs), reps), _number(answer(next(labs), reps))
+        close = 0.05 if trouble == "drifts" else CLOSE
+        found[trouble] = math.isnan(got) if math.isnan(right) else abs(got - right) <= close * right
+    fooled = {trouble for trouble in TROUBLES if not found[trouble]}
+    if len(fooled) > 1 and fooled not in ({"hiccups", "favours"}, {"drifts", "hiccups", "favours"}):
+        there = dict.fromkeys(TROUBLES[trouble] for trouble in TROUBLES if trouble in fooled)
+        gone = [flaw for flaw in dict.fromkeys(TROUBLES.values()) if flaw not in there]
+        raise Wrong(f"still there: {'; '.join(there)}. Repaired: {'; '.join(gone) or 'none'}.")
+    return {f"where the machine {DOES[trouble]}: ": float(held) for trouble, held in found.items()}
+
+
+def _costs(generator: Generator) -> tuple[float, float]:
+    a, b = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    return 2e-3 + a * 1e-3, (2e-3 + a * 1e-3) * (0.55 + 0.35 * b)
+
+
+def _fooled(*troubles: str, middle=median):
+    return lambda lab, reps: benchmark(lab, reps, troubles, middle)
+
+
+def ratio_interval(naive: Tensor, fused: Tensor, draws: Tensor, middle=Tensor.quantile) -> tuple[Tensor, ...]:
+    """Exercise 12.2: ratio of medians of [R] paired times, and its 95 % interval over resamples `draws` [B, R]."""
+
+    def ratio(some: Tensor) -> Tensor:
+        return middle(fused[some], 0.5, -1) / middle(naive[some], 0.5, -1)
+
+    return ratio(torch.arange(len(naive))), *ratio(draws).quantile(torch.tensor([0.025, 0.975], dtype=naive.dtype))
+
+
+def _interval(ratios, level=0.95, whole=None):
+    """A mistake that resamples `ratios(naive, fused, draws)` [B]; `whole` gives its ratio from all the times."""
+
+    def answer(naive, fused, draws):
+        every = torch.arange(len(naive))[None]
+        first = (whole or ratios)(naive, fused, every).squeeze()
+        return first, *ratios(naive, fused, draws).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
+
+    return answer
+
+
+def _medians(naive, fused, draws):
+    return fused[draws].quantile(0.5, -1) / naive[draws].quantile(0.5, -1)
+
+
+def _runs_side_by_side(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """20 repetitions on a machine whose speed changes for both alike, and 400 resamples of them."""
+    common, a, b = torch.rand(3, 20, generator=generator, dtype=torch.float64)
+    naive, fused = (1 + 4 * common) * (1 + 0.2 * a), (0.6 + 2.4 * common) * (1 + 0.2 * b)
+    return naive, fused, torch.randint(20, (400, 20), generator=generator)
+
+
+def kernel_seconds(kernels: Tensor, n: int, v: int, size: int, bandwidth: float, peak: float) -> tuple:
+    """Exercise 12.3: (naive, fused) seconds on a roofline, from `kernels` [K, 3]: reads, writes, operations."""
+    moved, operations = kernels[:, :2].sum(1) * n * v * size, kernels[:, 2] * n * v
+    naive = torch.maximum(moved / bandwidth, operations / peak).sum()
+    return naive, torch.maximum(torch.tensor(2.0 * n * v * size / bandwidth), operations.sum() / peak)
+
+
+def _wrong_seconds(columns=(0, 1), scale=1.0, join=torch.maximum, late=False, reads=2.0, writes=0.0):
+    def answer(kernels, n, v, size, bandwidth, peak):
+        moved, operations = kernels[:, columns].sum(1) * n * v * size * scale, kernels[:, 2] * n * v
+        apart = (moved.sum() / bandwidth, operations.sum() / peak)
+        naive = join(*apart) if late else join(moved / bandwidth, operations / peak).sum()
+        fused = (reads + writes) * n * v * size * scale / bandwidth
+        return naive, join(torch.as_tensor(fused), operations.sum() / peak)
+
+    return answer
+
+
+def _on_two_devices(answer, kernels, n, v, size, bandwidth, *ridges) -> dict[str, Tensor]:
+    """Both results where operations decide for the fused kernel, and where bytes do."""
+    found = {}
+    for slow, ridge in zip(("operations decide", "bytes decide"), ridges, strict=True):
+        result = answer(kernels, n, v, size, bandwidth, ridge * bandwidth)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise Wrong("a pair is expected: naive seconds, fused seconds.")
+        found |= {f"where for fused {slow}, {who}'s seconds: ": x for who, x in zip(("naive", "fused"), result)}
+    return found
+
+
+def _kernels(generator: Generator) -> tuple:
+    """Six kernels, N, V, bytes, bandwidth, and a device's peak over bandwidth twice. On the second device the second
+    kernel is bound by operations, and all together, fused, by bytes."""
+    kernels = torch.stack([
+        torch.randint(1, 4, (6,), generator=generator), torch.randint(0, 2, (6,), generator=generator),
+        torch.randint(1, 20, (6,), generator=generator),
+    ], 1).double()  # fmt: skip
+    kernels[0], kernels[1] = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 90.0])
+    n, v = torch.randint(1000, 9000, (2,), generator=generator).tolist()
+    size, some = int(2 + 2 * torch.randint(2, (), generator=generator)), torch.rand(3, generator=generator).tolist()
+    return kernels, n, v, size, 1e9 * (1 + 4 * some[0]), (5 + 15 * some[1]) / size, (85 + 4 * some[2]) / size
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what every operation reads and writes, in bytes, as if it were a kernel of its own. Views are free, and
+    `gather` reads only what it picks. `rows`: (operation, bytes read, bytes written)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in (args, result))
+            if "gather" in func.name():
+                read = [*written, *read[1:]]
+            self.rows.append((func.name().split(".")[0].removeprefix("aten::"), *map(_bytes, (read, written))))
+        return result
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def committed() -> tuple[pd.DataFrame, dict]:
+    """The benchmark's committed rows and where they come from."""
+    return pd.read_csv(RESULTS / "bench.csv"), json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
+
+
+def draw_order(figure: FigureBase, drift: float, order: str, hiccups: bool) -> None:
+    """Left: the time of every run on the simulated machine, in order; right: the ratio that comes out, by statistic."""
+    left, right = plain_axes(figure, 2)
+    lab = Lab("drifts", *("hiccups", "favours") * hiccups, drift=drift)
+    benchmark(lab, 12, {"drifts", "compiles"} if order == "blocks" else {"compiles"})
+    times = {name: [(i, 1e3 * s) for i, (n, s) in enumerate(lab.log) if n == name] for name in ("naive", "fused")}
+    for (name, points), colour, marker in zip(times.items(), (ORANGE, BLUE), "so"):
+        left.plot(*zip(*points), marker, color=colour, ms=4, label=name)
+    left.set(xlabel="run", ylabel="time of the run [ms]", yscale="log", ylim=(0.2, 1000), title="in the order they ran")
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
+    naive, fused = ([s for _, s in points] for points in times.values())
+    ratios = [f(fused) / f(naive) for f in (mean, median, min)]
+    right.bar(range(3), ratios, color=[GREY, GREEN, GREY], hatch="//", edgecolor="white")
+    right.axhline(SECONDS["fused"] / SECONDS["naive"], color="black", ls="--", lw=1.2, label="the truth")
+    for place, ratio in enumerate(ratios):
+        right.text(place, min(ratio, 1.9) + 0.03, f"{ratio:.2f}", ha="center", fontsize=9)
+    right.set_xticks(range(3), ["mean", "median", "minimum"])
+    title = f"{order}, drift {drift:.0%} a run" + ", hiccups" * hiccups
+    right.set(ylabel="fused over naive, as reported", ylim=(0, 2.2), title=title)
+    right.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+ORDER = Widget(
+    "12-order", draw_order,
+    {"drift": [0.0, 0.01, 0.04], "order": ["blocks", "turns"], "hiccups": [False, True]},
+    [
+        {"drift": 0.04, "order": "blocks", "hiccups": False},
+        {"drift": 0.04, "order": "turns", "hiccups": False},
+        {"drift": 0.0, "order": "blocks", "hiccups": True},
+        {"drift": 0.0, "order": "turns", "hiccups": True},
+    ],
+    "Above, a simulated machine that gets slower with every run. In blocks (left), fused runs on the fresh machine and "
+    "naive on the tired one, and every statistic flatters fused. By turns (right) the drift falls on both. Below, a "
+    "machine without drift, where some runs are interrupted and some of fused's are lucky: mean and minimum go wrong "
+    "in either order, and only the median is right. So turns cure drift, and medians cure accidents.",
+    "For four settings, times of runs in the order they ran, and bars of the ratio reported by mean, median and "
+    "minimum against a dashed line at the true ratio of 0.67. With drift: below it in blocks, at it by turns. With "
+    "hiccups: only the median is on it.",
+    size=(7.4, 3.0),
+)  # fmt: skip
+
+
+def draw_roofline(roofs: dict[str, tuple[float, float]], kernels: dict[str, float]) -> Picture:
+    """Rooflines of devices, (bytes per second, operations per second); kernels by their operations per byte."""
+    figure, (axis,) = panels(1, width=7.6, height=4.2)
+    low, high = 0.3, 3e4
+    intensity = np.geomspace(low, high, 300)
+    for (name, (bandwidth, peak)), colour, line in zip(roofs.items(), (GREY, BLUE, GREEN), ("--", "-", "-.")):
+        roof = np.minimum(peak, bandwidth * intensity)
+        axis.plot(intensity, roof / 1e12, color=colour, ls=line, label=f"{name}, bends at {peak / bandwidth:.0f}")
+    bandwidth, peak = next(reversed(roofs.values()))
+    for (name, x), marker in zip(kernels.items(), "osD^vP"):
+        axis.plot(
+            x, min(peak, bandwidth * x) / 1e12, marker, color=ORANGE, ms=8, ls="", label=f"{name}: {x:,.{x < 100:d}f}"
+        )
+    axis.set(
+        xlabel="operations per byte", ylabel="attainable [10¹² operations/s]", xscale="log", yscale="log",
+        xlim=(low, high),
+    )  # fmt: skip
+    axis.legend(loc="lower right", fontsize=8)
+    return Picture(
+        figure,
+        "What each device could do at best, against how many operations a kernel does per byte it must move. On the "
+        f"slope bytes decide, on the flat part operations do. Marks: kernels in bf16, on the roof of the "
+        f"{next(reversed(roofs))}. What starts from logits lies on the slope; what starts from hidden states does its "
+        "products, and lies on the flat part. From data sheets, not measured.",
+        "Rooflines of several devices on logarithmic axes, with kernels from logits on the slope and kernels from "
+        "hidden states on the flat part.",
+    )
+
+
+COMMITTED = {"color": GREY, "marker": "s", "ls": "", "label": "committed"}
+HERE = {"color": BLUE, "marker": "o", "ls": "", "label": "here"}
+
+
+def draw_beside(mine: pd.DataFrame, theirs: pd.DataFrame) -> Picture:
+    """Seconds and units of forward and backward pass, here and in the committed file, by workload and contender."""
+    keys = ["workload", "contender"]
+    both = mine[mine["stage"] == "both"].merge(theirs[theirs["stage"] == "both"], on=keys, suffixes=("", "_there"))
+    both = both.drop_duplicates(keys).iloc[::-1].reset_index(drop=True)
+    figure, axes = panels(2, width=4.6, height=1.4 + 0.5 * len(both))
+    for axis, column, label in zip(axes, ("seconds", "units"), ("time [s]", "time [N×H×V products]")):
+        for suffix, shift, look in (("_there", 0.12, COMMITTED), ("", -0.12, HERE)):
+            low, mid, high = (both[f"{column}{end}{suffix}"] for end in ("_low", "", "_high"))
+            axis.errorbar(mid, both.index + shift, xerr=[mid - low, high - mid], **look)
+        axis.set(xlabel=label, ylabel="", ylim=(-0.6, len(both) - 0.4))
+    low, high = (both[["seconds", "seconds_there"]].agg(f).agg(f) for f in ("min", "max"))
+    axes[0].set(xscale="log", ylabel="workload: contender", xlim=(low / 5, 5 * high))
+    axes[0].minorticks_off()
+    axes[1].set_xlim(left=0)
+    axes[0].set_yticks(both.index, both["workload"] + ": " + both["contender"])
+    axes[1].set_yticks(both.index, [""] * len(both))
+    axes[1].legend(frameon=False, fontsize=8)
+    return Picture(
+        figure,
+        "The machine that this page was run on (circles) beside the committed file (squares); whiskers from lowest to "
+        "highest repetition. Seconds (left, logarithmic) belong to a machine and a size, and cannot be compared. Units "
+        "(right) can, as far as products and everything else slow down alike.",
+        "Two plots of time by workload and contender, here and in the committed file, in seconds and in products.",
+    )
+
+
+def draw_repetitions(naive: list[dict], fused: list[dict], draws: Tensor) -> Picture:
+    """From repetitions as `interleave` gives them. Left: seconds of each, and of the product beside it; right: ratios
+    of medians of units in resamples, with their interval."""
+    figure, (left, right) = panels(2, width=4.8, height=3.4)
+    for label, runs, key in (("naive", naive, "naive"), ("fused", fused, "ours (torch)")):
+        colour, line, marker, _ = CONTENDERS[key]
+        left.plot([r["both"] for r in runs], color=colour, ls=line, marker=marker, ms=4, label=label)
+    left.plot([r["gemm"] for r in fused], color=GREY, ls=":", marker="x", ms=4, label="a product")
+    left.set(xlabel="repetition", ylabel="time [s]", ylim=(0, 1.25 * max(r["both"] for r in naive + fused)))
+    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    units = [torch.tensor([r["both"] / r["gemm"] for r in runs], dtype=torch.float64) for runs in (naive, fused)]
+    ratio, low, high = ratio_interval(*units, draws)
+    right.hist(_medians(*units, draws).numpy(), bins=30, color=BLUE, alpha=0.5)
+    right.axvline(ratio, color="black", label=f"ratio of medians {ratio:.2f}")
+    right.axvline(low, color=ORANGE, ls="--", label=f"95 %: {low:.2f} to {high:.2f}")
+    right.axvline(high, color=ORANGE, ls="--")
+    right.set(xlabel="fused over naive", ylabel="resamples")
+    right.legend(frameon=False, fontsize=8)
+    return Picture(
+        figure,
+        "Measured where this page was run. Left: every repetition, and the product beside it. Right: the ratio of "
+        "medians in resamples of the repetitions, each in units of its own product; dashed: the middle 95 %.",
+        "Curves of the time of each repetition for naive, fused and a product, and a histogram of resampled ratios.",
+    )
+
+
+EXERCISES = {
+    "12.1": Exercise(
+        "12.1", "Repair the benchmark", 3, 20, benchmark, _costs,
+        (
+            Mistake("no warm-up", _fooled("compiles"),
+                    "one flaw is left, no warm-up: a first call compiles and allocates. Do all that you time once "
+                    "before, forward and backward, of both."),
+            Mistake("no waiting", _fooled("asynchronous"),
+                    "one flaw is left, no waiting: a call only asks for work. Synchronise before you read the clock, "
+                    "at the start and at the end."),
+            Mistake("unequal work", _fooled("backward"),
+                    "one flaw is left, unequal work: naive's time holds the backward pass, fused's does not."),
+            Mistake("inputs inside", _fooled("draws"),
+                    "one flaw is left, inputs inside the clock: they are drawn in the time of one of the two. Draw "
+                    "them once, before."),
+            Mistake("blocks", _fooled("drifts"),
+                    "one flaw is left, the fixed order: all of one, then all of the other. Take turns, and change who "
+                    "goes first."),
+            Mistake("blocks and mean", _fooled("drifts", "hiccups"),
+                    "one flaw is left, in two halves: all of one comes before all of the other, and you take means."),
+            Mistake("mean", _fooled("hiccups"),
+                    "the turns are right, but one run that was interrupted spoils a mean: take medians."),
+            Mistake("minimum", _fooled(middle=min),
+                    "the turns are right, but a minimum is the luckiest run, and the two are not equally lucky: take "
+                    "medians."),
+            Mistake("not checked", _fooled("wrong"),
+                    "one flaw is left, no look at the result: a kernel that skips half of the work is fast. Compare "
+                    "with `lab.exact`, and return `math.nan` where the relative error is above 1e-4."),
+        ),
+        ("Write a function that runs one of the two once and returns its seconds and its result; everything else is "
+         "a loop over it. What must happen just before each look at the clock?",
+         "Warm both up, forward and backward, and check their results then. After that time them as naive, fused, "
+         "fused, naive, and so on, 20 each, into two lists.",
+         "`lab.synchronize(); start = lab.clock(); result = lab.run(name, logits); lab.backward(name, logits); "
+         "lab.synchronize(); return lab.clock() - start, result`. Return the ratio of `statistics.median`s."),
+        probe=_repaired,
+    ),
+    "12.2": Exercise(
+        "12.2", "An interval for a ratio of medians", 2, 15, ratio_interval, _runs_side_by_side,
+        (
+            Mistake("unpaired", _interval(lambda a, b, d: b[d].quantile(0.5, -1) / a[d.flip(0)].quantile(0.5, -1),
+                                          whole=_medians),
+                    "you resampled the two separately. Repetition i of both was taken in the same minute: one row of "
+                    "`draws` picks both, and the machine's moods cancel."),
+            Mistake("means", _interval(lambda a, b, d: b[d].mean(-1) / a[d].mean(-1)),
+                    "these are means: one interrupted repetition decides."),
+            Mistake("lower median", lambda a, b, d: ratio_interval(a, b, d, lambda x, q, dim: x.median(dim).values),
+                    "torch.median takes the lower one of the two in the middle; .quantile(0.5, dim=-1) their mean."),
+            Mistake("median of ratios", _interval(lambda a, b, d: (b / a)[d].quantile(0.5, -1)),
+                    "that is the median of the ratios; a ratio of medians is asked for (and stated, when reported)."),
+            Mistake("upside down", _interval(lambda a, b, d: 1 / _medians(a, b, d)),
+                    "the ratio is upside down: fused over naive, below 1 where fused is faster."),
+            Mistake("90 %", _interval(_medians, level=0.9),
+                    "that is a 90 % interval: 95 % leaves 2.5 % on each side."),
+            Mistake("minima", _interval(lambda a, b, d: b[d].amin(-1) / a[d].amin(-1)),
+                    "these are minima: the luckiest repetition, and a number that falls the longer you measure."),
+            Mistake("spread of runs", lambda a, b, d: (
+                        _medians(a, b, torch.arange(len(a))), *(b / a).quantile(torch.tensor([0.025, 0.975]))),
+                    "the ratio is right; your interval is the spread of single repetitions, and does not shrink with "
+                    "their number. Resample, and take the quantiles of the resampled *ratios of medians*."),
+        ),
+        ("`naive[draws]` has shape [B, R]: row b is resample b. What is one ratio of medians per row?",
+         "`fused[draws].quantile(0.5, dim=-1) / naive[draws].quantile(0.5, dim=-1)` are B ratios.",
+         "Their quantiles at 0.025 and 0.975 are the interval; the ratio itself is that of all repetitions."),
+    ),
+    "12.3": Exercise(
+        "12.3", "Seconds from bytes", 2, 12, kernel_seconds, _kernels,
+        (
+            Mistake("maximum of sums", _wrong_seconds(late=True),
+                    "each naive kernel waits for the one before: take the longer time kernel by kernel, then add up. "
+                    "You added first, as if one kernel's bytes could hide behind another's operations."),
+            Mistake("no element size", lambda k, n, v, s, b, p: kernel_seconds(k, n, v, 1, b, p),
+                    "you counted elements; bandwidth is in bytes per second, so multiply by `size`."),
+            Mistake("bits", _wrong_seconds(scale=8.0),
+                    "you counted bits: `size` and the bandwidth are in bytes."),
+            Mistake("reads only", _wrong_seconds(columns=(0,)),
+                    "you forgot what the naive kernels write: their results go to memory and come back."),
+            Mistake("no overlap", _wrong_seconds(join=torch.add),
+                    "you added the two times: a kernel moves bytes while it computes, so the longer one counts."),
+            Mistake("the shorter", _wrong_seconds(join=torch.minimum),
+                    "you took the shorter of the two times; what is slower decides."),
+            Mistake("fused writes", _wrong_seconds(writes=1.0),
+                    "naive is right; but the fused kernel writes a few numbers per token and nothing of size [N, V]."),
+            Mistake("fused reads one", _wrong_seconds(reads=1.0),
+                    "naive is right; but a KL needs two distributions, so the fused kernel reads two [N, V] arrays."),
+        ),
+        ("For one kernel: bytes over bandwidth, operations over peak. Which of the two do you wait for?",
+         "`moved = (reads + writes) * n * v * size`; the maximum for each kernel, then the sum over kernels.",
+         "Fused: max(2 · n · v · size / bandwidth, all operations · n · v / peak)."),
+        probe=_on_two_devices,
+    ),
+}  # fmt: skip
+
+CHAPTER = Chapter(
+    "12", "benchmarking", "Benchmarking without fooling yourself",
+    "Is the fused way faster, by how much, and in which sentence may you say so?",
+    "kernels", "Table 3 (cost per update), as measured here",
+    ("klq_edu.bench.measure.interleave", "klq_edu.bench.measure.errors", "klq_edu.bench.roofline.floor_seconds"),
+    needs=("07",), place=(9, -1.4), short="benchmarking", exercises=EXERCISES,
+)  # fmt: skip

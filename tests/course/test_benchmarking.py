@@ -1,0 +1,113 @@
+"""Notebook 12: its simulated accelerator, and answers to its exercises that nobody catalogued."""
+
+import math
+from statistics import mean, median
+
+import pytest
+import torch
+
+from klq_edu.bench.config import QUICK
+from klq_edu.bench.workloads import make_inputs
+from klq_edu.course.chapters import c12_benchmarking as c12
+from klq_edu.course.chapters import float32
+from klq_edu.course.chapters.c12_benchmarking import EXERCISES, TROUBLES, Lab, Traffic, benchmark, broken_benchmark
+from klq_edu.course.exercises import grade
+
+
+def test_a_machine_without_trouble_fools_nobody_who_does_equal_work():
+    assert benchmark(Lab()) == pytest.approx(2 / 3) and broken_benchmark(Lab()) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_fools_the_broken_benchmark_and_not_the_repaired_one(trouble):
+    reps = c12.REPS.get(trouble, 20)
+    right, wrong = benchmark(Lab(trouble), reps), broken_benchmark(Lab(trouble), reps)
+    truth = {"backward": 5 / 6, "wrong": math.nan}.get(trouble, 2 / 3)
+    assert right == pytest.approx(truth, rel=1e-4, nan_ok=True)
+    assert wrong != pytest.approx(truth, rel=0.1, nan_ok=True)
+
+
+def test_the_broken_benchmark_is_told_all_six_flaws():
+    message = grade(EXERCISES["12.1"], broken_benchmark).message
+    assert all(flaw in message for flaw in TROUBLES.values()) and "Repaired: none" in message
+    assert len(set(TROUBLES.values())) == 6
+
+
+def test_flaws_that_are_left_and_those_repaired_are_named():
+    message = grade(EXERCISES["12.1"], lambda lab, reps: benchmark(lab, reps, {"compiles", "wrong"})).message
+    left, repaired = message.split("Repaired:")
+    assert "no warm-up; no look at the result" in left and "no waiting; unequal work; inputs" in repaired
+
+
+def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fused"), middle=median):
+    """A repaired benchmark written in another way."""
+    logits, seconds = lab.inputs(), {"naive": [], "fused": []}
+    for rep in range(start, reps):
+        for name in order:
+            lab.synchronize()
+            begun = lab.clock()
+            for _ in range(often if rep < 0 else 1):
+                result = lab.run(name, logits)
+                if between:
+                    lab.synchronize()
+                lab.backward(name, logits)
+            lab.synchronize()
+            if rep >= 0:
+                seconds[name].append(lab.clock() - begun)
+            if not torch.allclose(result.double(), lab.exact(logits), rtol=1e-4):
+                return math.nan
+    return middle(seconds["fused"]) / middle(seconds["naive"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"start": -1}, {"start": -3}, {"start": -1, "often": 4}, {"start": -1, "between": False},
+     {"start": -1, "order": ("fused", "naive")}],
+)  # fmt: skip
+def test_other_repairs_pass(options):
+    assert grade(EXERCISES["12.1"], lambda lab, reps: otherwise(lab, reps, **options)).passed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({}, "no warm-up"), ({"start": -1, "middle": mean}, "spoils a mean"), ({"start": -1, "middle": min}, "luckiest")],
+)
+def test_other_repairs_with_a_flaw_do_not(options, says):
+    verdict = grade(EXERCISES["12.1"], lambda lab, reps: otherwise(lab, reps, **options))
+    assert verdict.passed is False and says in verdict.message
+
+
+@pytest.mark.parametrize("answer", [lambda lab, reps: math.nan, lambda lab, reps: 0.7, lambda lab: 0.7, ...])
+def test_any_answer_gets_a_verdict(answer):
+    assert not grade(EXERCISES["12.1"], answer).passed
+
+
+def test_traffic_counts_what_operations_move_and_no_view():
+    x = torch.ones(8, 5)
+    with Traffic() as traffic:
+        x.T.unsqueeze(0).squeeze()
+        assert traffic.rows == []
+        x.exp().sum()
+        x.gather(1, torch.zeros(8, 1, dtype=torch.long))
+    assert [(name, read, written) for name, read, written in traffic.rows if name != "zeros"] == [
+        ("exp", 160, 160), ("sum", 160, 4), ("gather", 32 + 64, 32)]  # fmt: skip
+
+
+def test_the_roofline_of_exercise_3_is_that_of_the_library():
+    """One fused kernel without operations: the floor of `token_stats`."""
+    from klq_edu.bench.roofline import DEVICES, floor_seconds
+
+    kernels, gpu = torch.tensor([[2.0, 1.0, 0.0]]).double(), DEVICES["H100"]
+    _, fused = c12.kernel_seconds(kernels, 8192, 32000, 2, gpu.bandwidth, gpu.rate("bf16"))
+    assert fused.item() == pytest.approx(floor_seconds("token_stats", "H100", "bf16", 8192, 32000, 1))
+
+
+def test_inputs_are_in_the_precision_that_is_timed():
+    """In a notebook the default is float64: `float32` keeps it out of what is measured."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with float32():
+            x = make_inputs("klq", QUICK["klq"], 0, "cpu")
+        assert {v.dtype for v in x.values() if v.is_floating_point()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
