@@ -21,8 +21,14 @@ from klq_edu.course.chapters import c10_backwards_and_scan as c10
 from klq_edu.course.chapters import c13_whole_road, load
 from klq_edu.rlhf import judge, power, preference
 from klq_kernels import (  # noqa: F401 (all imported now, lest one imports a mutant)
-    device, loss, ops, reference, torch_logits, triton_linear, triton_logits,
-)  # fmt: skip
+    device,
+    loss,
+    ops,
+    reference,
+    torch_logits,
+    triton_linear,
+    triton_logits,
+)
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
