@@ -17,9 +17,18 @@ from klq_edu.bench import measure, roofline, workloads
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c07_ppo_in_disguise as c07
+from klq_edu.course.chapters import c10_backwards_and_scan as c10
 from klq_edu.course.chapters import c13_whole_road, load
 from klq_edu.rlhf import judge, power, preference
-from klq_kernels import device, ops, reference, triton_linear, triton_logits  # noqa: F401 (lest they import a mutant)
+from klq_kernels import (  # noqa: F401 (all imported now, lest one imports a mutant)
+    device,
+    loss,
+    ops,
+    reference,
+    torch_logits,
+    triton_linear,
+    triton_logits,
+)
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -347,6 +356,46 @@ def left_behind(f):
     return wrong
 
 
+def upstream(change):
+    """A gradient of logits that gets other upstream gradients."""
+    return lambda f: lambda z, y, r, t, mask, stats, up, out: f(z, y, r, t, mask, stats, change(up), out)
+
+
+def means(up):
+    return up._make(x if x is None else x.mean().expand_as(x) for x in up)
+
+
+def uncentred(field):
+    def spoil(f):
+        def wrong(z, y, r, t, mask, stats, up, out):
+            return f(z, y, r, t, mask, stats._replace(**{field: torch.zeros_like(stats.lse)}), up, out)
+
+        return wrong
+
+    return spoil
+
+
+def no_chain_rule(f):
+    """The temperature is in p, but not in front."""
+    return lambda z, y, r, t, mask, stats, up, out: f(z, y, r, t, mask, stats, up, out).mul_(t)
+
+
+def off(field):
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = f(*args, **kw)
+            return out._replace(**{field: getattr(out, field) + 0.1})
+
+        return wrong
+
+    return spoil
+
+
+def part(index, factor):
+    """One of several results, scaled."""
+    return lambda f: lambda *args: tuple(factor * x if i == index else x for i, x in enumerate(f(*args)))
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -504,6 +553,28 @@ MUTANTS = [
     ("09", device, "kl_divergence", "five percent, in the Triton kernel", field(0, lambda kl: kl * 1.05)),
     ("09", device, "_move", "w not moved, in the Triton kernel", left_behind),
     ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.05)),
+    ("10", reference, "kl_divergence", "direction", swapped),
+    ("10", torch_logits, "logits_stats", "normaliser", off("lse")),
+    ("10", torch_logits, "logits_grad", "one upstream gradient for all rows", upstream(means)),
+    ("10", torch_logits, "logits_grad", "sign of the entropy", upstream(lambda up: up._replace(entropy=-up.entropy))),
+    ("10", torch_logits, "logits_grad", "entropy not centred", uncentred("entropy")),
+    ("10", torch_logits, "logits_grad", "KL not centred", uncentred("kl")),
+    ("10", torch_logits, "logits_grad", "missing temperature", no_chain_rule),
+    ("10", triton_logits, "logits_stats", "normaliser", off("lse")),
+    ("10", triton_logits, "logits_grad", "one upstream gradient for all rows", upstream(means)),
+    ("10", triton_logits, "logits_grad", "KL not centred", uncentred("kl")),
+    ("10", loss, "klq_terms", "missing τ", part(1, 2.5)),
+    ("10", loss, "klq_terms", "gradient of the value", part(2, -1)),
+    ("10", reference, "klq_loss", "no half", scaled(2.0)),
+    ("10", reference, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("10", torch_logits, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("10", triton_logits, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("10", triton_logits, "lambda_returns", "shifted targets", shifted("targets")),
+    ("10", c10, "blelloch", "no way down", lambda f: lambda steps: f(steps)[: steps.bit_length()]),
+    ("10", c10, "hillis_steele", "a round less", lambda f: lambda steps: f(steps)[:-1]),
+    ("10", c10, "run_scan", "decay kept", lambda f: lambda rounds, a, b: f(rounds, torch.full_like(a, 0.5), b)),
+    ("10", c10, "running_sum", "last term lost", lambda f: lambda terms: f(terms[:-1])),
+    ("10", c10, "pairwise_sum", "one after another", lambda f: c10.running_sum),
     ("12", measure, "interleave", "in blocks", in_blocks),
     ("12", measure, "interleave", "product before only", product_before),
     ("12", measure, "_spread", "mean for median", mean_reported),
@@ -572,7 +643,7 @@ def test_a_wrong_formula_fails_a_check(mutant):
         run(number)
 
 
-@pytest.mark.parametrize("number", ["01", "07", "09"])
+@pytest.mark.parametrize("number", ["01", "07", "09", "10"])
 def test_the_right_formulas_pass(number):
     """Else the mutants above might fail for another reason."""
     c07.gradients.cache_clear()

@@ -52,6 +52,44 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("9.3", [("chosen = tl.load(Z +", "chosen = tl.load(R +"), ("chosen - m - tl.log(s)", "chosen - n - tl.log(t)")],
      "reference's log-prob"),
     ("9.3", [("chosen - m - tl.log(s)", "chosen - m")], "log s forgotten"),
+    ("10.1", [("tl.load(G + row) * ", "")], "no upstream"),
+    ("10.1", [("tl.load(G + row)", "tl.load(G)")], "one upstream"),
+    ("10.1", [("(one - p)", "(-p)")], "one-hot missing"),
+    ("10.1", [("tl.load(G + row) * inverse * (one - p)", "inverse * (one - tl.load(G + row) * p)")], "one-hot bare"),
+    ("10.1", [("(one - p)", "(p - one)")], "sign"),
+    ("10.1", [("* inverse * (one", "* (one")], "no factor"),
+    ("10.1", [(") * inverse - tl", ") - tl")], "factor only"),
+    ("10.1", [("* inverse * (one", "/ inverse * (one")], "times temperature"),
+    ("10.1", [("(z - tl.load(TOP + row))", "z")], "no top"),
+    ("10.1", [(" - tl.load(LSE + row)", "")], "no lse"),
+    ("10.1", [("logits.stride(0), out", "V, out")], "stride"),
+    ("10.1", [("triton.cdiv(V, 16)", "1")], "first block"),
+    ("10.1", [("p = tl.exp", "z = z.to(tl.float16).to(tl.float32)\n    p = tl.exp")], "half"),
+    ("10.2", [("tl.exp(logp) * centred", "(tl.exp(logp) - tl.exp(logq))")], "direction"),
+    ("10.2", [(" - tl.load(KL + row)", "")], "not centred"),
+    ("10.2", [("- tl.load(KL + row)", "- tl.load(KL + row) + 1")], "one too many"),
+    ("10.2", [("- tl.load(KL", "+ tl.load(KL")], "added"),
+    ("10.2", [("* centred", "* -centred")], "sign"),
+    ("10.2", [("tl.exp(logp) * centred", "tl.exp(logq) * centred")], "weights q"),
+    ("10.2", [("tl.exp(logp) * centred", "tl.exp(logp) * 0")], "p held"),
+    ("10.2", [("tl.load(G + row) * ", "")], "no upstream"),
+    ("10.2", [("* inverse * tl.exp", "* tl.exp")], "no factor"),
+    ("10.2", [("tl.maximum(logp, -1e30), tl.maximum(logq, -1e30)", "logp, logq")], "0 · inf"),
+    ("10.2", [("- tl.load(KL", "+ tl.load(LSE + row) - tl.load(REF_LSE + row) - tl.load(KL")], "no normalisers"),
+    ("10.2", [("logits.stride(0), ref_logits.stride(0)", "V, V")], "stride"),
+    ("10.2", [("triton.cdiv(V, 16)", "1")], "first block"),
+    ("10.3", [("sums += decays * tail", "sums += 0")], "no carry"),
+    ("10.3", [("decays * tail", "a * tail")], "decay kept"),
+    ("10.3", [("decays * tail", "tl.where(t < length, tail, 0.0)")], "carry undecayed"),
+    ("10.3", [("decays * tail", "decays * tail / decay")], "off by one"),
+    ("10.3", [("decay, 0.0)", "1.0, 0.0)")], "no decay"),
+    ("10.3", [("decay, 0.0)", "0.0, 0.0)")], "δ"),
+    ("10.3", [("t < length", "t < T")], "padding"),
+    ("10.3", [("LENGTHS + row", "LENGTHS")], "one length"),
+    ("10.3", [("tl.load(LENGTHS + row)", "tl.load(LENGTHS + row) - 1")], "last token"),
+    ("10.3", [("delta.stride(0)", "T")], "stride"),
+    ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "tl.cdiv(T, BLOCK)"), (", reverse=True", ""),
+              ("steps == 0", "steps == BLOCK - 1")], "forwards"),
 ]  # fmt: skip
 UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is said
     ("9.1", [("tl.store(TOTAL + row, total)", "tl.store(TOTAL + row + V, total)")], "wrote outside of a tensor"),
@@ -60,6 +98,12 @@ UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is s
     ("9.2", [("tl.store(OUT + row", "tl.store(OUT + (row.to(tl.int64) + 1) * 100000000000")], "crashed"),
     ("9.3", [("z_stride\n", "2 * z_stride\n")], "is expected"),
     ("9.3", [("TOKENS + row", "TOKENS")], "result 1 of 2: "),
+    ("10.1", [("dz, mask=inside", "dz")], "wrote outside of a tensor"),
+    ("10.1", [(', mask=inside, other=-float("inf")', "")], "past the end of an argument"),
+    ("10.2", [("dz, mask=inside", "dz")], "wrote outside of a tensor"),
+    ("10.3", [(", reverse=True", "")], "is expected"),
+    ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "0, -1, -1")], "is expected"),
+    ("10.3", [("sums, mask=t < T", "sums")], "wrote outside of a tensor"),
 ]  # fmt: skip
 
 
@@ -104,7 +148,7 @@ def test_a_kernel_with_another_mistake_is_told_where(number, replaced, says, tmp
     assert verdict.passed is False and says in verdict.message, (seed, verdict)
 
 
-@pytest.mark.parametrize("number", ["9.1", "9.2", "9.3"])
+@pytest.mark.parametrize("number", ["9.1", "9.2", "9.3", "10.1", "10.2", "10.3"])
 def test_the_kernels_in_the_notebook_are_right(number, tmp_path):
     for _ in range(3):
         verdict = grade(*answer(number, [], tmp_path), seed=(seed := torch.seed() % 10**9))
