@@ -5,6 +5,7 @@ Each notebook is run in this process, cell by cell, with one core function repla
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,6 +17,8 @@ import klq_edu.course
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import load
+from klq_edu.rlhf import algorithms, replay
+from klq_edu.rlhf.config import TrainConfig
 from klq_kernels import reference
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
@@ -120,6 +123,17 @@ MUTANTS = [
     ("07", improvement, "klq_step", "missing α", lambda f: lambda p, v, d, r, tau, alpha=1: f(p, v, d, r, tau, 1)),
     ("07", improvement, "ppo_penalty_step", "anchors swapped", lambda f: lambda p, q, r, tau, b: f(r, q, p, tau, b)),
     ("07", improvement, "penalty_coefficient", "missing τ", lambda f: lambda tau, alpha: (1 - alpha) / alpha),
+    ("08", TokenTree, "evaluate", "no KL", no_penalty),
+    ("08", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
+    ("08", returns, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("08", returns, "lambda_returns", "missing τ", without_tau),
+    ("08", reference, "klq_loss", "no half", scaled(2.0)),
+    ("08", reference, "klq_loss", "missing τ", without_tau),
+    ("08", returns, "whiten", "not centred", not_centred),
+    ("08", replay, "refreshed", "stale", lambda f: lambda policy, rollout: rollout),
+    ("08", algorithms, "make_targets", "λ = 0 in train", lambda f: lambda r, config: f(r, replace(config, lam=0.0))),
+    ("08", TokenTree, "td_errors", "sign", scaled(-1)),
+    ("08", TrainConfig, "cooled", "no cooling", lambda f: lambda self, update: self),
 ]  # fmt: skip
 
 
