@@ -26,7 +26,7 @@ FRAMES = "KLQ_COURSE_FRAMES"  # a folder: the builder wants every frame of a wid
 def show(picture: Picture) -> None:
     """Display a figure, with its text alternative, and its caption below."""
     _display(picture.figure, picture.alt)
-    display(Markdown(f"*{picture.caption}*"))
+    display(Markdown("*{}*".format(picture.caption.replace("*", r"\*"))))
 
 
 def source(function: Callable) -> None:

@@ -113,7 +113,7 @@ print(f"J of the reference {tree.objective(tree.ref, tau):.2f}, J* = {J_star:.3f
 # %%
 config = TrainConfig(
     tau=tau, updates=24, batch_size=64, epochs=2, learning_rate=4e-3,
-    final_lr_fraction=1.0, max_new_tokens=4, eval_every=8, device="cpu",
+    final_lr_fraction=1.0, max_new_tokens=4, eval_every=4, device="cpu",
 )  # fmt: skip
 with float32():
     policy = world.make_policy(config)
@@ -158,9 +158,9 @@ check.equation("8.4", out.advantages[mask], typed[mask], tol=1e-6)  # a float32 
 # policy gradient itself (7.5), so a norm to clip gradients at means the same for every $\tau$. Before the first step
 # $Q_\theta - \hat G = -\alpha\Delta$:
 #
-# $$L(\theta_{old}) = \frac{1}{\alpha\tau}\cdot\tfrac12\,\overline{(Q_{old} - \hat G)^2} = \frac{\alpha}{2\tau}\,\overline{\Delta^2} \tag{8.5}$$
+# $$L(\theta_{old}) = \frac{1}{\alpha\tau}\cdot\frac{1}{N}\sum_t \tfrac12\,(Q_{old} - \hat G)_t^2 = \frac{\alpha}{2\tau}\cdot\frac{1}{N}\sum_t\Delta_t^2 \tag{8.5}$$
 #
-# (the bar is a mean over real tokens). Worth knowing when you stare at a log: the first loss of an update does not say
+# ($N$ real tokens). Worth knowing when you stare at a log: the first loss of an update does not say
 # how good the policy is. It says how much its values still disagree with what it saw.
 
 # %%
@@ -266,9 +266,13 @@ def my_loop(config, update=update, refresh=refreshed, stop=None, offset=0.0):
 
 
 def notes(new, tau):
-    reward, kl = new.rewards.sum(1).mean().item(), new.kl.sum(1).mean().item()
-    value = new.values[new.mask].mean().item()
-    return {"reward": reward, "kl": kl, "objective": reward - tau * kl, "value": value}
+    row = {"reward": new.rewards.sum(1).mean().item()}
+    row |= {
+        "kl": new.kl.sum(1).mean().item(),
+        "value": new.values[new.mask].mean().item(),
+    }
+    row["objective"] = row["reward"] - tau * row["kl"]
+    return row | {"value_0": new.values[:, 0].mean().item()}  # V(s_0) should be J
 
 
 # %% [markdown]
@@ -321,7 +325,7 @@ print(
 # ## Break it
 #
 # A loop that runs is not a loop that works, and a broken one seldom crashes. Five breaks follow, each with a
-# prediction before and the exact damage after, 16 updates in.
+# prediction before and the exact damage after.
 #
 # ### 1 · The level of V
 #
@@ -343,7 +347,7 @@ moved = lambda_returns(*shifted, mask, tau=tau, lam=lam, alpha=alpha)
 check.equation("8.7", moved.advantages[mask], (out.advantages - c * lam**after)[mask])
 
 # %% tags=["heavy"]
-sixteen = replace(config, updates=16)
+sixteen = replace(config, updates=16, eval_every=8)
 runs["offset of V"] = my_loop(sixteen, offset=c)
 for name in ("sound", "offset of V"):
     say(name, 8)
@@ -362,7 +366,7 @@ for name in ("sound", "offset of V"):
 # PPO's habit: subtract the mean of $\Delta$, divide by its standard deviation. In the heart that is one line.
 # **Predict:** which suffers, $J$, or $V$, or both? Here is a hint. Whitening does not see a constant:
 #
-# $$\mathrm{whiten}(\Delta + c) = \mathrm{whiten}(\Delta), \qquad \overline{\mathrm{whiten}(\Delta)^2} = 1 \tag{8.8}$$
+# $$\mathrm{whiten}(\Delta + c) = \mathrm{whiten}(\Delta), \qquad \frac{1}{N}\sum_t \mathrm{whiten}(\Delta)_t^2 = 1 \tag{8.8}$$
 #
 # The first half says what becomes of (8.7), the second what happens near the optimum.
 
@@ -393,7 +397,7 @@ def whitened_update(batch, forward, step, config):
 runs["whitened"] = my_loop(sixteen, whitened_update)
 for name in ("sound", "whitened"):
     say(name, 16)
-    print(f"{'':>22}  mean V on its last batch: {runs[name][15]['value']:.2f}")
+    print(f"{'':>22}  mean V(s_0) in its last batch: {runs[name][15]['value_0']:.2f}")
 small = TrainConfig(tau=0.5, alpha=0.3, epochs=2)
 for name, heart in {"sound": update, "whitened": whitened_update}.items():
     nats, error = on_a_table(heart, small)
@@ -500,7 +504,7 @@ out_now = lambda_returns(*look, mask, tau=tau, lam=lam, alpha=alpha)
 check.equation("8.10", out_now.targets[mask], goals[mask], tol=1e-5)
 
 # %% tags=["heavy"]
-eight = replace(config, updates=8, replay=64, eval_every=4)
+eight = replace(config, updates=8, replay=64)
 runs["stale"] = my_loop(eight, refresh=lambda policy, old: old, stop=4)
 runs["refreshed"] = my_loop(eight, stop=4)
 for name in ("stale", "refreshed"):
@@ -703,9 +707,10 @@ for name, surrogate in {
     "ppo_clip": ppo_clip_loss,
     "ppo_penalty": with_penalty,
 }.items():
-    settings = replace(sixteen, algorithm=name)
+    settings = replace(config, updates=16, algorithm=name)
     runs[name] = my_loop(settings, ppo_update(surrogate))
-race = frame(runs, 64, klq="sound", ppo_clip="ppo_clip", ppo_penalty="ppo_penalty")
+race = {"klq": "sound", "ppo_clip": "ppo_clip", "ppo_penalty": "ppo_penalty"}
+race = frame({name: runs[run][:16] for name, run in race.items()}, config.batch_size)
 show(optimum_curves(race, tau))
 
 # %% [markdown]
@@ -732,6 +737,10 @@ assert (medians["equal"] > medians["replay"]).all()
 large = medians["replay"].unstack("algorithm").loc[0.2:]
 assert (large["ppo_clip"] > large["klq"]).all()
 assert (large["ppo_clip"] > large["ppo_penalty"]).all()
+small = many[(many["schedule"] == "replay") & (many["tau"] < 0.2)]
+bars = small.groupby(["tau", "algorithm"])["kl_optimum"].agg(["min", "max"])
+bars = bars.groupby("tau").agg({"min": "max", "max": "min"})
+assert (bars["min"] < bars["max"]).all()  # all four overlap
 
 # %% [markdown]
 # Every median falls from left to right: using completions again helps *every* algorithm, by the largest factor where

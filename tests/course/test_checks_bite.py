@@ -5,6 +5,7 @@ Each notebook is run in this process, cell by cell, with one core function repla
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,22 +14,16 @@ import pytest
 import torch
 
 import klq_edu.course
+import klq_kernels.triton_linear  # noqa: F401 (imported now, lest it import a mutant)
 from klq_edu.bench import measure, roofline, workloads
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c07_ppo_in_disguise as c07
 from klq_edu.course.chapters import c10_backwards_and_scan as c10
 from klq_edu.course.chapters import c13_whole_road, load
-from klq_edu.rlhf import judge, power, preference
-from klq_kernels import (  # noqa: F401 (all imported now, lest one imports a mutant)
-    device,
-    loss,
-    ops,
-    reference,
-    torch_logits,
-    triton_linear,
-    triton_logits,
-)
+from klq_edu.rlhf import algorithms, judge, power, preference, replay
+from klq_edu.rlhf.config import TrainConfig
+from klq_kernels import device, loss, ops, reference, torch_logits, triton_logits
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -544,6 +539,17 @@ MUTANTS = [
     ("07", reference, "kl_divergence", "half", scaled(0.5)),
     ("07", TokenTree, "evaluate", "no discount", no_discount),
     ("07", TokenTree, "evaluate", "no KL", no_penalty),
+    ("08", TokenTree, "evaluate", "no KL", no_penalty),
+    ("08", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
+    ("08", returns, "lambda_returns", "shifted advantages", shifted("advantages")),
+    ("08", returns, "lambda_returns", "missing τ", without_tau),
+    ("08", reference, "klq_loss", "no half", scaled(2.0)),
+    ("08", reference, "klq_loss", "missing τ", without_tau),
+    ("08", returns, "whiten", "not centred", not_centred),
+    ("08", replay, "refreshed", "stale", lambda f: lambda policy, rollout: rollout),
+    ("08", algorithms, "make_targets", "λ = 0 in train", lambda f: lambda r, config: f(r, replace(config, lam=0.0))),
+    ("08", TokenTree, "td_errors", "sign", scaled(-1)),
+    ("08", TrainConfig, "cooled", "no cooling", lambda f: lambda self, update: self),
     ("09", roofline, "floor_seconds", "half", scaled(0.5)),
     ("09", ops, "token_stats", "log-prob too large", field("logprob", lambda x: x + 0.1)),
     ("09", ops, "token_stats", "sign of the entropy", field("entropy", torch.neg)),

@@ -14,7 +14,7 @@ from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import Chapter, differentiate, on_any_padding
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, Wrong, grade
+from klq_edu.course.exercises import Exercise, Mistake, grade
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.rollout import Rollout
@@ -87,10 +87,9 @@ def on_a_table(heart: Callable, config: TrainConfig, updates: int = 80, size: in
     return gap.item() / config.tau, (critic.detach() - values).abs().max().item()
 
 
-def frame(runs: dict[str, list[dict]], size: int, **names: str) -> pd.DataFrame:
-    """Rows of some runs (name of an algorithm -> name of a run) as `figures` reads them."""
-    parts = [pd.DataFrame(runs[run]).assign(algorithm=name, seed=0) for name, run in names.items()]
-    rows = pd.concat(parts)
+def frame(runs: dict[str, list[dict]], size: int) -> pd.DataFrame:
+    """Rows of some runs (name of an algorithm -> its rows), of batches of this size, as `figures` reads them."""
+    rows = pd.concat([pd.DataFrame(part).assign(algorithm=name, seed=0) for name, part in runs.items()])
     return rows.assign(rollouts=(rows["update"] + 1) * size)
 
 
@@ -105,7 +104,7 @@ def sweep() -> pd.DataFrame:
 SHOWN = {  # what is drawn: of the batches, exact at some updates, label
     "J": ("objective", "J", "objective J [reward]"),
     "KL to the reference": ("kl", "exact_kl", "KL(π ‖ π_b) [nats]"),
-    "V": ("value", "J", "mean V on the batch [reward]"),
+    "V": ("value_0", "J", "V(s_0), and J [reward]"),
 }
 
 
@@ -132,55 +131,41 @@ def curves(runs: dict[str, list[dict]], best: float) -> Widget:
         [{"run": others[0], "shown": "J"}, {"run": "whitened", "shown": "V"}],
         "Lines: what the batches say, update by update. Marks: exact J, by enumeration. Blue is the sound loop, orange "
         "dashed the chosen one. On the left a value head that starts ten rewards too low costs the first updates; on "
-        "the right a whitened loop, whose V never finds its level (where V should be heading, see the marks).",
+        "the right a whitened loop: V(s_0) should be the policy's J (marks), and stays near 0.",
         "Two line plots against updates: the objective of the loop with a value offset, which lies far below the sound "
-        "loop's and catches up late; and the mean value of the whitened loop, which stays near zero while the sound "
-        "loop's rises with J.",
+        "loop's and catches up late; and the first state's value in the whitened loop, which stays near zero "
+        "while the sound loop's rises with J.",
         size=(5.2, 3.6),
     )  # fmt: skip
 
 
-class Tables(NamedTuple):
-    """What a random trial of exercise 8.1 is made of."""
-
-    logits: Tensor  # [S, A]
-    critic: Tensor  # [S]
-    ref: Tensor  # [S, A] log-probs
-    states: Tensor  # [B, T]
-    tokens: Tensor
-    rewards: Tensor
-    mask: Tensor
-
-
 def _tables(generator: Generator) -> tuple:
+    """Logits [S, A], values [S] and the reference's log-probs; states, tokens, rewards and mask [B, T]; τ, α, λ."""
+
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     states, tokens = (torch.randint(n, (4, 4), generator=generator) for n in (3, 4))
     mask = torch.arange(4) < torch.tensor([4, 1, 3, 2])[torch.randperm(4, generator=generator)][:, None]
     rewards = torch.where(mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:], random(4, 4) + 2, 0.0)
-    tau, alpha, lam = (0.3 + 0.4 * torch.rand(3, generator=generator)).tolist()
-    config = TrainConfig(tau=tau, alpha=alpha, lam=lam, epochs=3)
-    tables = Tables(random(3, 4), random(3), random(3, 4).log_softmax(-1), states, tokens, rewards, mask)
-    return tables, config
+    numbers = (0.3 + 0.4 * torch.rand(3, generator=generator)).tolist()
+    return random(3, 4), random(3), random(3, 4).log_softmax(-1), states, tokens, rewards, mask, *numbers
 
 
-def _updated(answer, tables: Tables, config: TrainConfig) -> dict[str, Tensor]:
+def _updated(answer, logits, critic, ref, states, tokens, rewards, mask, tau, alpha, lam) -> dict[str, Tensor]:
     """The losses an update reports, and the tables after it, whose steps are plain gradient descent."""
-    now, at = [tables.logits.requires_grad_(), tables.critic.requires_grad_()], (tables.states, tables.tokens)
+    now, at = [logits.clone().requires_grad_(), critic.clone().requires_grad_()], (states, tokens)
 
     def forward():
-        return now[0].log_softmax(-1)[at], now[1][tables.states]
+        return now[0].log_softmax(-1)[at], now[1][states]
 
     def step(loss):
         grads = differentiate(loss, *now)
         now[:] = [(x - 0.3 * g).detach().requires_grad_() for x, g in zip(now, grads, strict=True)]
 
-    logprobs, values = (torch.where(tables.mask, x.detach(), torch.nan) for x in forward())
-    batch = Batch(tables.rewards, values, logprobs, tables.ref[at], tables.mask)
-    losses = answer(batch, forward, step, config)
-    if not isinstance(losses, Tensor):
-        raise Wrong(f"one loss per epoch is expected, torch.stack(losses); yours is a {type(losses).__name__}.")
+    logprobs, values = (torch.where(mask, x.detach(), torch.nan) for x in forward())
+    config = TrainConfig(tau=tau, alpha=alpha, lam=lam, epochs=3)
+    losses = answer(Batch(rewards, values, logprobs, ref[at], mask), forward, step, config)
     after = {"the logits after it: ": now[0].detach(), "the values after it: ": now[1].detach()}
     return {"the losses: ": losses} | after
 
