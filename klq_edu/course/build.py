@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 
 from klq_edu.course import html
 from klq_edu.course.chapters import PARTS, Chapter, load, load_all
-from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY, map_widget
+from klq_edu.course.chapters.c00_map_and_doctor import GLOSSARY, NOTATION, map_widget
 from klq_edu.course.display import FRAMES, TEMPLATES, svg
 from klq_edu.course.exercises import NOT_ATTEMPTED, Exercise
 
@@ -30,7 +30,9 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 EQUATION = re.compile(r"\$\$.+?\$\$", re.DOTALL)
 PACE = {"words": 130, "lines": 12, "figure": 2, "open": 5}  # words, lines a minute; minutes: chosen, not measured
-OVERVIEWS = {"README.md": "map.md.j2", "html/index.html": "index.html.j2"}  # page of the whole course -> its template
+OVERVIEWS = {  # page of the whole course -> its template
+    "README.md": "map.md.j2", "html/index.html": "index.html.j2", "html/cheat_sheet.html": "cheat_sheet.html.j2"
+}  # fmt: skip
 
 
 def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
@@ -43,10 +45,13 @@ def build_all(folder: Path, only: tuple[str, ...] = ()) -> None:
 
 
 def overview(folder: Path, page: str) -> str:
-    """A page of OVERVIEWS: of every notebook its question, functions, minutes, number of equations and exercises."""
-    rows = [(c, minutes(folder, c), len(equations(_source(folder, c)))) for c in load_all()]
+    """A page of OVERVIEWS, of what the chapters say: questions, functions, minutes, equations, exercises, notation."""
+    found = [(c, equations(_source(folder, c))) for c in load_all()]
+    rows = [(c, minutes(folder, c), len(known)) for c, known in found]
+    known = {number: (c, tex) for c, its in found for number, tex in its.items()}
     parts = {part: [c for c, *_ in rows if c.part == part] for part in PARTS}
     about = {"rows": rows, "parts": parts, "pace": PACE, "glossary": GLOSSARY, "map": map_widget(), "svg": svg}
+    about |= {"notation": NOTATION, "equation": lambda number: html.formula(number, *known[number])}
     return TEMPLATES.get_template(OVERVIEWS[page]).render(about) + "\n"
 
 
@@ -117,12 +122,12 @@ def drift(folder: Path, chapter: Chapter) -> list[Path]:
     return [path for path, fresh in pairs if not path.exists() or cells(nbformat.read(path, 4)) != cells(fresh)]
 
 
-def equations(notebook: NotebookNode) -> list[str]:
-    """Numbers of the displayed equations in order; ValueError for one without a number."""
+def equations(notebook: NotebookNode) -> dict[str, str]:
+    """The displayed equations by number, in order, in TeX; ValueError for one without a number."""
     found = [m for cell in notebook.cells if cell.cell_type == "markdown" for m in EQUATION.findall(cell.source)]
     if bare := [equation for equation in found if not html.TAG.search(equation)]:
         raise ValueError(f"a displayed equation without \\tag: {bare[0]}")
-    return [html.TAG.search(equation)[1] for equation in found]
+    return {html.TAG.search(equation)[1]: html.TAG.sub("", equation.strip("$")) for equation in found}
 
 
 def _edition(cells: list[NotebookNode], exercises: dict[str, Exercise], time: str, student: bool) -> NotebookNode:

@@ -28,19 +28,26 @@ class Renderer(IPythonRenderer):
 
     def inline_math(self, body: str) -> str:
         """A formula in the text."""
-        return self._mathml(body, "inline")
+        return mathml(body, "inline")
 
     def block_math(self, body: str) -> str:
         """A displayed formula."""
         number = TAG.search(body)
         label = f'<span class="number">({number[1]})</span>' if number else ""
-        return f'<div class="equation" role="group">{self._mathml(TAG.sub("", body), "block")}{label}</div>'
+        return f'<div class="equation" role="group">{mathml(TAG.sub("", body), "block")}{label}</div>'
 
-    def _mathml(self, tex: str, display: str) -> str:
-        formula = convert(tex.strip(), display=display).replace("\n", " ")
-        if "\\" in formula:
-            raise ValueError(f"latex2mathml does not know a command in ${tex}$: write it otherwise")
-        return formula
+
+def mathml(tex: str, display: str) -> str:
+    """TeX as MathML, "inline" or "block"; ValueError for a command that the converter does not know."""
+    formula = convert(tex.strip(), display=display).replace("\n", " ")
+    if "\\" in formula:
+        raise ValueError(f"latex2mathml does not know a command in ${tex}$: write it otherwise")
+    return formula
+
+
+def formula(number: str, chapter: Chapter, tex: str) -> str:
+    """An equation of a notebook for another page, with its number, which leads there."""
+    return f'<span class="formula">{mathml(tex, "inline")} <a href="{chapter.name}.html">({number})</a></span>'
 
 
 def page(notebook: NotebookNode, chapter: Chapter, chapters: list[Chapter], frames: Path) -> str:

@@ -27,7 +27,8 @@ CHECKED = re.compile(r'check\.(?:equation|inequality)\(\s*"([\d.]+)"')
 NAMES = {"TRL"}
 FOLDER = Path(__file__).parents[2] / "notebooks"
 CHAPTERS = load_all()
-PAGES = [*(c.name for c in CHAPTERS), "index"]
+ABOUT_ALL = ["index", "cheat_sheet"]
+PAGES = [*(c.name for c in CHAPTERS), *ABOUT_ALL]
 chapters = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
 
 
@@ -43,7 +44,9 @@ def output(notebook):
 def test_every_displayed_equation_is_checked_where_it_stands(chapter):
     """In order: an equation's check comes after it and before the next cell with an equation."""
     full, _ = editions(FOLDER, chapter)
-    assert equations(full) == [f"{int(chapter.number)}.{i + 1}" for i in range(len(equations(full)))]
+    texts = [c.source for c in full.cells if c.cell_type == "markdown"]
+    shown = [html.TAG.search(e)[1] for text in texts for e in EQUATION.findall(text)]
+    assert shown == list(equations(full)) == [f"{int(chapter.number)}.{i + 1}" for i in range(len(shown))]
     waiting: set[str] = set()
     for cell in full.cells:
         if cell.cell_type == "code":
@@ -215,7 +218,9 @@ def test_a_page_has_formulas_as_mathml_folds_as_folds_and_sliders_below_twins(tm
 @pytest.mark.parametrize("name", PAGES)
 def test_page_asks_no_host_for_anything(name):
     page = (FOLDER / "html" / f"{name}.html").read_text()
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#|\d\d_\w+\.html|index\.html)[^"']*""", page)
+    assert not re.findall(
+        r"""(?:src|href)\s*=\s*["'](?!data:|#|\d\d_\w+\.html|index\.html|cheat_sheet\.html)[^"']*""", page
+    )
     assert "@import" not in page and "url(http" not in page and "fetch(" not in page
 
 
@@ -237,7 +242,7 @@ def test_page_works_in_a_browser_without_network_and_fits_a_small_screen(name, t
     """What is wider than 400 pixels scrolls in a box of its own, the page does not."""
     said = in_a_browser((FOLDER / "html" / f"{name}.html").read_text(), tmp_path)
     assert said["client"] == 400 and said["scroll"] <= 400, f"the page is {said['scroll']} pixels wide"
-    assert len(said["drawn"]) == (name != "index") and all(frame.isdigit() for frame in said["drawn"])
+    assert len(said["drawn"]) == (name not in ABOUT_ALL) and all(frame.isdigit() for frame in said["drawn"])
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
@@ -257,12 +262,33 @@ def in_a_browser(page, folder):
         }"""  # in a frame, because a window is at least 500 pixels wide
     frame = f'<iframe style="width: 400px; height: 800px; border: 0" srcdoc="{escape(page)}"></iframe>'
     (folder / "page.html").write_text(f"<!DOCTYPE html><body>{frame}<script>{script}</script></body>")
+    said = chromium(folder, "--hide-scrollbars", "--dump-dom", (folder / "page.html").as_uri())
+    return json.loads(re.search(r"<body>(.*)</body>", said, re.DOTALL)[1])
+
+
+def chromium(folder, *what):
+    """What it prints, offline; nothing may be logged."""
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}", "--enable-logging=stderr", "--v=0",
-        "--hide-scrollbars", "--dump-dom", (folder / "page.html").as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *what], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)[1])
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_the_cheat_sheet_is_two_pages_on_paper(tmp_path):
+    page = FOLDER / "html" / "cheat_sheet.html"
+    chromium(tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'it.pdf'}", page.as_uri())
+    assert len(re.findall(rb"/Type /Page\b", (tmp_path / "it.pdf").read_bytes())) == 2
+
+
+def test_the_cheat_sheet_has_the_equations_of_the_notebooks():
+    """By number, every one of them; one that is not there is an error of the builder."""
+    page = (FOLDER / "html" / "cheat_sheet.html").read_text()
+    known = {n: (c, tex) for c in CHAPTERS for n, tex in equations(editions(FOLDER, c)[0]).items()}
+    shown = re.findall(r'<span class="formula">(<math.*?</math>) <a href="(\w+)\.html">\(([\d.]+)\)', page)
+    assert len(shown) > 40 and {n.split(".")[0] for *_, n in shown} >= {str(int(c.number)) for c in CHAPTERS[1:]}
+    assert all((name, math) == (known[n][0].name, html.mathml(known[n][1], "inline")) for math, name, n in shown)
