@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-from klq_edu.bench.roofline import DEVICES, KERNELS, floor_seconds, predict
+from klq_edu.bench.roofline import DEVICES, KERNELS, SHARED, floor_seconds, predict
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c11_never_build_the_logits import (
     MEMORY,
@@ -139,9 +139,9 @@ explore(MEMORY)
 # ## Tiles: the forward pass
 #
 # Notebook 09 read a row of logits in blocks and kept running statistics, equation (9.3). It never went back to a block. So nobody has to *store* the logits: compute those of a tile
-# by a small product, fold them into $m$ and $s$, and forget them. For a tile $c$ of the vocabulary with weight rows $w_c$:
+# by a small product, $z_c = h\,w_c^\top$ for a tile $c$ with weight rows $w_c$, fold them into $m$ and $s$, and forget them. With $m' = \max(m, \max z_c)$:
 #
-# $$z_c = h\,w_c^\top, \qquad m' = \max\big(m, \max z_c\big), \qquad s' = e^{m - m'}\,s + \textstyle\sum e^{z_c - m'}, \qquad \log\pi(y) = h\cdot w_y - m - \log s \tag{11.3}$$
+# $$s' = e^{m - m'}\,s + \sum_{v \in c} e^{h \cdot w_v - m'}, \qquad \text{and at the end}\quad \log\pi(y) = h\cdot w_y - m - \log s \tag{11.3}$$
 #
 # The sampled token's logit $h \cdot w_y$ is a product of its own. Looking for $y$ in every tile would cost a comparison per logit.
 
@@ -168,8 +168,8 @@ for width in (1, 64, 1000):
 
 # %% [markdown]
 # The library's kernel is that, with a tile of rows as well: each program owns some rows and goes over a span of the vocabulary; for each tile, a loop over H adds up the
-# product. You will write its parts in the exercises. Here it runs on a few rows in float32, against float64, and below it stands as it is: look for the two loops' halves (`_logits` is the one over H), the tail of the vocabulary (`_until`), and the
-# row number in 64 bits.
+# product. You will write its parts in the exercises. Here it runs on a few rows in float32, against float64, and below it stands as it is. Look for the loop over tiles (the one over H is in `_logits`), the tail of the vocabulary (`_until`), and the row number
+# in 64 bits.
 
 # %%
 f32 = [x.detach().float().to(where) for x in (h, w)]
@@ -293,8 +293,8 @@ for name, gpu in DEVICES.items():
 
 # %% [markdown]
 # The second figure is for the best that *stored* logits allow: written by the product, read for the statistics, read and overwritten by the gradient, read by two products, six times two bytes. Against that,
-# computing again loses on most large models. This is a model, of kernels that reach their limits. So the rule: **use the one-visit loss, which computes nothing twice. Compute again where the statistics must come first
-# (an entropy bonus, a ratio that is clipped against a later number), or where memory decides.** With a small vocabulary or a small batch the logits fit, and none of this matters.
+# computing again loses on most large models. This is a model, of kernels that reach their limits. So the rule: **use the one-visit loss, which computes nothing twice. Compute again where a row's
+# gradient depends on other rows (through the ratio of a whole sequence, say), or where memory decides.** With a small vocabulary or a small batch the logits fit, and none of this matters.
 #
 # ## Why a tile of 64 × 64 is slow
 #
@@ -313,6 +313,7 @@ TILES = [MatmulTile(64, 64, 64, warps=8, stages=3), own, own._replace(warps=4)]
 RECORDS = compiled_tiles(*TILES)
 small, library, spilling = RECORDS
 f, b = DEVICES["H100"].fma, 2
+print(f"{f} multiply-adds per clock, and bytes per clock:")
 for t, record in zip(TILES, RECORDS):
     needed = predict(record, "H100", 8192, 128_256, 4096)["l2_needed"]
     check.equation("11.8", needed, f * b * (t.rows + t.vocab) / (t.rows * t.vocab))
@@ -326,7 +327,7 @@ for t, record in zip(TILES, RECORDS):
 shapes = [(32, 32), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256)]
 needed = {
     name: [DEVICES[name].fma * b * (m + n) / (m * n) for m, n in shapes]
-    for name in ("A100", "H100", "B200")
+    for name in ("H100", "A100", "B200")
 }
 show(draw_tiles(shapes, needed))
 
@@ -347,11 +348,11 @@ for t, record in zip(TILES, RECORDS):
     typed = f * b * (q * (64 + n) + t.rows + t.vocab) / (t.rows * t.vocab)
     check.equation("11.9", said["shared_needed"], typed)
     print(
-        f"{record['tile']}: {instruction}, {typed:g} bytes, so at most {128 / typed:.0%}"
+        f"{record['tile']}: {instruction}, {typed:g} bytes, so at most {SHARED / typed:.0%}"
     )
 
 # %% [markdown]
-# So why not 512 × 512? Because a tile must fit. Its operands wait in shared memory, in $S$ *stages*: while one is multiplied, the next are on their way. (Where the hardware copies whole tiles, a barrier of 8 bytes per stage is added.) An H100 has 227 KiB for a block:
+# So why not larger still? Because a tile must fit. Its operands wait in shared memory, in $S$ *stages*: while one is multiplied, the next are on their way. (Where the hardware copies whole tiles, a barrier of 8 bytes per stage is added.) An H100 has 227 KiB for a block:
 #
 # $$\sigma = S\,\big[(B_M + B_N)\,B_K\,b + 8\,[\text{descriptors}]\big] \le 232{,}448 \tag{11.10}$$
 
@@ -360,6 +361,9 @@ for t, record in zip(TILES, RECORDS):
     sigma = t.stages * ((t.rows + t.vocab) * t.hidden * b + 8 * t.descriptors)
     check.equation("11.10", record["shared_bytes"], sigma)
     check.inequality("11.10", sigma / 1024, record["shared_limit"] / 1024)
+    print(
+        f"{record['tile']}: {sigma / 1024:.0f} of {record['shared_limit'] / 1024:g} KiB"
+    )
 
 # %% [markdown]
 # And the sums stay in *registers*: one float32 each, spread over the threads. A thread has 255 registers, a multiprocessor 65,536 (they are given out by eights per thread), 228 KiB of shared memory (1 KiB of it taken by each block) and room for 2048 threads. With $T$ threads, of $r$ registers each,
@@ -384,7 +388,7 @@ for t, record in zip(TILES, RECORDS):
     )
 
 # %% [markdown]
-# Several blocks at a time hide each other's waiting: that is *occupancy*. The small tile has more of it, and is slower all the same: nothing to hide in helps where the bytes do not arrive. The large tile has one block, and hides its loads by stages instead.
+# Several blocks at a time hide each other's waiting: that is *occupancy*. The small tile has more of it and is slower all the same: another block can fill a wait, but not widen a pipe that is full. The large tile has one block, and hides its loads by stages instead. And 256 × 256, which the figure likes, has as many sums as a multiprocessor has registers.
 #
 # Put together: **a model, not a measurement**. It takes the slowest of matrix units, L2, shared memory and instructions per step, for N = 8192, V = 128,256, H = 4096. It only counts the instructions of a spill, not the waiting for it, so believe its last row least. Where this notebook finds a GPU, it measures.
 

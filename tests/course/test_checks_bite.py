@@ -16,8 +16,16 @@ import klq_edu.course
 from klq_edu.bench import roofline
 from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
+from klq_edu.course.chapters import c11_never_build_the_logits as c11
 from klq_edu.course.chapters import load
-from klq_kernels import device, ops, reference, triton_linear, triton_logits  # noqa: F401 (lest they import a mutant)
+from klq_kernels import (  # noqa: F401 (lest they import a mutant)
+    device,
+    ops,
+    reference,
+    torch_linear,
+    triton_linear,
+    triton_logits,
+)
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -107,6 +115,34 @@ def no_penalty(f):
     return lambda self, policy, tau, gamma=1.0: f(self, policy, 1e-9, gamma)
 
 
+def head_field(name, factor):
+    """Gradients of a head, one of them scaled; they are all that is returned, or the third of four."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = f(*args, **kw)
+            head = out if hasattr(out, name) else out[2]
+            head = head._replace(**{name: factor * getattr(head, name)})
+            return head if hasattr(out, name) else (*out[:2], head, *out[3:])
+
+        return wrong
+
+    return spoil
+
+
+def at_key(key, factor):
+    return lambda f: lambda *args, **kw: (out := f(*args, **kw)) | {key: factor * out[key]}
+
+
+def larger_workspace(f):
+    return lambda *args: f(*args[:-1], 4 * args[-1])
+
+
+def twice(f):
+    """It does its work twice."""
+    return lambda *args, **kw: (f(*args, **kw), f(*args, **kw))[0]
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -156,6 +192,21 @@ MUTANTS = [
     ("09", device, "kl_divergence", "one percent, in the Triton kernel", field(0, lambda kl: kl * 1.01)),
     ("09", device, "_move", "w not moved, in the Triton kernel", left_behind),
     ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.01)),
+    ("11", c11, "naive_bytes", "two tensors of three", scaled(2 / 3)),
+    ("11", c11, "linear_bytes", "one workspace", lambda f: lambda n, v, h, size, room: f(n, v, h, size, room / 4)),
+    ("11", torch_linear, "linear_klq", "larger chunks than asked for", larger_workspace),
+    ("11", ops, "linear_token_stats", "log-prob too large", field("logprob", lambda x: x + 0.1)),
+    ("11", torch_linear, "linear_grad", "sign of dH", head_field("hidden", -1)),
+    ("11", torch_linear, "linear_grad", "half dW", head_field("weight", 0.5)),
+    ("11", torch_linear, "linear_stats", "two products for one", twice),
+    ("11", roofline, "floor_seconds", "square root", lambda f: lambda *args: f(*args) ** 0.5),
+    ("11", roofline, "_loaded", "rows only once", scaled(0.75)),
+    ("11", roofline, "predict", "half the bytes from L2", at_key("l2_needed", 0.5)),
+    ("11", roofline, "predict", "half the bytes from shared memory", at_key("shared_needed", 0.5)),
+    ("11", c11, "compiled_tiles", "shared memory of one stage", lambda f: lambda *t: [
+        r | {"shared_bytes": r["shared_bytes"] // 3} for r in f(*t)]),
+    ("11", c11, "compiled_tiles", "one block more", lambda f: lambda *t: [
+        r | {"work": r["work"] | {"blocks": r["work"]["blocks"] + 1}} for r in f(*t)]),
 ]  # fmt: skip
 
 
@@ -198,7 +249,7 @@ def test_a_wrong_formula_fails_a_check(mutant):
         run(number)
 
 
-@pytest.mark.parametrize("number", ["01", "09"])
+@pytest.mark.parametrize("number", ["01", "09", "11"])
 def test_the_right_formulas_pass(number):
     """Else the mutants above might fail for another reason."""
     run(number)

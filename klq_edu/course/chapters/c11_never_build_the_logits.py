@@ -150,8 +150,8 @@ MEMORY = Widget(
     {"N": [2048, 8192, 32_768], "V": [32_000, 128_256], "H": [2048, 4096], "dtype": ["bf16", "fp32"]},
     [{"N": 8192, "V": 128_256, "H": 4096, "dtype": "bf16"}, {"N": 8192, "V": 32_000, "H": 2048, "dtype": "bf16"}],
     "Peak memory of one loss with its gradient, hidden states and weight not counted (left), and the largest batch "
-    "where they are (right). By all logits memory grows as N times V; without them with the gradients alone, and the "
-    "line is flat until those of the hidden states matter.",
+    "where they are (right). By all logits memory grows as N times V. Without them it is flat until the gradient of "
+    "the hidden states matters; for few tokens workspace and weight's gradient take more than all logits would.",
     "Two settings: on logarithmic axes, peak memory against the number of tokens, a steep line for all logits and a "
     "nearly flat one without; and bars of the largest batch on cards of 16, 40 and 80 gigabytes.",
     size=(7.4, 3.1),
@@ -197,8 +197,7 @@ def draw_tiles(tiles: list[tuple[int, int]], needed: dict[str, list[float]]) -> 
     axis.legend(frameon=False, fontsize=8)
     caption = (
         "What must be loaded per clock to keep the matrix units busy, by (11.8), for two bytes per element. A tile "
-        "of 64 × 64 needs several times what the L2 of an H100 delivers; even the largest tile here stays a little "
-        "above the band."
+        "of 64 × 64 needs several times what the L2 of an H100 delivers; 128 × 256 comes near."
     )
     return Picture(figure, caption, "Bytes per clock against tile size on a logarithmic axis: a falling line per GPU, "
                    "and a horizontal band of what an H100 delivers, which the lines approach from above.")  # fmt: skip
