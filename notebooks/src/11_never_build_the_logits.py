@@ -24,7 +24,14 @@ import triton
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-from klq_edu.bench.roofline import DEVICES, KERNELS, SHARED, floor_seconds, predict
+from klq_edu.bench.roofline import (
+    DEVICES,
+    KERNELS,
+    SHAPE,
+    SHARED,
+    floor_seconds,
+    predict,
+)
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c11_never_build_the_logits import (
     MEMORY,
@@ -303,7 +310,7 @@ for name, gpu in DEVICES.items():
 #
 # $$\beta_{\text{L2}} = f\,b\;\frac{B_M + B_N}{B_M B_N} \text{ bytes} \tag{11.8}$$
 #
-# from the L2 cache, which all multiprocessors share. **Predict** it for 64 × 64 with $b = 2$. The L2 of an H100 delivers something between 25 and 38 bytes per clock to each multiprocessor (published micro-benchmarks differ): which share of its speed can this tile reach at best? And 128 × 256?
+# from the L2 cache, which all multiprocessors share. **Predict** it for 64 × 64 with $b = 2$. The L2 of an H100 delivers something between 25 and 38 bytes per clock to each multiprocessor (the first by micro-benchmarks, the second by what published products reach): which share of its speed can this tile reach at best? And 128 × 256?
 #
 # We compile the library's kernel for an H100 with three tiles, here, without one: Triton and the assembler do not need the GPU. They need a process without the interpreter, hence the helper. What is counted below is read from the machine code.
 
@@ -315,7 +322,7 @@ small, library, spilling = RECORDS
 f, b = DEVICES["H100"].fma, 2
 print(f"{f} multiply-adds per clock, and bytes per clock:")
 for t, record in zip(TILES, RECORDS):
-    needed = predict(record, "H100", 8192, 128_256, 4096)["l2_needed"]
+    needed = predict(record, "H100", *SHAPE)["l2_needed"]
     check.equation("11.8", needed, f * b * (t.rows + t.vocab) / (t.rows * t.vocab))
     low, high = (x / needed for x in DEVICES["H100"].l2)
     print(f"{record['tile']}: needs {needed:g}, may reach {low:.0%} to {high:.0%}")
@@ -329,7 +336,7 @@ needed = {
     name: [DEVICES[name].fma * b * (m + n) / (m * n) for m, n in shapes]
     for name in ("H100", "A100", "B200")
 }
-show(draw_tiles(shapes, needed))
+show(draw_tiles(shapes, needed, DEVICES["H100"].l2, SHARED))
 
 # %% [markdown]
 # Something else goes wrong. From L2 the operands go to *shared memory*, 128 bytes per clock, and from there to the matrix units. An H100's matrix instruction, `wgmma`, multiplies 64 rows by $n$ columns for a group of
@@ -344,7 +351,7 @@ for t, record in zip(TILES, RECORDS):
     (instruction,) = record["matrix"]  # such as HGMMA.64x32x16.F32.BF16
     n = int(instruction.split("x")[1])
     q = t.rows * t.vocab / (64 * n)
-    said = predict(record, "H100", 8192, 128_256, 4096)
+    said = predict(record, "H100", *SHAPE)
     typed = f * b * (q * (64 + n) + t.rows + t.vocab) / (t.rows * t.vocab)
     check.equation("11.9", said["shared_needed"], typed)
     print(
@@ -390,16 +397,14 @@ for t, record in zip(TILES, RECORDS):
 # %% [markdown]
 # Several blocks at a time hide each other's waiting: that is *occupancy*. The small tile has more of it and is slower all the same: another block can fill a wait, but not widen a pipe that is full. The large tile has one block, and hides its loads by stages instead. And 256 × 256, which the figure likes, has as many sums as a multiprocessor has registers.
 #
-# Put together: **a model, not a measurement**. It takes the slowest of matrix units, L2, shared memory and instructions per step, for N = 8192, V = 128,256, H = 4096. It only counts the instructions of a spill, not the waiting for it, so believe its last row least. Where this notebook finds a GPU, it measures.
+# Put together: **a model, not a measurement**. It takes the slowest of matrix units, L2, shared memory and instructions per step (`SHAPE`: N = 8192, V = 128,256, H = 4096). It only counts the instructions of a spill, not the waiting for it, so believe its last row least. Where this notebook finds a GPU, it measures.
 
 # %%
-predictions(RECORDS)
+predictions(RECORDS, [predict(record, "H100", *SHAPE) for record in RECORDS])
 
 # %%
 if where == "cuda":
-    h, w, y = (
-        x.detach().to("cuda") for x in operands(8192, 128_256, 4096, torch.bfloat16)
-    )
+    h, w, y = (x.detach().to("cuda") for x in operands(*SHAPE, torch.bfloat16))
     for backend in ("triton", "torch"):
         with torch.no_grad():
             ms = triton.testing.do_bench(

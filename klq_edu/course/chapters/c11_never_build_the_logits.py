@@ -18,7 +18,6 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from klq_edu.bench.roofline import DEVICES, SHAPE, SHARED, SIZE, predict
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Mistake
@@ -30,6 +29,7 @@ from klq_kernels.torch_linear import WORKSPACE_BYTES
 BLOCK = 16  # rows, tokens and hidden sizes of a puzzle's tile
 LOWEST = -1e30  # where a running maximum starts
 GIB = 2**30
+SIZE = {"bf16": 2, "fp32": 4}  # bytes of an element
 CARDS = (16, 40, 80)  # GB of memory that GPUs come with
 KERNEL = "linear_token_stats, one model"
 APART = """
@@ -170,26 +170,28 @@ def compiled_tiles(*tiles: list[int]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def predictions(records: list[dict]) -> pd.DataFrame:
-    """A model, not a measurement: what bounds each tile, milliseconds and share of the floor on an H100."""
+def predictions(records: list[dict], model: list[dict]) -> pd.DataFrame:
+    """A model, not a measurement: what bounds each tile, milliseconds and share of the floor, as `roofline.predict` has
+    it for every record."""
     found = []
-    for record in records:
-        said = predict(record, "H100", *SHAPE)
+    for record, said in zip(records, model, strict=True):
         (slow, fast), shares = said["ms"], [f"{100 * x:.0f}" for x in said["share"]]
         bound = "/".join(dict.fromkeys(said["bound"]))
         found.append((record["tile"], bound, f"{fast:.0f}–{slow:.0f}", "–".join(shares)))
     return pd.DataFrame(found, columns=["tile", "bound by", "model [ms]", "share of the floor [%]"])
 
 
-def draw_tiles(tiles: list[tuple[int, int]], needed: dict[str, list[float]]) -> Picture:
-    """Bytes per clock that tiles need at full matrix rate, by GPU, and what an H100's L2 delivers."""
+def draw_tiles(
+    tiles: list[tuple[int, int]], needed: dict[str, list[float]], l2: tuple[float, float], shared: float
+) -> Picture:
+    """Bytes per clock that tiles need at full matrix rate, by GPU; what L2 and shared memory of the first one deliver."""
     figure, (axis,) = panels(1, 7.2)
     looks = zip(needed.items(), (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), ("o", "s", "^", "D"))
     for (name, values), colour, line, marker in looks:
         axis.plot(range(len(tiles)), values, line, color=colour, marker=marker, label=f"{name}: needed")
-    axis.axhspan(*DEVICES["H100"].l2, color=BLUE, alpha=0.2, lw=0, label="H100: L2 delivers")
-    axis.axhline(SHARED, color=BLUE, lw=0.8)
-    axis.text(len(tiles) - 1, SHARED, "shared memory delivers", ha="right", va="bottom", fontsize=8, color=BLUE)
+    axis.axhspan(*l2, color=BLUE, alpha=0.2, lw=0, label="H100: L2 delivers")
+    axis.axhline(shared, color=BLUE, lw=0.8)
+    axis.text(len(tiles) - 1, shared, "shared memory delivers", ha="right", va="bottom", fontsize=8, color=BLUE)
     ticks, names = [16, 32, 64, 128, 256, 512], [f"{m} × {n}" for m, n in tiles]
     axis.set(xticks=range(len(tiles)), xticklabels=names, yscale="log", yticks=ticks, yticklabels=ticks,
              xlabel="tile of logits, rows × tokens", ylabel="bytes per clock of a multiprocessor")  # fmt: skip
