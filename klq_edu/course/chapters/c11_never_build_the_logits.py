@@ -184,7 +184,7 @@ def predictions(records: list[dict], model: list[dict]) -> pd.DataFrame:
 def draw_tiles(
     tiles: list[tuple[int, int]], needed: dict[str, list[float]], l2: tuple[float, float], shared: float
 ) -> Picture:
-    """Bytes per clock that tiles need at full matrix rate, by GPU; what L2 and shared memory of the first one deliver."""
+    """Bytes per clock that tiles need at full matrix rate, by GPU; what L2 and shared memory of the first deliver."""
     figure, (axis,) = panels(1, 7.2)
     looks = zip(needed.items(), (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), ("o", "s", "^", "D"))
     for (name, values), colour, line, marker in looks:
