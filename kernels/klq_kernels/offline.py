@@ -72,7 +72,7 @@ def _sizes_and_options(tile: dict | str, given: list[int], target: str, dtype: s
     return sizes, {f"num_{name}": sizes.pop(name) for name in ("warps", "stages") if name in sizes}
 
 
-def _examine(name: str, target: str, dtype: str, given: list[int], ones: bool) -> tuple[dict, dict[str, str]]:
+def examine(name: str, target: str, dtype: str, given: list[int], ones: bool = False) -> tuple[dict, dict[str, str]]:
     """Compile one variant and read its machine code: its record, and the sources (ptx, sass or amdgcn).
 
     `problems` is empty for a tile that keeps the package's promises. `per_logit`: instructions of a thread per element:
@@ -203,7 +203,7 @@ def main() -> None:
     for name, target, dtype in itertools.product(args.kernels, args.targets, args.dtypes):
         if not _variants()[name][1] and dtype != "fp32":
             continue
-        record, sources = _examine(name, target, dtype, args.tile, args.ones)
+        record, sources = examine(name, target, dtype, args.tile, args.ones)
         if args.source:
             print(sources.get(args.source, f"{target} has no {args.source}, only {', '.join(sources)}"))
         else:

@@ -227,7 +227,7 @@ def _obituary(signalled: int) -> str:
     """What ended a process that told nothing."""
     if signalled == signal.SIGALRM:
         return f"your kernel was stopped after {exercises.SECONDS:g} seconds; is there a loop that never ends?"
-    if signalled in (signal.SIGSEGV, signal.SIGBUS):
-        return f"your kernel crashed (segmentation fault): {LOOK}"
     how = signal.strsignal(signalled).lower() if signalled else "it exited"
+    if signalled in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):  # the last: of malloc, whose memory was written to
+        return f"your kernel crashed ({how}): {LOOK}"
     return f"your kernel's process ended without a result ({how})."

@@ -7,7 +7,7 @@
 # sure a median of a few repetitions is; compare a result with float64; predict the most that fusing can gain by counting bytes;
 # and write a claim that a reviewer would accept.
 #
-# *You need* notebook 07 for what is computed (log-probabilities, the Kullback–Leibler divergence or KL, the loss of KLQ, KL-regularised
+# *You need* notebooks 07 and 11 for what is computed (log-probabilities, the Kullback–Leibler divergence or KL, the loss of KLQ, KL-regularised
 # Q-learning); nothing of it is derived again. *Time:* <!-- minutes --> minutes. *Symbols:* $N$ tokens, $V$ vocabulary, $H$ hidden size, $s$ bytes per
 # number; $t$ seconds of a job, $g$ seconds of a matrix product, $u = t/g$; $R$ repetitions; $\varepsilon$ drift; $B$ bandwidth, $P$ peak
 # rate, $I$ operations per byte.

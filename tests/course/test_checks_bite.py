@@ -20,10 +20,11 @@ from klq_edu.core import estimators, improvement, objectives, returns
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import c07_ppo_in_disguise as c07
 from klq_edu.course.chapters import c10_backwards_and_scan as c10
+from klq_edu.course.chapters import c11_never_build_the_logits as c11
 from klq_edu.course.chapters import c13_whole_road, load
 from klq_edu.rlhf import algorithms, judge, power, preference, replay
 from klq_edu.rlhf.config import TrainConfig
-from klq_kernels import device, loss, ops, reference, torch_logits, triton_logits
+from klq_kernels import device, loss, ops, reference, torch_linear, torch_logits, triton_logits
 
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 
@@ -391,6 +392,34 @@ def part(index, factor):
     return lambda f: lambda *args: tuple(factor * x if i == index else x for i, x in enumerate(f(*args)))
 
 
+def head_field(name, factor):
+    """Gradients of a head, one of them scaled; they are all that is returned, or the third of four."""
+
+    def spoil(f):
+        def wrong(*args, **kw):
+            out = f(*args, **kw)
+            head = out if hasattr(out, name) else out[2]
+            head = head._replace(**{name: factor * getattr(head, name)})
+            return head if hasattr(out, name) else (*out[:2], head, *out[3:])
+
+        return wrong
+
+    return spoil
+
+
+def at_key(key, factor):
+    return lambda f: lambda *args, **kw: (out := f(*args, **kw)) | {key: factor * out[key]}
+
+
+def larger_workspace(f):
+    return lambda *args: f(*args[:-1], 4 * args[-1])
+
+
+def twice(f):
+    """It does its work twice."""
+    return lambda *args, **kw: (f(*args, **kw), f(*args, **kw))[0]
+
+
 # notebook, where the function is defined, its name, what is wrong with it, the wrong version made of the right one
 MUTANTS = [
     ("01", improvement, "boltzmann", "missing τ", lambda f: lambda q, ref, tau: f(q, ref, 1.0)),
@@ -559,6 +588,8 @@ MUTANTS = [
     ("09", device, "kl_divergence", "five percent, in the Triton kernel", field(0, lambda kl: kl * 1.05)),
     ("09", device, "_move", "w not moved, in the Triton kernel", left_behind),
     ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.05)),
+    ("09", device, "kl_divergence", "one percent, in the Triton kernel", field(0, lambda kl: kl * 1.01)),
+    ("09", device, "accumulate", "t too large, in the Triton kernel", field(4, lambda t: t * 1.01)),
     ("10", reference, "kl_divergence", "direction", swapped),
     ("10", torch_logits, "logits_stats", "normaliser", off("lse")),
     ("10", torch_logits, "logits_grad", "one upstream gradient for all rows", upstream(means)),
@@ -581,6 +612,21 @@ MUTANTS = [
     ("10", c10, "run_scan", "decay kept", lambda f: lambda rounds, a, b: f(rounds, torch.full_like(a, 0.5), b)),
     ("10", c10, "running_sum", "last term lost", lambda f: lambda terms: f(terms[:-1])),
     ("10", c10, "pairwise_sum", "one after another", lambda f: c10.running_sum),
+    ("11", c11, "naive_bytes", "two tensors of three", scaled(2 / 3)),
+    ("11", c11, "linear_bytes", "one workspace", lambda f: lambda n, v, h, size, room: f(n, v, h, size, room / 4)),
+    ("11", torch_linear, "linear_klq", "larger chunks than asked for", larger_workspace),
+    ("11", ops, "linear_token_stats", "log-prob too large", field("logprob", lambda x: x + 0.1)),
+    ("11", torch_linear, "linear_grad", "sign of dH", head_field("hidden", -1)),
+    ("11", torch_linear, "linear_grad", "half dW", head_field("weight", 0.5)),
+    ("11", torch_linear, "linear_stats", "two products for one", twice),
+    ("11", roofline, "floor_seconds", "square root", lambda f: lambda *args: f(*args) ** 0.5),
+    ("11", roofline, "_loaded", "rows only once", scaled(0.75)),
+    ("11", roofline, "predict", "half the bytes from L2", at_key("l2_needed", 0.5)),
+    ("11", roofline, "predict", "half the bytes from shared memory", at_key("shared_needed", 0.5)),
+    ("11", c11, "compiled_tiles", "shared memory of one stage", lambda f: lambda *t: [
+        r | {"shared_bytes": r["shared_bytes"] // 3} for r in f(*t)]),
+    ("11", c11, "compiled_tiles", "one block more", lambda f: lambda *t: [
+        r | {"work": r["work"] | {"blocks": r["work"]["blocks"] + 1}} for r in f(*t)]),
     ("12", measure, "interleave", "in blocks", in_blocks),
     ("12", measure, "interleave", "product before only", product_before),
     ("12", measure, "_spread", "mean for median", mean_reported),
@@ -649,7 +695,7 @@ def test_a_wrong_formula_fails_a_check(mutant):
         run(number)
 
 
-@pytest.mark.parametrize("number", ["01", "07", "09", "10"])
+@pytest.mark.parametrize("number", ["01", "07", "09", "10", "11"])
 def test_the_right_formulas_pass(number):
     """Else the mutants above might fail for another reason."""
     c07.gradients.cache_clear()

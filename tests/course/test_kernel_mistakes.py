@@ -19,6 +19,10 @@ pytest.importorskip("triton")
 SOURCES = Path(__file__).parents[2] / "notebooks" / "src"
 HEADER = "import torch, triton\nimport triton.language as tl\n"
 INF = 'float("-inf")'
+PRODUCT = 'tl.dot(h, w.T, input_precision="ieee")'
+HALF = ".to(tl.float16).to(tl.float32)"
+TO_HALF = f"{PRODUCT}.to(tl.float16)"
+BEHIND = f"        z = tl.where((token < V)[None, :], z, {INF})\n"
 LOAD = ', mask=columns < V, other=float("-inf")'
 WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("9.1", [(', mask=inside, other=float("-inf")', ""), ("tl.where(inside, x, 0.0)", "x")], "unmasked tail"),
@@ -90,6 +94,38 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("10.3", [("delta.stride(0)", "T")], "stride"),
     ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "tl.cdiv(T, BLOCK)"), (", reverse=True", ""),
               ("steps == 0", "steps == BLOCK - 1")], "forwards"),
+    ("11.1", [(" & inside", "")], "unmasked tail"),
+    ("11.1", [("range(0, H, BLOCK)", "range(0, H // BLOCK * BLOCK, BLOCK)")], "tail dropped"),
+    ("11.1", [("range(0, H, BLOCK)", "range(0, BLOCK, BLOCK)")], "one block"),
+    ("11.1", [("total += tl.dot", "total = tl.dot")], "overwritten"),
+    ("11.1", [("token.to(tl.int64)[:, None] * w_row + d[None, :]", "d[None, :] * w_row + token[:, None]")],
+     "transposed"),
+    ("11.1", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
+    ("11.1", [("tl.zeros([BLOCK, BLOCK], tl.float32)", "tl.zeros([BLOCK, BLOCK], tl.float16)"), (PRODUCT, TO_HALF)],
+     "half accumulator"),
+    ("11.1", [("tl.dot(h, w.T", f"tl.dot(h{HALF}, w.T{HALF}")], "float16"),
+    ("11.2", [(BEHIND, "")], "phantom tokens"),
+    ("11.2", [("s * tl.exp(m - new)", "s")], "not rescaled"),
+    ("11.2", [("-1e30", "0.0")], "maximum started at 0"),
+    ("11.2", [("tl.max(z, 1)", "tl.max(tl.max(z, 1), 0)")], "one maximum"),
+    ("11.2", [("tl.maximum(m, tl.max(z, 1))", "tl.zeros([BLOCK], tl.float32)"), ("-1e30", "0.0")], "no maximum"),
+    ("11.2", [("m + tl.log(s)", "tl.log(s)")], "maximum not added"),
+    ("11.2", [("range(0, V, BLOCK)", "range(0, V // BLOCK * BLOCK, BLOCK)")], "vocabulary's tail"),
+    ("11.2", [(PRODUCT, PRODUCT + HALF)], "half precision"),
+    ("11.2", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
+    ("11.3", [("token[None, :] == chosen", "tl.arange(0, BLOCK)[None, :] == chosen")], "one-hot at the wrong place"),
+    ("11.3", [("hot - p", "-p")], "no one-hot"),
+    ("11.3", [("hot - p", "p - hot")], "sign"),
+    ("11.3", [("a[:, None] * (hot - p)", "hot - p")], "upstream forgotten"),
+    ("11.3", [("tl.exp(z - lse[:, None])", "tl.exp(z - tl.max(z, 1)[:, None])"),
+              ("hot - p", "hot - p / tl.sum(p, 1)[:, None]")], "softmax of a tile"),
+    ("11.3", [("tl.exp(z - lse[:, None])", "tl.exp(z)")], "not normalised"),
+    ("11.3", [(BEHIND, "")], "phantom tokens"),
+    ("11.3", [("total += tl.dot", "total = tl.dot")], "overwritten"),
+    ("11.3", [("live[:, None] & inside", "(row < N)[:, None] & inside"), ("mask=live", "mask=row < N"),
+              ("    total = tl.where(live[:, None], total, 0.0)\n", "")], "masked rows leak"),
+    ("11.3", [("mask=(row < N)[:, None] & inside)", "mask=live[:, None] & inside)")], "masked rows leak"),
+    ("11.3", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
 ]  # fmt: skip
 UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is said
     ("9.1", [("tl.store(TOTAL + row, total)", "tl.store(TOTAL + row + V, total)")], "wrote outside of a tensor"),
@@ -104,6 +140,12 @@ UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is s
     ("10.3", [(", reverse=True", "")], "is expected"),
     ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "0, -1, -1")], "is expected"),
     ("10.3", [("sums, mask=t < T", "sums")], "wrote outside of a tensor"),
+    ("11.1", [("mask=(row < N)[:, None] & (token < V)[None, :])", "mask=(token < V)[None, :])")],
+     "look at the mask of your loads and stores"),
+    ("11.1", [("(row < N)[:, None] & (token < V)[None, :]", "(row < N)[:, None] & (token < V - 1)[None, :]")],
+     "the ragged one) yours gives NaN"),
+    ("11.2", [(", mask=row < N)", ")")], "wrote outside"),
+    ("11.3", [("HIDDENS=32", "HIDDENS=16")], "yours gives"),
 ]  # fmt: skip
 
 
@@ -148,7 +190,7 @@ def test_a_kernel_with_another_mistake_is_told_where(number, replaced, says, tmp
     assert verdict.passed is False and says in verdict.message, (seed, verdict)
 
 
-@pytest.mark.parametrize("number", ["9.1", "9.2", "9.3", "10.1", "10.2", "10.3"])
+@pytest.mark.parametrize("number", [f"{n}.{i}" for n in (9, 10, 11) for i in (1, 2, 3)])
 def test_the_kernels_in_the_notebook_are_right(number, tmp_path):
     for _ in range(3):
         verdict = grade(*answer(number, [], tmp_path), seed=(seed := torch.seed() % 10**9))

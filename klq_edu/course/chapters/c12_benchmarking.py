@@ -520,5 +520,5 @@ CHAPTER = Chapter(
     "Is the fused way faster, by how much, and in which sentence may you say so?",
     "kernels", "Table 3 (cost per update), as measured here",
     ("klq_edu.bench.measure.interleave", "klq_edu.bench.measure.errors", "klq_edu.bench.roofline.floor_seconds"),
-    needs=("07",), place=(9, -1.4), short="benchmarking", exercises=EXERCISES,
+    needs=("07", "11"), place=(9, -1.4), short="benchmarking", exercises=EXERCISES,
 )  # fmt: skip
