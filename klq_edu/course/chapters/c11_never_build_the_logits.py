@@ -184,7 +184,7 @@ def predictions(records: list[dict], model: list[dict]) -> pd.DataFrame:
 def draw_tiles(
     tiles: list[tuple[int, int]], needed: dict[str, list[float]], l2: tuple[float, float], shared: float
 ) -> Picture:
-    """Bytes per clock that tiles need at full matrix rate, by GPU; what L2 and shared memory of the first deliver."""
+    """Bytes per clock that tiles need at full matrix rate, by GPU, and what L2 and shared memory of the first give."""
     figure, (axis,) = panels(1, 7.2)
     looks = zip(needed.items(), (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), ("o", "s", "^", "D"))
     for (name, values), colour, line, marker in looks:
@@ -206,9 +206,10 @@ def draw_tiles(
 
 
 def lines(source: str, pattern: str, count: int = 3) -> list[str]:
-    """The first lines of an assembly source with this pattern, without addresses; none where it is not there."""
-    found = [line for line in source.splitlines() if pattern in line]
-    return [" ".join(line.split("*/")[-1].split())[:110] for line in found[:count]]
+    """The first lines of an assembly source with this pattern, without addresses and what makes a page too wide; none
+    where it is not there."""
+    found = [line.split("*/")[-1].split() for line in source.splitlines() if pattern in line]
+    return [" ".join(w if len(w) < 45 else f"{w[:43]}…" for w in words) for words in found[:count]]
 
 
 def product(hidden: Tensor, weight: Tensor) -> Tensor:
