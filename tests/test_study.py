@@ -104,9 +104,10 @@ def test_seeds_are_paired_and_settings_are_not_pooled():
     runs = [run(name, seed, end) for name in ("klq", "ppo_clip") for seed, end in ends.items()]
     runs += [run("klq", seed, [(1.0, 9.0)], changes="replay 0") for seed in range(2)]
     row = cells(study.differences(runs), "0.1", "KLQ", "PPO-clip")
-    assert row["reward"] == "+0.000 [+0.000, +0.000]" and row["seeds"] == "4"
+    assert row["reward"] == "+0.000 [+0.000, +0.000], 0/4" and row["seeds"] == "4"
     assert number(cells(study.differences(runs), "0.1, replay 0", "KLQ", "reference")["reward"]) == pytest.approx(9.0)
-    assert number(cells(study.differences(runs), "0.1", "KLQ", "reference")["reward"]) == pytest.approx(1.5)
+    found = cells(study.differences(runs), "0.1", "KLQ", "reference")["reward"]
+    assert number(found) == pytest.approx(1.5) and found.endswith(", 3/4"), "seed 0 gains nothing"
 
 
 def test_what_was_shown_and_what_could_have_been():
