@@ -68,7 +68,8 @@ check.equation("5.1", out.td_errors, delta)
 #
 # In notebook 02 a $Q$ was something else: $Q_\pi(s,a) = r(s,a) + \gamma V_\pi(s')$ by (2.1) is what a token *is* worth if $\pi$ goes on from
 # there. The $Q$ in (5.1) is what model and value head *say* it is worth: it is read off $\pi$, $\pi_b$ and $V$, and no reward occurs in
-# it. Training is to make the second like the first, and $\delta$ sees the difference. If $V$ is right, it is the difference:
+# it. Training is to make the second like the first, and $\delta$ sees the difference. If $V$ is right, it *is* the
+# difference; otherwise it is off by $V$'s error at $s'$ (5.3 gives the mean):
 #
 # $$\delta(s,a) = Q_\pi(s,a) - Q(s,a) \qquad (V = V_\pi) \tag{5.2}$$
 #
@@ -231,7 +232,7 @@ print("largest |Q − V|:", (q_at_reference - values)[mask].abs().max().item())
 # *all* completions with their probabilities. First, that $\lambda = 1$ is right on average, however wrong $V$ is. Write out the sum
 # (5.5) at $\lambda = 1$: each $V(s_{t+1})$ enters once with $+\gamma$ and once, a step later, with a minus. They cancel in pairs (the sum
 # *telescopes*) and $V(s_t) + \Delta_t = \sum_k \gamma^k\left(r_{t+k+1} - \tau\log\frac{\pi}{\pi_b}(a_{t+k}|s_{t+k})\right)$. No value is left: that
-# answers the question above. The average of what is left is what the policy is worth from here, in *every* state:
+# answers the question at (5.4). The average of what is left is what the policy is worth from here, in *every* state:
 #
 # $$\mathbb{E}\left[V(s_t) + \Delta_t \,\middle|\, s_t = s\right] = V_\pi(s) \qquad (\lambda = 1) \tag{5.10}$$
 #

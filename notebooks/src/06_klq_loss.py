@@ -284,7 +284,7 @@ explore(STEP)
 # **What $\Delta$ makes of it.** $Q$ rises by $c$. In (5.1) a token in the middle gains $\gamma c$ at the next state and loses $c$ in $Q$. The
 # last token has no next state: it only loses. Sum these with (5.5) over the $M$ tokens that are left, this one included:
 #
-# $$\Delta_t[V + c] = \Delta_t[V] - c\,w_M, \qquad w_M = (1-\gamma)\,\frac{1 - (\gamma\lambda)^{M-1}}{1 - \gamma\lambda} + (\gamma\lambda)^{M-1} \tag{6.10}$$
+# $$\Delta_t[V + c] = \Delta_t[V] - c\,w_M, \qquad w_M = (1-\gamma)\sum_{k<M-1}(\gamma\lambda)^k + (\gamma\lambda)^{M-1} \tag{6.10}$$
 #
 # At $\lambda = 1$ this is $w_M = 1$, whatever $\gamma$: every $\Delta$ is shifted by $-c$. At $\gamma = 1$ and $\lambda < 1$ it is $\lambda^{M-1}$: only the end of the
 # text feels all of it.
@@ -300,9 +300,10 @@ explore(STEP)
 
 # %%
 c, left = -3.0, paths.mask.sum(1, keepdim=True) - torch.arange(paths.mask.shape[1])
-for gamma, lam in ((0.9, 0.7), (1.0, 0.7), (0.9, 1.0), (1.0, 0.0)):
+for gamma, lam in ((0.9, 0.7), (1.0, 0.7), (0.9, 1.0), (1.0, 0.0), (1.0, 1.0)):
     x = gamma * lam
-    w = (1 - gamma) * (1 - x ** (left - 1)) / (1 - x) + x ** (left - 1)
+    powers = sum(x**k * (k < left - 1) for k in range(paths.mask.shape[1]))
+    w = (1 - gamma) * powers + x ** (left - 1)
     shift = on_every_path(V + c, gamma, lam) - on_every_path(V, gamma, lam)
     check.equation("6.10", shift[paths.mask], -c * w[paths.mask])
 shift = on_every_path(V + c, 1.0, 1.0) - on_every_path(V, 1.0, 1.0)
@@ -314,8 +315,8 @@ print("w at λ = 0.95 with", {m: round(0.95 ** (m - 1), 2) for m in (1, 10, 50)}
 #
 # $$\pi_{new}[V + c] = \pi_{new}[V], \qquad V_{new}[V + c] = V_{new}[V] + (1 - \alpha)\,c \tag{6.11}$$
 #
-# So whoever fits *every* token and moves the value as far as it has to go need not fear an offset: it shrinks by $1-\alpha$ with each
-# step, like all errors by (6.9). (That is at $\lambda = 1$. At $\lambda < 1$ a token that ends the text is shifted by $-c$ and the others by less, by
+# So whoever fits *every* token and moves the value as far as it has to go need not fear an offset: it shrinks to $1-\alpha$ of itself with
+# each step, like all errors by (6.9). (That is at $\lambda = 1$. At $\lambda < 1$ a token that ends the text is shifted by $-c$ and the others by less, by
 # (6.10). With $c < 0$, ending at once then looks better than it is, even to the exact step. The last lines print that.)
 
 # %%
@@ -612,7 +613,7 @@ check.exercise("6.2", my_exact_step)
 #
 # In one state the value is too high by $c$ and held. One `token` was sampled from `old`, the probabilities [A]; with the right value its
 # $\Delta$ would be `advantage`. Fit this token alone, at $\lambda = 1$; the others keep their proportions. Return the new policy [A] and how far it
-# moved, $D(\pi\|\pi_{old})$ in nats (a number).
+# moved, $D(\pi\|\pi_{old})$ in nats (a number). The inputs are such that the sampled token's new probability stays below 1.
 #
 # <!-- hints 6.3 -->
 

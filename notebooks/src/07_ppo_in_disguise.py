@@ -40,6 +40,7 @@ from klq_edu.course.chapters.c07_ppo_in_disguise import (
     second_epoch,
 )
 from klq_edu.figures import exact_steps
+from klq_edu.rlhf.algorithms import make_targets
 from klq_kernels.reference import kl_divergence
 
 check = start("07")
@@ -210,10 +211,11 @@ check.equation("7.6", new, typed / typed.sum(-1, keepdim=True))
 
 # %% [markdown]
 # Where does PPO's penalty version end, the one that subtracts $\beta D(\pi\|\pi_{old})$ instead of clipping? We need its objective
-# first, in each state, and it follows from the surrogate in two moves.
+# first, in each state. Three moves lead from the surrogate to it and to its $\beta$.
 #
 # **First move.** Write $\hat A$ out. It is $\Delta$, what (7.2) and (7.3) make of the rewards of (7.1), so
-# $\hat A = (Q_{old} + \Delta) - V_{old} - \tau\log\frac{\pi_{old}}{\pi_b}$. A mean over $\pi_{old}$ with weight $\rho$ is a mean over $\pi$:
+# $\hat A = (Q_{old} + \Delta) - V_{old} - \tau\log\frac{\pi_{old}}{\pi_b}$. (The last two
+# are $-Q_{old}$, which cancels: that is why $\hat A$ *is* $\Delta$.) A mean over $\pi_{old}$ with weight $\rho$ is a mean over $\pi$:
 #
 # $$\mathbb{E}_{\pi_{old}}[\rho\hat A] = \mathbb{E}_\pi[Q_{old} + \Delta] - V_{old} - \tau\,\mathbb{E}_\pi\left[\log\frac{\pi_{old}}{\pi_b}\right] \tag{7.7}$$
 #
@@ -245,12 +247,14 @@ kept = tau * rivals @ (old[0] / tree.ref[0]).log()
 check.equation("7.7", surrogates, gain - V[0] - kept)
 
 # %% [markdown]
-# **Second move.** Notebook 02 charges the KL to $\pi_b$ *afresh*, for the policy that is being chosen: $\tau\log\frac{\pi}{\pi_b}$ in the place of
-# $\tau\log\frac{\pi_{old}}{\pi_b}$. The mean of the difference under $\pi$ is $\tau D(\pi\|\pi_{old})$, and that is all there is to it:
+# **Second move.** The paper's PPO-penalty charges the KL to $\pi_b$ *afresh*, as notebook 02 does, for the policy that is being chosen:
+# $\tau\log\frac{\pi}{\pi_b}$ replaces $\tau\log\frac{\pi_{old}}{\pi_b}$. That is another objective than the surrogate with its frozen KL. How far
+# apart are they? The mean of the difference under $\pi$ is $\tau D(\pi\|\pi_{old})$:
 #
 # $$\mathbb{E}_{\pi_{old}}[\rho\hat A] - \tau D(\pi\|\pi_{old}) = \mathbb{E}_\pi[Q_{old} + \Delta] - \tau D(\pi\|\pi_b) - V_{old} \tag{7.8}$$
 #
-# So a fresh price for leaving the reference *is* a frozen one and a brake against leaving $\pi_{old}$. (At $\Delta = 0$ the surrogate is 0,
+# So a fresh price for leaving the reference *is* a frozen one and a brake against leaving $\pi_{old}$. A trainer, which freezes, needs
+# $\tau$ more of that brake for the same objective. (At $\Delta = 0$ the surrogate is 0,
 # and this is (1.6) of notebook 01 for $Q_{old}$, whose Boltzmann policy is $\pi_{old}$.)
 
 # %%
@@ -467,6 +471,10 @@ found = torch.tensor(sizes.to_numpy())
 check.inequality("7.14", found[~said], torch.full_like(found[~said], 1e-5))
 check.inequality("7.14", torch.full_like(found[said], 0.3), found[said])
 assert abs(sizes.iloc[3, 1] - (1 - config.tau)) < 1e-5  # value coefficient 1
+gains = make_targets(rollout, config).advantages[rollout.mask]
+spread = gains.std(correction=0).item()
+assert abs(sizes.loc["scaled"].iloc[0] - abs(1 - 1 / spread)) < 1e-4
+print(f"σ of this batch's Δ: {spread:.3f}, |1 − 1/σ| = {abs(1 - 1 / spread):.1e}")
 sizes.style.format("{:.1e}")
 
 # %% [markdown]
@@ -477,7 +485,10 @@ sizes.style.format("{:.1e}")
 #   PPO lacks, and PPO has a ratio $\rho$, which KLQ lacks; and $V$ has moved, which couples policy and critic in KLQ only. The gap grows
 #   from 0 with the first step.
 # - *Whitening* is two habits, centring and scaling, for the policy's part. Both make another estimator, so claim 1 is gone before
-#   any gradient is taken. They are not equally bad, as we shall see.
+#   any gradient is taken. They are not equally bad: centring turns the gradient, scaling only changes its length. The number of
+#   *scaled* is $|1 - 1/\sigma|$, with the standard deviation $\sigma$ of this batch's $\Delta$; another batch has another.
+# - A gap above 1, as of *values clipped*, is no slip: the full gradient is small because its tokens pull against each other, and
+#   those that are left no longer cancel.
 #
 # The clips and whitening in formulas. PPO-clip maximises the mean of the smaller one of $\rho\hat A$ and $\mathrm{clamp}(\rho, 1\pm\varepsilon)\,\hat A$.
 # Which is smaller? That depends on the sign of $\hat A$:

@@ -289,6 +289,13 @@ def _others_alike(old: Tensor, token: int, shift: float, tau: float) -> Tensor:
     return new
 
 
+def _beyond(old, token, advantage, offset, tau, alpha, shift):
+    """Exercise 6.3 as one types it, with a shift that may ask for more than certainty: NaN in the KL then."""
+    p = old[token] * torch.tensor(shift(advantage, offset, tau, alpha) / tau, dtype=old.dtype).exp()
+    new = (old * (1 - p) / (1 - old[token])).index_fill(0, torch.tensor(token), p.item())
+    return new, (new * (new / old).log()).sum()
+
+
 EXERCISES = {
     "6.1": Exercise(
         "6.1", "The loss in a few lines", 2, 12, masked_klq_loss, _batch,
@@ -357,9 +364,9 @@ EXERCISES = {
     "6.3": Exercise(
         "6.3", "What an offset costs", 2, 12, sampled_step, _off,
         (
-            Mistake("no offset", partial(sampled_step, shift=lambda d, c, tau, alpha: alpha * d),
+            Mistake("no offset", partial(_beyond, shift=lambda d, c, tau, alpha: alpha * d),
                     "you forgot the offset: the old value was too high by c, so what was seen is Δ − c."),
-            Mistake("offset's sign", partial(sampled_step, shift=lambda d, c, tau, alpha: alpha * (d + c)),
+            Mistake("offset's sign", partial(_beyond, shift=lambda d, c, tau, alpha: alpha * (d + c)),
                     "the offset has the wrong sign: a value that is too high makes the token look worse."),
             Mistake("no α", partial(sampled_step, shift=lambda d, c, tau, alpha: d - c),
                     "you forgot α: the target goes only that part of the way."),

@@ -14,7 +14,7 @@ from klq_edu.core.returns import lambda_returns, whiten
 from klq_edu.core.tree import TokenTree
 from klq_edu.course.chapters import Chapter, differentiate, on_any_padding
 from klq_edu.course.display import Widget
-from klq_edu.course.exercises import Exercise, Mistake, grade
+from klq_edu.course.exercises import Exercise, Mistake, Wrong, grade
 from klq_edu.figures import BLUE, GREY, ORANGE, plain_axes
 from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.rollout import Rollout
@@ -64,12 +64,12 @@ def doubled(rollout: Rollout) -> Rollout:
     return replace(rollout, **floats)
 
 
-def on_a_table(heart: Callable, config: TrainConfig, updates: int = 80, size: int = 64) -> tuple[float, float]:
-    """Train logits and values of a small tree, from next to its optimum: then KL(π‖π*) in nats and largest |V − V*|."""
+def on_a_table(heart: Callable, config: TrainConfig, after: tuple[int, ...] = (20, 40, 80), size: int = 64) -> dict:
+    """Train logits and values of a small tree, from next to its optimum: KL(π‖π*) in nats after so many updates."""
     tree, generator = TokenTree.random(4, 3, eos=0, seed=1), torch.Generator().manual_seed(0)
     _, values, best = tree.optimum(config.tau)
     logits = (best.log() + 0.1 * torch.randn(best.shape, generator=generator)).requires_grad_()
-    critic = values.clone().requires_grad_()
+    critic, nats = values.clone().requires_grad_(), {}
     optimizer = torch.optim.Adam([logits, critic], lr=0.05)
 
     def step(loss):
@@ -77,14 +77,16 @@ def on_a_table(heart: Callable, config: TrainConfig, updates: int = 80, size: in
         loss.backward()
         optimizer.step()
 
-    for _ in range(updates):
+    for u in range(1, max(after) + 1):
         policy = logits.detach().softmax(-1)
         found = tree.rollout(policy, size, generator)
         at = found.states, found.tokens
         batch = Batch(found.rewards, critic.detach()[at[0]], policy[at].log(), tree.ref[at].log(), found.mask)
         heart(batch, lambda at=at: (logits.log_softmax(-1)[at], critic[at[0]]), step, config)
-    gap = values[tree.roots].mean() - tree.objective(logits.detach().softmax(-1), config.tau)
-    return gap.item() / config.tau, (critic.detach() - values).abs().max().item()
+        if u in after:
+            gap = values[tree.roots].mean() - tree.objective(logits.detach().softmax(-1), config.tau)
+            nats[u] = gap.item() / config.tau
+    return nats
 
 
 def frame(runs: dict[str, list[dict]], size: int) -> pd.DataFrame:
@@ -140,7 +142,7 @@ def curves(runs: dict[str, list[dict]], best: float) -> Widget:
 
 
 def _tables(generator: Generator) -> tuple:
-    """Logits [S, A], values [S] and the reference's log-probs; states, tokens, rewards and mask [B, T]; τ, α, λ."""
+    """Logits [S, A], values [S] and the reference's log-probs; states, tokens, rewards and mask [B, T]; τ, α, λ, γ."""
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -149,10 +151,11 @@ def _tables(generator: Generator) -> tuple:
     mask = torch.arange(4) < torch.tensor([4, 1, 3, 2])[torch.randperm(4, generator=generator)][:, None]
     rewards = torch.where(mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:], random(4, 4) + 2, 0.0)
     numbers = (0.3 + 0.4 * torch.rand(3, generator=generator)).tolist()
-    return random(3, 4), random(3), random(3, 4).log_softmax(-1), states, tokens, rewards, mask, *numbers
+    gamma = 0.8 + 0.2 * torch.rand(1, generator=generator).item()
+    return random(3, 4), random(3), random(3, 4).log_softmax(-1), states, tokens, rewards, mask, *numbers, gamma
 
 
-def _updated(answer, logits, critic, ref, states, tokens, rewards, mask, tau, alpha, lam) -> dict[str, Tensor]:
+def _updated(answer, logits, critic, ref, states, tokens, rewards, mask, tau, alpha, lam, gamma) -> dict[str, Tensor]:
     """The losses an update reports, and the tables after it, whose steps are plain gradient descent."""
     now, at = [logits.clone().requires_grad_(), critic.clone().requires_grad_()], (states, tokens)
 
@@ -164,15 +167,19 @@ def _updated(answer, logits, critic, ref, states, tokens, rewards, mask, tau, al
         now[:] = [(x - 0.3 * g).detach().requires_grad_() for x, g in zip(now, grads, strict=True)]
 
     logprobs, values = (torch.where(mask, x.detach(), torch.nan) for x in forward())
-    config = TrainConfig(tau=tau, alpha=alpha, lam=lam, epochs=3)
+    config = TrainConfig(tau=tau, gamma=gamma, alpha=alpha, lam=lam, epochs=3)
     losses = answer(Batch(rewards, values, logprobs, ref[at], mask), forward, step, config)
+    if isinstance(losses, list | tuple):
+        raise Wrong(f"your update returns a {type(losses).__name__}: stack the losses, the loop wants one tensor.")
+    if getattr(losses, "requires_grad", False):
+        raise Wrong("your losses are not detached: each would keep its whole graph in memory. Collect loss.detach().")
     after = {"the logits after it: ": now[0].detach(), "the values after it: ": now[1].detach()}
     return {"the losses: ": losses} | after
 
 
 def _wrong_update(
     again=False, once=False, alpha=None, scale=None, epochs=None, ref=lambda b: b.ref_logprobs, gains=None, fixed=False,
-    everywhere=False, twice=False,
+    everywhere=False, twice=False, gamma=None, idle=False,
 ):  # fmt: skip
     """`update` with one thing wrong: the catalogue of 8.1."""
 
@@ -185,14 +192,17 @@ def _wrong_update(
             logprobs, values = read or forward()
             old = (values.detach(), logprobs.detach()) if again else (batch.values, batch.logprobs)
             if made is None or again:
-                made = lambda_returns(rewards, *old, ref(batch), batch.mask, tau=tau, lam=c.lam, alpha=size)
+                made = lambda_returns(
+                    rewards, *old, ref(batch), batch.mask, tau=tau, gamma=gamma or c.gamma, lam=c.lam, alpha=size
+                )
             goal = made.targets if gains is None else made.targets + size * (gains(made, batch) - made.advantages)
             values = values.detach() if fixed else values
             loss = klq_loss(logprobs, ref(batch), values, goal, batch.mask, tau=tau)
             if everywhere:
                 loss = loss * batch.mask.double().mean()
             loss = loss / (c.alpha * tau if scale is None else scale)
-            step(loss)
+            if not idle:
+                step(loss)
             losses.append(loss.detach())
         return torch.stack(losses)
 
@@ -205,10 +215,19 @@ def centred(scores: Tensor, prompts: Tensor, ref_scores: Tensor) -> Tensor:
 
 
 def _scored(generator: Generator) -> tuple:
-    prompts = torch.tensor([0, 2, 2, 5, 1, 1])[torch.randperm(6, generator=generator)]
+    prompts = torch.tensor([0, 2, 2, 5, 0, 5])[torch.randperm(6, generator=generator)]
     level = 5 * torch.randn(6, generator=generator, dtype=torch.float64) + 4
     ref_scores = level[:, None] + torch.randn(6, 4, generator=generator, dtype=torch.float64)
     return level[prompts] + torch.randn(6, generator=generator, dtype=torch.float64), prompts, ref_scores
+
+
+def _of_the_batch(scores: Tensor, prompts: Tensor, spread: bool = False) -> Tensor:
+    """Less the batch's own mean for each prompt, and divided by its standard deviation."""
+    out = scores.clone()
+    for group in (prompts == x for x in prompts.unique()):
+        out[group] -= scores[group].mean()
+        out[group] /= scores[group].std() if spread else 1.0
+    return out
 
 
 def refreshed_targets(rewards, ref_logprobs, mask, old_logprobs, old_values, logprobs, values, tau, lam, alpha):
@@ -224,6 +243,11 @@ def _refresh_wrongly(pick, weigh=False):
         return lambda_returns(paid, v, p, q, mask, tau=tau, lam=lam, alpha=alpha).targets
 
     return answer
+
+
+def _stored_delta(rewards, ref_logprobs, mask, old_logprobs, old_values, logprobs, values, tau, lam, alpha):
+    old = lambda_returns(rewards, old_values, old_logprobs, ref_logprobs, mask, tau=tau, lam=lam)
+    return torch.where(mask, tau * (logprobs - ref_logprobs) + values + alpha * old.advantages, 0.0)
 
 
 def _remembered(generator: Generator) -> tuple:
@@ -249,6 +273,11 @@ def _optimum(ref_probs, rewards, tau):
     return torch.log_softmax(ref_probs.log() + rewards / tau, -1)
 
 
+def _cold_and_warm(answer, probs, ref_probs, rewards, tau) -> dict[str, Tensor]:
+    """At a τ far below the rewards, and at one of their size."""
+    return {f"at τ = {t:.3g}: ": answer(probs, ref_probs, rewards, t) for t in (tau, 200 * tau)}
+
+
 def _completions(generator: Generator) -> tuple:
     a, b, c = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     return a.softmax(0), b.softmax(0), 3 * c, (0.003 + 0.003 * torch.rand(1, generator=generator)).item()
@@ -264,6 +293,10 @@ EXERCISES = {
             Mistake("one reading for all epochs", _wrong_update(once=True),
                     "you called forward() once: from the second epoch on the loss is that of the old parameters, so "
                     "nothing moves. Read the model anew before every step."),
+            Mistake("no step", _wrong_update(idle=True),
+                    "nothing moved between epochs: a step(loss) is missing."),
+            Mistake("no γ", _wrong_update(gamma=1.0),
+                    "you forgot γ: config.gamma may be less than 1. Pass gamma=config.gamma to lambda_returns."),
             Mistake("full target", _wrong_update(alpha=1.0),
                     "you forgot α: the target goes all the way, Q + Δ. Pass alpha=config.alpha to lambda_returns."),
             Mistake("not divided", _wrong_update(scale=1.0),
@@ -272,8 +305,8 @@ EXERCISES = {
             Mistake("one epoch", _wrong_update(epochs=1),
                     "you took one step; config.epochs are wanted, each with a loss of its own."),
             Mistake("old policy for the reference", _wrong_update(ref=lambda b: b.logprobs),
-                    "you compare with the policy that sampled, not with the reference: Q has lost its log-ratio, and "
-                    "nothing holds the policy near π_b."),
+                    "you compare with the policy that sampled, not with the reference: each update is braked, but "
+                    "nothing pulls the policy back to π_b."),
             Mistake("whitened", _wrong_update(gains=lambda out, b: whiten(out.advantages, b.mask)),
                     "you whitened Δ: KLQ's target takes it as it is."),
             Mistake("wrong way", _wrong_update(gains=lambda out, b: -out.advantages),
@@ -299,12 +332,23 @@ EXERCISES = {
             Mistake("mean of the batch", lambda s, p, r: s - s.mean(),
                     "you subtracted the batch's own mean: it moves with the policy, so the reward of a fixed text "
                     "would change from update to update. And prompts of another level keep it."),
+            Mistake("mean of the batch per prompt", lambda s, p, r: _of_the_batch(s, p),
+                    "you subtracted the batch's own mean per prompt: it moves with the policy, and V has to start from "
+                    "the reference's mean, `ref_scores`."),
+            Mistake("standardised in the batch per prompt", lambda s, p, r: _of_the_batch(s, p, spread=True),
+                    "you standardised within the prompt's group of the batch: its mean moves with the policy, and "
+                    "dividing by its spread makes another reward of it."),
+            Mistake("whitened", lambda s, p, r: (s - s.mean()) / s.std(),
+                    "you whitened the batch's scores: its mean moves with the policy, its spread rescales the reward "
+                    "(and with it what τ means), and prompts keep their different levels."),
             Mistake("one level for all", lambda s, p, r: s - r.mean(),
                     "you subtracted one mean for all prompts; each prompt has a level of its own."),
             Mistake("by place in the batch", lambda s, p, r: s - r.mean(1),
                     "you matched the batch's rows with the prompts' rows: completion i belongs to prompts[i]."),
             Mistake("standardised", lambda s, p, r: (s - r.mean(1)[p]) / r.std(1, correction=0)[p],
                     "you divided by the spread as well: that is another reward, and another optimum."),
+            Mistake("standardised, n − 1", lambda s, p, r: (s - r.mean(1)[p]) / r.std(1)[p],
+                    "you divided by the standard deviation as well: another reward has another optimum."),
             Mistake("sign", lambda s, p, r: r.mean(1)[p] - s,
                     "the sign is wrong: now good completions are punished."),
             Mistake("best of the reference", lambda s, p, r: s - r.max(1).values[p],
@@ -324,6 +368,8 @@ EXERCISES = {
                     "you refreshed V only: Q is τ log π/π_b + V, and π has moved as well."),
             Mistake("values left", _refresh_wrongly(lambda by, q: (by["old"][0], by["new"][1], q)),
                     "you refreshed log π only: V has been learning as well."),
+            Mistake("stored Δ", _stored_delta,
+                    "Q is refreshed, Δ is not: it still says what was missing then. It needs the new Q and V too."),
             Mistake("reference moved", _refresh_wrongly(lambda by, q: (*by["new"], by["old"][1])),
                     "you put the policy that sampled in the place of the reference; π_b never changes."),
             Mistake("importance weights", _refresh_wrongly(lambda by, q: (*by["new"], q), weigh=True),
@@ -345,6 +391,9 @@ EXERCISES = {
                     "that is KL(π*‖π): J says KL(π‖π*)."),
             Mistake("greedy optimum", lambda p, b, r, tau: (r.max() - (p * (r - tau * (p / b).log())).sum(-1)) / tau,
                     "J* is not the largest reward: putting all probability there would cost KL."),
+            Mistake("no reference in J*", lambda p, b, r, tau: distance(p, b, r, tau) + (
+                        torch.logsumexp(r / tau, -1) - torch.logsumexp(b.log() + r / tau, -1)),
+                    "you left π_b out of the logsumexp: J* weighs each e^{R/τ} by π_b."),
             Mistake("without KL", lambda p, b, r, tau: (
                         tau * torch.logsumexp(b.log() + r / tau, -1) - (p * r).sum(-1)) / tau,
                     "you left the KL out of J: J(π) = E[R] − τ KL(π‖π_b)."),
@@ -357,6 +406,7 @@ EXERCISES = {
         ("You need J(π) and J*, and no policy π* at all.", "J* = τ log Σ π_b(y) e^{R(y)/τ}: which function of torch "
          "does that without overflow?", "`tau * torch.logsumexp(ref_probs.log() + rewards / tau, -1)`, less the sum of "
          "`probs * (rewards - tau * (probs / ref_probs).log())`, all divided by τ."),
+        probe=_cold_and_warm,
     ),
 }  # fmt: skip
 
