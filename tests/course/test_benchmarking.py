@@ -13,7 +13,7 @@ from klq_edu.bench.workloads import make_inputs
 from klq_edu.course.chapters import c12_benchmarking as c12
 from klq_edu.course.chapters import float32
 from klq_edu.course.chapters.c12_benchmarking import EXERCISES, TROUBLES, Lab, Traffic, benchmark, broken_benchmark
-from klq_edu.course.exercises import grade
+from klq_edu.course.exercises import Wrong, grade
 
 
 def test_a_machine_without_trouble_fools_nobody_who_does_equal_work():
@@ -76,7 +76,7 @@ def test_other_repairs_pass(options):
         ({}, "no warm-up"),
         ({"start": -1, "middle": mean}, "spoils a mean"),
         ({"start": -1, "middle": min}, "luckiest"),
-        ({"start": -1, "middle": max}, "wrong on a machine that is interrupted now and then."),
+        ({"start": -1, "middle": max}, "gets slower run by run, and on one that is interrupted now and then."),
         ({"start": -1, "turn": False}, "who goes first is never changed"),
         ({"start": -1, "turn": False, "order": ("fused", "naive")}, "who goes first is never changed"),
         ({"start": -1, "turn": False, "middle": mean}, "the same one goes first each time, and you take means"),
@@ -102,10 +102,19 @@ def test_before_any_trouble_the_answer_must_be_right_and_run_often_enough(answer
     assert verdict.passed is False and says in verdict.message and "still there" not in verdict.message
 
 
-@pytest.mark.parametrize("flaws", itertools.combinations([*TROUBLES, "order"], 2))
-def test_no_pair_of_flaws_passes_or_gets_a_message_with_internals(flaws):
-    message = grade(EXERCISES["12.1"], lambda lab, reps: benchmark(lab, reps, flaws)).message
-    assert message.startswith("✘") and "is expected" not in message and "arguments" not in message
+def test_no_pair_of_flaws_passes_or_gets_a_message_with_internals():
+    """It is in words, or a catalogued mistake's."""
+
+    def said(answer):
+        try:
+            return c12._repaired(answer, 3e-3, 2e-3)
+        except Wrong as error:
+            return str(error)
+
+    catalogue = [said(mistake.answer) for mistake in EXERCISES["12.1"].mistakes]
+    for flaws in itertools.combinations([*TROUBLES, "order"], 2):
+        found = said(lambda lab, reps, flaws=flaws: benchmark(lab, reps, flaws))
+        assert found in catalogue or found.startswith(("still there", "wrong on a machine that")), flaws
 
 
 @pytest.mark.parametrize("answer", [lambda lab, reps: math.nan, lambda lab, reps: 0.7, lambda lab: 0.7, ...])
