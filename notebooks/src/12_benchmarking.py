@@ -293,8 +293,8 @@ for R in (3, 5):
 # %% [markdown]
 # With three repetitions, even the lowest is the median of a quarter of the resamples: a 95 % bootstrap interval *is* the whiskers, and
 # by (12.5) covers 75 %, at best: resampling takes repetitions for independent, too, and on a machine that drifts it covers less. (Pairs that
-# are taken in one minute, as in Exercise 12.2, help where both drift alike.) So report three as what they are, a median with its range, and take twenty where a small difference
-# is to be claimed. Exercise 12.2 writes the interval.
+# are taken in one minute, as in Exercise 12.2, help where both drift alike.) So report three as what they are, a median with its range,
+# and take twenty where a small difference is to be claimed. Exercise 12.2 writes the interval.
 #
 # ## Is it right at all?
 #
@@ -614,7 +614,8 @@ print(
 #
 # Write the function that stands at the top again, without its six flaws. It gets a `lab` and a number `reps` (even) of timed repetitions of each, and returns
 # fused's time over naive's, forward and backward, as a ratio of medians; or `math.nan` (not a number), if a result is wrong: its relative error against
-# `lab.exact(logits)`, by (12.8), is above 1e-4. Each of the two goes first equally often. The check runs it on a machine without any trouble, then on machines that each have one trouble, and says which
+# `lab.exact(logits)`, by (12.8), is above 1e-4. Each of the two goes first equally often. The check runs it on a
+# machine without any trouble, then on machines that each have one trouble, and says which
 # flaws are still there and which are repaired.
 #
 # | call | what it does |
