@@ -1,6 +1,8 @@
 """Notebook 12: its simulated accelerator, and answers to its exercises that nobody catalogued."""
 
+import itertools
 import math
+import time
 from statistics import mean, median
 
 import pytest
@@ -11,7 +13,7 @@ from klq_edu.bench.workloads import make_inputs
 from klq_edu.course.chapters import c12_benchmarking as c12
 from klq_edu.course.chapters import float32
 from klq_edu.course.chapters.c12_benchmarking import EXERCISES, TROUBLES, Lab, Traffic, benchmark, broken_benchmark
-from klq_edu.course.exercises import grade
+from klq_edu.course.exercises import Wrong, grade
 
 
 def test_a_machine_without_trouble_fools_nobody_who_does_equal_work():
@@ -39,11 +41,11 @@ def test_flaws_that_are_left_and_those_repaired_are_named():
     assert "no warm-up; no look at the result" in left and "no waiting; unequal work; inputs" in repaired
 
 
-def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fused"), middle=median):
+def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fused"), turn=True, middle=median):
     """A repaired benchmark written in another way."""
     logits, seconds = lab.inputs(), {"naive": [], "fused": []}
     for rep in range(start, reps):
-        for name in order:
+        for name in order[::-1] if turn and rep % 2 else order:
             lab.synchronize()
             begun = lab.clock()
             for _ in range(often if rep < 0 else 1):
@@ -70,11 +72,49 @@ def test_other_repairs_pass(options):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({}, "no warm-up"), ({"start": -1, "middle": mean}, "spoils a mean"), ({"start": -1, "middle": min}, "luckiest")],
+    [
+        ({}, "no warm-up"),
+        ({"start": -1, "middle": mean}, "spoils a mean"),
+        ({"start": -1, "middle": min}, "luckiest"),
+        ({"start": -1, "middle": max}, "gets slower run by run, and on one that is interrupted now and then."),
+        ({"start": -1, "turn": False}, "who goes first is never changed"),
+        ({"start": -1, "turn": False, "order": ("fused", "naive")}, "who goes first is never changed"),
+        ({"start": -1, "turn": False, "middle": mean}, "the same one goes first each time, and you take means"),
+    ],
 )
 def test_other_repairs_with_a_flaw_do_not(options, says):
     verdict = grade(EXERCISES["12.1"], lambda lab, reps: otherwise(lab, reps, **options))
     assert verdict.passed is False and says in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda lab, reps: 1 / benchmark(lab, reps), "upside down"),
+        (lambda lab, reps: time.perf_counter(), "wrong on a machine without any trouble: yours gives"),
+        (lambda lab, reps: benchmark(lab, reps) * (1 + 5e-5), "without any trouble"),
+        (lambda lab, reps: math.nan, "yours gives NaN"),
+        (lambda lab, reps: benchmark(lab, 2), "was run 3 times where `reps` = 20"),
+    ],
+)
+def test_before_any_trouble_the_answer_must_be_right_and_run_often_enough(answer, says):
+    verdict = grade(EXERCISES["12.1"], answer)
+    assert verdict.passed is False and says in verdict.message and "still there" not in verdict.message
+
+
+def test_no_pair_of_flaws_passes_or_gets_a_message_with_internals():
+    """It is in words, or a catalogued mistake's."""
+
+    def said(answer):
+        try:
+            return c12._repaired(answer, 3e-3, 2e-3)
+        except Wrong as error:
+            return str(error)
+
+    catalogue = [said(mistake.answer) for mistake in EXERCISES["12.1"].mistakes]
+    for flaws in itertools.combinations([*TROUBLES, "order"], 2):
+        found = said(lambda lab, reps, flaws=flaws: benchmark(lab, reps, flaws))
+        assert found in catalogue or found.startswith(("still there", "wrong on a machine that")), flaws
 
 
 @pytest.mark.parametrize("answer", [lambda lab, reps: math.nan, lambda lab, reps: 0.7, lambda lab: 0.7, ...])
