@@ -644,7 +644,7 @@ print(f"{alike:.0f} prompts scatter as much as seeds with a standard deviation o
 # $$P(\text{the interval of two seeds holds } \mu) = \frac{2}{\pi}\arctan\sqrt2 \approx 0.61 \tag{13.15}$$
 #
 # ($\pi$ is the number here.) Not 95 %, and more seeds mend it slowly: with five it is about 87 %. The other way is Student's $t$ over the means of the
-# seeds, which supposes that they scatter normally, and is then right for any number of them. It speaks of the prompts that there are. The check draws
+# seeds, which supposes that they scatter normally, and then keeps its promise with few of them. It speaks of the prompts that there are. The check draws
 # experiments again and again, and makes both intervals of each.
 
 # %%

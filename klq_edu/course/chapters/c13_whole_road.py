@@ -284,12 +284,14 @@ def _scores(generator: Generator) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def _clamped() -> list[Callable]:
-    """Losses that do not overflow because something is cut off, as people cut it off."""
-    floors = [partial(lambda c, r, e: -(c - r).sigmoid().clamp(min=e).log().mean(), e=10.0**-k) for k in (6, 8, 10, 12)]
-    added = [partial(lambda c, r, e: -((c - r).sigmoid() + e).log().mean(), e=10.0**-k) for k in (6, 8, 10, 12)]
-    limits = [partial(lambda c, r, m: -logsigmoid((c - r).clamp(-m, m)).mean(), m=m) for m in (20, 30, 50, 100, 500)]
-    return floors + added + limits
+def _cut_off() -> dict[str, Callable]:
+    """Losses that do not overflow because something is cut off, by how people do it."""
+    found = {}
+    for e in (1e-6, 1e-8, 1e-10, 1e-12):
+        found[f"kept σ from 0 by {e:g}"] = lambda c, r, e=e: -(c - r).sigmoid().clamp(min=e).log().mean()
+    for most in (20, 30, 50, 100, 500):
+        found[f"cut the differences off at ±{most}"] = lambda c, r, m=most: -logsigmoid((c - r).clamp(-m, m)).mean()
+    return found
 
 
 def swapped_rate(a_first: Tensor, b_first: Tensor) -> float:
@@ -352,9 +354,8 @@ EXERCISES = {
             Mistake("no logarithm", lambda c, r: -(c - r).sigmoid().mean(),
                     "the logarithm is missing: that is minus the mean probability, which hardly cares about a pair "
                     "that is far wrong."),
-            *(Mistake(f"cut off, {i}", cut, "you cut something off so that nothing overflows; the worst pair then has "
-                      "no gradient at all, and it is the one that should pull hardest. Use logsigmoid or softplus.")
-              for i, cut in enumerate(_clamped())),
+            *(Mistake(how, cut, f"you {how}: nothing overflows, but the worst pair has no gradient left, and it should "
+                      "pull hardest. Use logsigmoid or softplus.") for how, cut in _cut_off().items()),
             Mistake("hinge", lambda c, r: (1 - (c - r)).clamp(min=0).mean(),
                     "that is a hinge loss: it has the right direction, but no probability behind it."),
             Mistake("each alone", lambda c, r: (softplus(-c) + softplus(r)).mean(),
@@ -380,13 +381,14 @@ EXERCISES = {
                     "you left out the ties; each is half a win of one comparison, and n counts them all."),
             Mistake("not turned round", lambda a, b: swapped_rate(a + b, torch.ones_like(a)),
                     "`b_first` is the preference for *b*; turn it round before you average it with `a_first`."),
-            Mistake("votes", lambda a, b: swapped_rate(preferred(a, 0.5), preferred(b, 0.5)),
+            Mistake("votes", lambda a, b: swapped_rate((a > 0.5).double(), (b > 0.5).double()),
                     "you counted the vote of each order and called \"first, first\" a tie; a judge that leans strongly "
                     "says so of nearly all pairs. Compare how much it preferred each."),
-            *(Mistake(f"rounded, {i}", answer, "you compare sums of rounded numbers: a + 1 − b is not exactly 1 for "
-                      "every tie. Compare a_first with b_first.")
-              for i, answer in enumerate((lambda a, b: swapped_rate((a + 1 - b) / 2, torch.full_like(a, 0.5)),
-                                          lambda a, b: swapped_rate(a, 1 - (1 - b))))),
+            Mistake("rounded sum", lambda a, b: swapped_rate((a + 1 - b) / 2, torch.full_like(a, 0.5)),
+                    "you compare sums of rounded numbers: (a_first + 1 − b_first)/2 is not exactly ½ for every tie. "
+                    "Compare a_first with b_first."),
+            Mistake("rounded complement", lambda a, b: swapped_rate(a, 1 - (1 - b)),
+                    "1 − (1 − b_first) is rounded, and not exactly b_first. Compare a_first with b_first."),
             Mistake("the other one's", lambda a, b: swapped_rate(b, a),
                     "that is the win-rate of b."),
         ),
