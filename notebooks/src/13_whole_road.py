@@ -440,8 +440,8 @@ for title, (best, _, run) in paths.items():
 #
 # <details><summary>Compare</summary>
 #
-# The best policy at this price stands just beyond the top of the green curve: its truth has hardly turned. A short run stops before that, and its
-# truth rises with its reward. The higher price has not closed the hole; it has made the walk too short to reach it.
+# The best policy at this price stands about where the green curve is highest: its truth has not turned yet. So look for the run at or before that
+# place. The higher price has not closed the hole; it has made the walk too short for it to matter much.
 #
 # </details>
 #
