@@ -154,7 +154,7 @@ def ends(best: pd.DataFrame, run: pd.DataFrame) -> str:
 
 def steps(run: pd.DataFrame) -> str:
     """Reward and truth of a run, test by test, in words."""
-    return ", ".join(f"{row.proxy:.2f} ({row.truth:.2f})" for row in run.itertuples())
+    return ", ".join(f"{row.proxy:.2f} ({row.truth:.2f})" for row in (run.round(2) + 0.0).itertuples())
 
 
 def confidence(pairs: pd.DataFrame, bins: int = 6) -> str:
