@@ -648,6 +648,8 @@ MUTANTS = [
     ("13", judge, "outcomes", "ties lost", lambda f: lambda *a: (f(*a) == 1).astype(float)),
     ("13", judge, "bootstrap_interval", "too narrow", half_as_wide),
     ("13", judge, "win_rate_of_seeds", "too narrow", half_as_wide),
+    ("13", c13_whole_road, "interval_of", "too narrow", half_as_wide),
+    ("13", power, "t_quantile", "normal", lambda f: lambda p, freedom: f(p, 10**6)),
     ("13", power, "pairs_needed", "variance 1", scaled(4.0)),
     ("13", power, "seeds_needed", "seeds do not scatter", lambda f: lambda d, sd, n: f(d, 0.0, n)),
     ("13", c13_whole_road, "shown_from", "variance ½", lambda f: lambda sd, n, seeds: f(sd, n / 2, seeds)),
