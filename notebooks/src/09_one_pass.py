@@ -315,7 +315,7 @@ exact = kl_divergence(z64.log_softmax(1), r64.log_softmax(1))
 
 def by_difference_and_bound(z, r, block=128):
     """(9.6) in float32 of rows that float32 holds, and how far (9.8) lets it be off."""
-    m, s, h, n, t, w = one_pass(z.float(), r.float(), block)
+    _, s, _, _, t, w = one_pass(z.float(), r.float(), block)
     a, b = (x - x.amax(1, keepdim=True) for x in (z, r))
     x = 1 + a.abs() + b.abs()
     means = 2 * (a.softmax(1) * x**2).sum(1) + (b.softmax(1) * x).sum(1)

@@ -245,9 +245,8 @@ def _half(x: Tensor) -> Tensor:
 
 
 def _width(generator: Generator) -> int:
-    """Two or three blocks, the last of them ragged."""
-    blocks, rest = (int(torch.randint(*ends, (), generator=generator)) for ends in ((2, 4), (5, BLOCK - 5)))
-    return (blocks - 1) * BLOCK + rest
+    """Three blocks, the last of them ragged."""
+    return 2 * BLOCK + int(torch.randint(5, BLOCK - 5, (), generator=generator))
 
 
 def _masked_rows(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -312,7 +311,8 @@ EXERCISES = {
                     "your maximum starts too high: logits near −300 underflow, and log 0 = −inf. Start at −1e30."),
             Mistake("no −inf", _online(start=-INF),
                     "−inf − (−inf) is NaN, in a row whose first block is all −inf. Let the maximum start at a finite "
-                    "−1e30: e^(−inf − (−1e30)) is 0. Or the maximum forgets what came before: tl.maximum(m, …)."),
+                    "−1e30: e^(−inf − (−1e30)) is 0. Or the maximum forgets what came before: "
+                    "tl.maximum(m, …)."),
             Mistake("no maximum", lambda z: z.exp().sum(1).log(),
                     "e^300 overflows and e^(−300) underflows in float32: subtract the running maximum, (9.2)."),
             Mistake("maximum not added", _online(subtracted=False),
@@ -359,8 +359,8 @@ EXERCISES = {
                     "the normalisers are the wrong way round: + log t − log s, (9.6)."),
             Mistake("reference's logit", _policy_normalised,
                     "the log-prob takes the token's logit from r, but m and s from z: take it from z."),
-            *(Mistake(name, answer, "only the first row is right: r has its own stride, r.stride(0), and z has z.stride(0); "
-                      "and each row takes a program, so the grid is (len(z),).")
+            *(Mistake(name, answer, "only the first row is right: r has its own stride, r.stride(0), and z z.stride(0); and "
+                      "each row takes a program, so the grid is (len(z),).")
               for name, answer in (("r has its own stride", lambda z, r, y: two_rows(z, _strided(r, z), y)),
                                    ("z has its own stride", lambda z, r, y: two_rows(_strided(z, r), r, y)),
                                    ("one program", _one_program(two_rows)))),

@@ -21,9 +21,9 @@ from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.figures import BLUE, GREEN, GREY, ORANGE, PINK, Picture, panels, plain_axes
 from klq_edu.machine import threads
-from klq_edu.rlhf.judge import Judge, bootstrap_interval, preferred, win_rate
+from klq_edu.rlhf.judge import Judge, preferred, win_rate
 from klq_edu.rlhf.loop import train
-from klq_edu.rlhf.power import pairs_needed, t_quantile
+from klq_edu.rlhf.power import pairs_needed
 from klq_edu.rlhf.preference import bradley_terry_loss
 from klq_edu.rlhf.runs import Run
 from klq_edu.worlds.world import World
@@ -32,7 +32,7 @@ DATA = Path(klq_edu.__file__).parent / "worlds" / "data"
 QUANTILE = NormalDist().inv_cdf
 BLIND, OVERPAID = "weeps alone", 5.0  # what a reward model overrates, and by how many standard deviations
 COUNTS = (1, 2, 4, 8, 16, 64, 256, 1024)  # of completions to choose the best from
-FEW = 5  # seeds below which nothing is called shown: nobody can see whether so few scatter as Student's t supposes
+FEW = 5  # seeds below which an interval over seeds is far too narrow to call anything shown
 
 
 def results() -> Path:
@@ -135,59 +135,24 @@ def over_optimisation(proxies: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.Da
     caption = (
         "All numbers are exact. What is maximised (grey, blue) rises with the KL. On the left the truth (green, "
         "orange, pink) follows and stays behind; on the right the best policy's truth rises, turns, and falls below "
-        "the reference's (to rise again far out), and so does that of the best of n."
+        "the reference's, and so does that of the best of n."
     )
     alt = f"Reward and true reward against KL for {' and '.join(proxies)}: policies, best of n, and a training run."
     return Picture(figure, caption, alt)
 
 
 def ends(best: pd.DataFrame, run: pd.DataFrame) -> str:
-    """Where the best policies' truth is highest, where it is lowest beyond that, and where a run ends; in words."""
+    """Where the truth is highest along the best policies, where it ends there, and where a run ends; in words."""
     top, far, last = best.loc[best["truth"].idxmax()], best.loc[best["kl"].idxmax()], run.iloc[-1]
-    said = f"the best policy's truth rises to the end, {top['truth']:.2f} at {top['kl']:.1f} nats"
-    if top["kl"] < far["kl"]:
-        low = best.loc[best.loc[best["kl"] >= top["kl"], "truth"].idxmin()]
-        said = f"the best policy's truth is highest ({top['truth']:.2f}) at {top['kl']:.1f} nats, "
-        said += f"then as low as {low['truth']:.2f} at {low['kl']:.1f}, and {far['truth']:.2f} at {far['kl']:.1f}"
-    return said + f"; the run ends at {last['kl']:.1f} nats, reward {last['proxy']:.2f}, truth {last['truth']:.2f}"
+    said = f"truth highest at {top['kl']:.1f} nats: {top['truth']:.2f}; at {far['kl']:.1f} nats: {far['truth']:.2f}; "
+    return said + f"the run ends at {last['kl']:.1f} nats, reward {last['proxy']:.2f}, truth {last['truth']:.2f}"
 
 
-def steps(run: pd.DataFrame) -> str:
-    """Reward and truth of a run, test by test, in words."""
-    return ", ".join(f"{row.proxy:.2f} ({row.truth:.2f})" for row in run.itertuples())
-
-
-def confidence(pairs: pd.DataFrame, bins: int = 6) -> str:
-    """How sure a reward model is of held-out pairs, and how often it is right: on average, and in the groups that
-    `calibration` draws."""
-    sure, right = 1 / (1 + np.exp(-pairs["proxy"].abs())), pairs["proxy"] > 0
-    groups = pd.qcut(sure, bins, labels=False, duplicates="drop")
-    (says, found), count = (x.groupby(groups).mean() for x in (sure, right)), right.groupby(groups).size()
-    bar, gap = 1.96 * (found * (1 - found) / count) ** 0.5, (found - says).abs()
-    far = gap.idxmax()
-    said = f"on average says {sure.mean():.3f} and is right in {right.mean():.3f}; furthest off where it says "
-    said += f"{says[far]:.2f} and is right in {found[far]:.2f} ± {bar[far]:.2f}; "
-    return said + f"the bar misses the line in {(gap > bar).sum()} of {len(gap)} groups"
-
-
-def happened(tests: pd.DataFrame, independent: str) -> str:
-    """What was gained over the reference at the end of the runs in `tests` (of `comparison.along`), in words."""
-    last = tests.loc[tests.groupby(["setting", "algorithm", "seed"])["update"].idxmax()]
-    gains = {name: last[name] for name in ("reward", "gold", independent)}
-    said = [f"{name} {x.mean():+.3f} (up in {(x > 0).sum()} of {len(x)} runs)" for name, x in gains.items()]
-    behind = [name for name, x in gains.items() if name != "reward" and x.mean() <= 0]
-    verdict = f"on average {' and '.join(behind)} did not rise with it" if behind else "on average both others rose too"
-    return f"{last['kl'].mean():.1f} nats out, {', '.join(said)}: {verdict}"
-
-
-def interval_of(by_seed: list) -> tuple[float, float, float]:
-    """Mean and 95 % interval of values per prompt: of one seed by a bootstrap over its prompts; of several by Student's
-    t over their means, for the prompts that there are."""
-    if len(by_seed) == 1:
-        return np.mean(by_seed[0]), *bootstrap_interval(by_seed[0])
-    means = np.array([np.mean(x) for x in by_seed])
-    mean, reach = means.mean(), t_quantile(0.975, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
-    return mean, mean - reach, mean + reach
+def confidence(pairs: pd.DataFrame) -> str:
+    """How sure a reward model is of held-out pairs, and how often it is right, in words (as `calibration` draws)."""
+    sure, right = (1 / (1 + np.exp(-pairs["proxy"].abs()))).mean(), (pairs["proxy"] > 0).mean()
+    lean = "too sure of itself" if sure > right + 0.02 else "too modest" if sure < right - 0.02 else "about as it says"
+    return f"says {sure:.3f} on average, is right in {right:.3f} of the pairs: {lean}"
 
 
 def before_judges(judges: dict[str, Judge], prompts: list[str], a: list[str], b: list[str]) -> pd.DataFrame:
@@ -248,7 +213,7 @@ POWER = Widget(
 
 
 def claim(seeds: int, low: float, high: float) -> str:
-    """What may be said of a difference between KLQ and another, by rule from its 95 % interval (`interval_of`).
+    """What may be said of a difference between KLQ and another, by rule from its 95 % interval.
 
     >>> claim(8, 0.01, 0.05)
     'KLQ is higher: shown, on this task'
@@ -257,7 +222,7 @@ def claim(seeds: int, low: float, high: float) -> str:
     >>> claim(3, 0.01, 0.05)
     'KLQ is higher in these 3 seeds; too few to call it shown'
     >>> claim(8, -0.02, 0.04)
-    'not shown either way; a difference would probably have been seen from ±0.041 on'
+    'not shown either way; a difference would probably have been seen from ±0.043 on'
     """
     side = "higher" if low > 0 else "lower" if high < 0 else ""
     if seeds == 1:
@@ -266,8 +231,9 @@ def claim(seeds: int, low: float, high: float) -> str:
     if side:
         few = f" in these {seeds} seeds; too few to call it shown"
         return f"KLQ is {side}" + (few if seeds < FEW else ": shown, on this task")
-    least = (high - low) / 2 * (1 + t_quantile(0.8, seeds - 1) / t_quantile(0.975, seeds - 1))
-    return f"not shown either way; a difference would probably have been seen from ±{least:.3f} on"
+    least = (high - low) / 2 * (QUANTILE(0.975) + QUANTILE(0.8)) / QUANTILE(0.975)
+    few = ", at the very least: the seeds are few" * (seeds < FEW)
+    return f"not shown either way; a difference would probably have been seen from ±{least:.3f} on{few}"
 
 
 def _loss_and_gradients(answer, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -284,27 +250,16 @@ def _scores(generator: Generator) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def _clamped() -> list[Callable]:
-    """Losses that do not overflow because something is cut off, as people cut it off."""
-    floors = [partial(lambda c, r, e: -(c - r).sigmoid().clamp(min=e).log().mean(), e=10.0**-k) for k in (6, 8, 10, 12)]
-    added = [partial(lambda c, r, e: -((c - r).sigmoid() + e).log().mean(), e=10.0**-k) for k in (6, 8, 10, 12)]
-    limits = [partial(lambda c, r, m: -logsigmoid((c - r).clamp(-m, m)).mean(), m=m) for m in (20, 30, 50, 100, 500)]
-    return floors + added + limits
-
-
 def swapped_rate(a_first: Tensor, b_first: Tensor) -> float:
     """Exercise 13.2."""
     return preferred(a_first.numpy(), b_first.numpy()).mean().item()
 
 
 def _asked_twice(generator: Generator) -> tuple[Tensor, Tensor]:
-    """Preferences of a judge who leans to what stands first; some pairs are ties, of which sums of rounded numbers make
-    something else."""
+    """Preferences of a judge who leans to what stands first; some pairs are ties."""
     better = torch.randn(23, generator=generator, dtype=torch.float64) + 0.4
-    a_first, b_first = (better + 0.7).sigmoid(), (0.7 - better).sigmoid()
-    tied = torch.randperm(23, generator=generator)[:6]
-    a_first[tied] = b_first[tied] = torch.tensor([0.13, 0.13, 0.13010847436299786, 0.67, 0.67, 0.8]).double()
-    return a_first, b_first
+    better[torch.randperm(23, generator=generator)[:5]] = 0.0
+    return (better + 0.7).sigmoid(), (0.7 - better).sigmoid()
 
 
 def _some_scored(generator: Generator) -> tuple[Tensor, Tensor, int]:
@@ -352,9 +307,6 @@ EXERCISES = {
             Mistake("no logarithm", lambda c, r: -(c - r).sigmoid().mean(),
                     "the logarithm is missing: that is minus the mean probability, which hardly cares about a pair "
                     "that is far wrong."),
-            *(Mistake(f"cut off, {i}", cut, "you cut something off so that nothing overflows; the worst pair then has "
-                      "no gradient at all, and it is the one that should pull hardest. Use logsigmoid or softplus.")
-              for i, cut in enumerate(_clamped())),
             Mistake("hinge", lambda c, r: (1 - (c - r)).clamp(min=0).mean(),
                     "that is a hinge loss: it has the right direction, but no probability behind it."),
             Mistake("each alone", lambda c, r: (softplus(-c) + softplus(r)).mean(),
@@ -380,13 +332,6 @@ EXERCISES = {
                     "you left out the ties; each is half a win of one comparison, and n counts them all."),
             Mistake("not turned round", lambda a, b: swapped_rate(a + b, torch.ones_like(a)),
                     "`b_first` is the preference for *b*; turn it round before you average it with `a_first`."),
-            Mistake("votes", lambda a, b: swapped_rate(preferred(a, 0.5), preferred(b, 0.5)),
-                    "you counted the vote of each order and called \"first, first\" a tie; a judge that leans strongly "
-                    "says so of nearly all pairs. Compare how much it preferred each."),
-            *(Mistake(f"rounded, {i}", answer, "you compare sums of rounded numbers: a + 1 − b is not exactly 1 for "
-                      "every tie. Compare a_first with b_first.")
-              for i, answer in enumerate((lambda a, b: swapped_rate((a + 1 - b) / 2, torch.full_like(a, 0.5)),
-                                          lambda a, b: swapped_rate(a, 1 - (1 - b))))),
             Mistake("the other one's", lambda a, b: swapped_rate(b, a),
                     "that is the win-rate of b."),
         ),
@@ -407,12 +352,6 @@ EXERCISES = {
             Mistake("at most", lambda p, s, n: _best(p, s, n, lambda before, upto: upto**n),
                     "that is the probability that the best scores *at most* as much as y; take away that it scores "
                     "less."),
-            Mistake("left in order", lambda p, s, n: best_of_n(p, s, n)[s.argsort()],
-                    "the numbers are right but stand in the wrong places: they are still in the order of the scores; "
-                    "put each back where its completion stands in p."),
-            Mistake("sorted twice", lambda p, s, n: best_of_n(p, s, n)[s.argsort()][s.argsort()],
-                    "the numbers are right but stand in the wrong places: d[order] sorts once more. To undo a sorting, "
-                    "assign `out[order] = d`, or index with order.argsort()."),
             Mistake("worst", lambda p, s, n: best_of_n(p, -s, n),
                     "that is the worst of n."),
             Mistake("one too few", lambda p, s, n: best_of_n(p, s, n - 1),
@@ -434,12 +373,6 @@ EXERCISES = {
                     "you forgot the power: with these pairs a difference of this size is missed half of the time."),
             Mistake("one-sided", partial(_wrong_pairs, z=lambda power: QUANTILE(0.95) + QUANTILE(power)),
                     "that is a one-sided test: at 95 %, two-sided, the quantile is that of 0.975."),
-            Mistake("power fixed", lambda d, power: pairs_for(d, 0.8),
-                    "you took 0.8 for the power; it is an argument."),
-            Mistake("rounded", lambda d, power: pairs_for(d, power).round(),
-                    "you rounded; the number is asked for as it is."),
-            Mistake("rounded up", lambda d, power: pairs_for(d, power).ceil(),
-                    "you rounded up; the number is asked for as it is."),
             Mistake("variance one", partial(_wrong_pairs, variance=1.0),
                     "you forgot the variance: a fair coin's is ¼, not 1."),
             Mistake("deviation for variance", partial(_wrong_pairs, variance=0.5),
