@@ -11,11 +11,12 @@ get the memory that a kernel gets: `x.as_strided(x.shape, (x.shape[1], 1))` is w
 contiguous. `inputs` are float32 and hostile: several programs, several blocks, a ragged tail, `hostile_logits`.
 
 All tensors that an answer gets, or makes by `empty`, `zeros`, `ones`, `full` and their kin, lie between guards of NaN
-(integers: the largest), and the rows it gets are not contiguous: each argument
-has another stride. What is made empty is NaN too. So a read beyond the end shows in the result, and a write is named. Last, the inputs of one trial end where memory begins that nobody may
-touch. Where the system can fork (not on Windows), all this happens in a process of its own, killed after
-`exercises.SECONDS`. On a GPU it happens in this one, since CUDA does not survive a fork: an endless kernel then takes a
-restart. What an answer prints while it is graded is not shown; to see it, call the answer yourself.
+(integers: the largest), and the rows it gets are not contiguous: each argument has another stride. What is made empty
+is NaN too. So a read beyond the end shows in the result, and a write is named. Last, the inputs of one trial end where
+memory begins that nobody may touch. Where the system can fork (not on Windows), all this happens in a process of its
+own, killed after `exercises.SECONDS`. On a GPU it happens in this one, since CUDA does not survive a fork: an endless
+kernel then takes a restart. What an answer prints while it is graded is not shown; to see it, call the answer
+yourself.
 """
 
 import ctypes

@@ -322,8 +322,8 @@ EXERCISES = {
             Mistake("tail dropped", lambda z: log_normaliser(_no_tail(z)),
                     "the tail is missing: use tl.cdiv(V, BLOCK)."),
             Mistake("wrong stride", lambda z: log_normaliser(_contiguous(z)),
-                    "only the first row is right: the others start at row · z.stride(0), not at row · V; and each takes a "
-                    "program, so the grid is (len(z),)."),
+                    "only the first row is right: the others start at row · z.stride(0), not at row · V; and each "
+                    "takes a program, so the grid is (len(z),)."),
             Mistake("half precision", lambda z: log_normaliser(_half(z)),
                     "your logits were rounded to half precision: near 300 that is steps of 0.25. Reduce in float32."),
         ),
@@ -359,7 +359,7 @@ EXERCISES = {
                     "the normalisers are the wrong way round: + log t − log s, (9.6)."),
             Mistake("reference's logit", _policy_normalised,
                     "the log-prob takes the token's logit from r, but m and s from z: take it from z."),
-            *(Mistake(name, answer, "only the first row is right: r has its own stride, r.stride(0), and z z.stride(0); and "
+            *(Mistake(name, answer, "only the first row is right: r has its own stride, r.stride(0), as has z; and "
                       "each row takes a program, so the grid is (len(z),).")
               for name, answer in (("r has its own stride", lambda z, r, y: two_rows(z, _strided(r, z), y)),
                                    ("z has its own stride", lambda z, r, y: two_rows(_strided(z, r), r, y)),

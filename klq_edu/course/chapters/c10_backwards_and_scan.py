@@ -378,7 +378,7 @@ EXERCISES = {
                     "NaN: where p = 0, log p is −inf, and 0 · inf is NaN. Make the logarithms finite (tl.maximum with "
                     "−1e30), or choose 0 by tl.where, before p meets them."),
             Mistake("one floor", lambda z, r, *x: kl_grad(z, r, *x).masked_fill(r == -torch.inf, torch.nan),
-                    "log q is −inf too where the reference forbids a token, and 0 · inf is NaN: both logarithms need the "
+                    "log q is −inf too where the reference forbids a token, and 0 · inf is NaN: both need the "
                     "floor."),
             Mistake("upside down", partial(kl_grad, combine=lambda p, q, d, kl: p * (-d - kl)),
                     "the log-ratio is upside down: log p − log q, then minus D."),
@@ -412,7 +412,7 @@ EXERCISES = {
                     "within a block you sum what came before: the scan needs reverse=True."),
             Mistake("padding not stored", lambda d, n, a: scan_rows(d, n, a).masked_fill(
                         torch.arange(d.shape[1]) >= n[:, None], torch.nan),
-                    "nothing is stored on padding, and `new_empty` leaves whatever was in memory: store 0, where t < T."),
+                    "nothing is stored on padding, and `new_empty` leaves what was in memory: store 0, where t < T."),
             Mistake("no carry", partial(scan_rows, carry=lambda a, k: 0.0 * k),
                     "each block is right by itself, but hears nothing of the block on its right: carry its first Δ."),
             Mistake("decay kept", partial(scan_rows, carry=lambda a, k: a + 0.0 * k),
