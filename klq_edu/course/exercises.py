@@ -79,7 +79,7 @@ class Exercise:
         """An index in words, and what stands there if a mask among the arguments tells."""
         at = f"at {list(index)} " if index else ""
         mask = next((x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool), None)
-        if not index or mask is None or result.shape not in (mask.shape, mask.shape[:1]):
+        if not index or mask is None or mask.dim() < 2 or result.shape not in (mask.shape, mask.shape[:1]):
             return at
         length = int(mask[index[0]].sum())
         if len(index) == 1:
@@ -157,7 +157,7 @@ def _numbers(x, dtype: torch.dtype = torch.float64) -> Tensor:
     try:
         values = torch.tensor(x.tolist() if isinstance(x, Tensor) else x, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise Wrong(f"your answer stopped with a {kind}; real numbers in a tensor are expected.") from None
+        raise Wrong(f"your answer returned a {kind}; real numbers in a tensor are expected.") from None
     if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype:
         raise Wrong(f"your result is a {kind}; checks are in {dtype}, so compute in that.")
     return values.reshape(x.shape) if isinstance(x, Tensor) else values
@@ -227,7 +227,8 @@ def _judge(exercise: Exercise, results: list[dict], right: list[dict], trials: l
 def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tuple, exercise: Exercise) -> str:
     """In words: the first number that differs, and in which direction; empty where nothing does."""
     if got.keys() != want.keys():
-        return f"{len(want)} results are expected, yours gives {len(got)}."
+        several = f"{len(want)} results are expected, yours gives {len(got)}."
+        return f"one tensor is expected, yours is a list or tuple of {len(got)}." if len(want) == 1 else several
     for name, right in want.items():
         if got[name].shape != right.shape:
             return f"{name}a result of shape {tuple(right.shape)} is expected, yours has {tuple(got[name].shape)}."

@@ -11,11 +11,12 @@ get the memory that a kernel gets: `x.as_strided(x.shape, (x.shape[1], 1))` is w
 contiguous. `inputs` are float32 and hostile: several programs, several blocks, a ragged tail, `hostile_logits`.
 
 All tensors that an answer gets, or makes by `empty`, `zeros`, `ones`, `full` and their kin, lie between guards of NaN
-(integers: the largest), and the rows it gets are not contiguous. What is made empty is NaN too. So a read beyond the
-end shows in the result, and a write is named. Last, the inputs of one trial end where memory begins that nobody may
-touch. Where the system can fork (not on Windows), all this happens in a process of its own, killed after
-`exercises.SECONDS`. On a GPU it happens in this one, since CUDA does not survive a fork: an endless kernel then takes a
-restart. What an answer prints while it is graded is not shown; to see it, call the answer yourself.
+(integers: the largest), and the rows it gets are not contiguous: each argument has another stride. What is made empty
+is NaN too. So a read beyond the end shows in the result, and a write is named. Last, the inputs of one trial end where
+memory begins that nobody may touch. Where the system can fork (not on Windows), all this happens in a process of its
+own, killed after `exercises.SECONDS`. On a GPU it happens in this one, since CUDA does not survive a fork: an endless
+kernel then takes a restart. What an answer prints while it is graded is not shown; to see it, call the answer
+yourself.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ from torch.utils._pytree import tree_map_only
 from klq_edu.course import exercises
 from klq_edu.course.exercises import Exercise, Wrong
 
-GUARD, GAP = 64, 5  # elements before and after a tensor, and between its rows
+GUARD, GAP = 64, 5  # elements before and after a tensor, and between the rows of the first; 2 more in each later one
 PROT_NONE = 0  # of sys/mman.h
 LOOK = "look at the mask of your loads and stores, and at the stride that a row starts at."
 
@@ -90,6 +91,7 @@ class Puzzle(Exercise):
             where = f"{'the first' if i % size == 0 else 'one'} of block {i // size + 1} of {-(-n // size)}"
             ragged = ", the ragged one" if n % size and i // size == n // size else ""
             said += [f"{axis} {i} is {where}{ragged}"] if size > 1 else []
+        said += [f"row {index[0]} of {len(result)}"] if index and not self.tile else []
         return super().place(index, result, arguments) + (f"({'; '.join(said)}) " if said else "")
 
 
@@ -115,7 +117,7 @@ class Guards(TorchFunctionMode):
         def move(x):
             strides, number = [1], next(numbers)
             for n in reversed(x.shape[1:]):
-                strides.insert(0, n * strides[0] + GAP)
+                strides.insert(0, n * strides[0] + GAP + 2 * number)
             return self.guard(number, f"its tensor argument {number + 1}", x, strides[: x.dim()])
 
         return tree_map_only(Tensor, move, arguments)

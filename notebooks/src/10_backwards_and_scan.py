@@ -30,7 +30,7 @@ from klq_edu.bench.roofline import KERNELS, floor_seconds
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c10_backwards_and_scan import (
     SCAN,
-    blelloch,
+    brent_kung,
     draw_sums,
     hillis_steele,
     pairwise_sum,
@@ -140,8 +140,8 @@ for backend in ("reference", "torch"):
 
 h = 1e-5
 differences = [
-    (row_losses(z + e, r, y, g) - row_losses(z - e, r, y, g)) / (2 * h)
-    for e in h * torch.eye(V)
+    (row_losses(z + x, r, y, g) - row_losses(z - x, r, y, g)) / (2 * h)
+    for x in h * torch.eye(V)
 ]
 check.equation("10.3", torch.stack(differences, 1), by_hand, tol=1e-8)
 
@@ -240,16 +240,23 @@ print(f"from 300 to the next number in fp32: {near[0].nextafter(near[1]) - 300:.
 # To compute $p$ again costs one exponential per logit. To have stored it would cost a write and a read of $V$ numbers, and on a GPU
 # arithmetic is cheap and memory is not. FlashAttention made that trade famous. Here is the kernel; find (10.3) in it: `A`, `B`, `C` are the
 # three upstream gradients, `weight` is what is the same in all of the row, and the loads of `Z` and `R` are the only large ones. (Powers are of 2, not of e,
-# because that is what the hardware has: `LOG2E` and `LN2` translate.)
+# because that is what the hardware has: `LOG2E` and `LN2` translate.) In (10.3)'s words: `a`, `b`, `c` are $g_\ell$, $g_H$, $g_D$ of this row; `x` is $\log p_v$ in base
+# 2, so `tl.exp2(x)` is $p_v$; the kernel's `g` is $\kappa$ times the square bracket: first `weight`, then the part of $\log p_v$, then that of the two rows of logits.
 
 # %%
 source(triton_logits.grad_kernel.fn)
 
 # %% [markdown]
 # **Predict, then count.** Below is what one writes in PyTorch, with the [N, V] tensors that each line reads and writes (notebook 09's passes). On the way
-# back, autograd needs what the forward pass computed. How many [N, V] tensors does it *keep*, beside $z$ and $r$? How
-# many will forward and backward pass together *move*? And how many must a kernel move at least, that reads both rows to get the statistics, and
-# both again to write a gradient?
+# back, autograd needs what the forward pass computed. How many [N, V] tensors does it *keep*, beside $z$ and $r$? (A product keeps
+# its two factors; `log_softmax` and `exp` keep their result; a difference keeps nothing.) And how many must a kernel move at least, that reads
+# both rows to get the statistics, and both again to write a gradient? The cell also counts what forward and backward pass move.
+#
+# <details><summary>Compare</summary>
+#
+# Kept are 3: $\log p$, $p$ and $\log p - \log q$. ($\log q$ is not: the reference asks for no gradient.) The kernel moves 2 for the statistics and 3 for the gradient: both rows again, and what it writes.
+#
+# </details>
 
 
 # %%
@@ -275,20 +282,20 @@ table.T
 # %% [markdown]
 # This is a count, not a measurement: every operation was watched, and a tensor counted each time it was read or written, as if
 # no cache kept it for the next operation. On a GPU, with rows of a hundred thousand logits, that is close to what happens,
-# and such operations take as long as their bytes take. With numbers of $s$ bytes the fused pair moves
+# and such operations take as long as their bytes take. With numbers of $c$ bytes the fused pair moves
 #
-# $$M = 2\,N V s + 3\,N V s = 5\,N V s \tag{10.6}$$
+# $$M = 2\,N V c + 3\,N V c = 5\,N V c \tag{10.6}$$
 #
 # bytes: to get the statistics it reads $z$ and $r$; to get the gradient it reads both again, and writes $\partial L/\partial z$.
 
 # %%
-s = z.element_size()
-shapes = (N, V, 0, s)
+c = z.element_size()
+shapes = (N, V, 0, c)
 moved = (
     KERNELS["token_stats"](*shapes)[0] + KERNELS["token_stats, gradient"](*shapes)[0]
 )
-check.equation("10.6", moved, 5.0 * N * V * s)
-check.equation("10.6", float(table["moved"]["fused"] * N * V * s), 5.0 * N * V * s)
+check.equation("10.6", moved, 5.0 * N * V * c)
+check.equation("10.6", float(table["moved"]["fused"] * N * V * c), 5.0 * N * V * c)
 
 naive_moved, fused_moved = table["moved"]["naive"], table["moved"]["fused"]
 rows, vocab = 8192, 128_256
@@ -305,7 +312,7 @@ print(
 )
 
 # %% [markdown]
-# **Change.** Take the line of the KL out of `naive` (and $D$ out of its sum). Predict the five numbers of its column before you run the cell again.
+# **Change.** Take the line of the KL out of `naive` (and $D$ out of its sum). Predict the six numbers of its column before you run the cell again.
 #
 # ## Loss and gradient in one go
 #
@@ -397,9 +404,9 @@ except RuntimeError as error:
 
 
 # %%
-def compose(f, g):
-    """The pair of x ↦ f(g(x))."""
-    return torch.stack([f[0] * g[0], f[1] + f[0] * g[1]])
+def compose(first, then):
+    """The pair of x ↦ first(then(x))."""
+    return torch.stack([first[0] * then[0], first[1] + first[0] * then[1]])
 
 
 f1, f2, f3 = torch.randn(3, 2, 100)  # a hundred triples of pairs
@@ -415,8 +422,8 @@ check.equation("10.8", left[1] + left[0] * x, one_by_one)
 # $$\Delta_t = \left(f_t\circ f_{t+1}\circ\dots\circ f_{T-1}\right)(0) \tag{10.9}$$
 #
 # Two famous ways to bracket. **Hillis and Steele**: in each round everybody composes with whoever stands 1, then 2, then 4
-# to the right. **Blelloch**: build a tree upwards, pairs, then pairs of pairs, and come down again to serve those that were left
-# out.
+# to the right. **A tree, up and down** (Brent and Kung 1982; Blelloch 1990 has the exclusive form, in which a position does not count itself): pairs, then
+# pairs of pairs, and down again to serve those that were left out.
 #
 # **Predict**, for $T = 16$: how many rounds does each take, and how many compositions? **Change.** Then move the slider, round by round.
 
@@ -424,7 +431,7 @@ check.equation("10.8", left[1] + left[0] * x, one_by_one)
 explore(SCAN)
 
 # %% [markdown]
-# Both brackets must give what the recursion gives. We let weights vary from step to step (Retrace's $c_t$, trace weights), so that a kept decay
+# Both bracketings must give what the recursion gives. We let weights vary from step to step (Retrace's $c_t$, trace weights), so that a kept decay
 # in the place of a composed one would show.
 
 # %%
@@ -438,20 +445,20 @@ out = lambda_returns(*given, **settings)
 
 delta = out.td_errors[0]
 decay = gamma * lam * torch.cat([weights[0, 1:], torch.zeros(1)])
-for rounds in (hillis_steele(T), blelloch(T)):
+for rounds in (hillis_steele(T), brent_kung(T)):
     check.equation("10.9", run_scan(rounds, decay, delta), out.advantages[0])
 tiled = lambda_returns(*given, **settings, backend="torch")
-check.equation("10.9", run_scan(blelloch(T), decay, delta), tiled.advantages[0])
+check.equation("10.9", run_scan(brent_kung(T), decay, delta), tiled.advantages[0])
 
 # %% [markdown]
 # Now count in general. In Hillis and Steele's round with step $2^j$ all but the last $2^j$ positions work, and there are $\log_2 T$ rounds:
 #
 # $$W_{HS} = \sum_{j=0}^{\log_2 T - 1} (T - 2^j) = T\log_2 T - T + 1 \tag{10.10}$$
 #
-# Blelloch's tree has $T - 1$ inner nodes, each composed once on the way up. On the way down all positions are served that are not final yet, once
+# Brent and Kung's tree has $T - 1$ inner nodes, each composed once on the way up. On the way down all positions are served that are not final yet, once
 # each; those that are: position 0, and the $\log_2 T$ others at which the tree's right edge stood.
 #
-# $$W_B = (T - 1) + (T - 1 - \log_2 T) = 2T - 2 - \log_2 T \tag{10.11}$$
+# $$W_{BK} = (T - 1) + (T - 1 - \log_2 T) = 2T - 2 - \log_2 T \tag{10.11}$$
 #
 # in $2\log_2 T - 1$ rounds: less than twice the work of the plain loop, $T - 1$, and about twice the rounds of Hillis and Steele.
 
@@ -464,9 +471,9 @@ def work(scan):
 
 log_T = torch.arange(1.0, 11)
 check.equation("10.10", work(hillis_steele), 2**log_T * log_T - 2**log_T + 1)
-check.equation("10.11", work(blelloch), 2 * 2**log_T - 2 - log_T)
-print("rounds at T = 1024:", len(hillis_steele(1024)), "and", len(blelloch(1024)))
-print("compositions:", *(int(work(s)[-1]) for s in (hillis_steele, blelloch)))
+check.equation("10.11", work(brent_kung), 2 * 2**log_T - 2 - log_T)
+print("rounds at T = 1024:", len(hillis_steele(1024)), "and", len(brent_kung(1024)))
+print("compositions:", *(int(work(s)[-1]) for s in (hillis_steele, brent_kung)))
 
 # %% [markdown]
 # **Explain.** Which is better? It depends on who would be idle. The 32 threads of a *warp* run in step; if five rounds are enough for 32
@@ -489,7 +496,7 @@ print("compositions:", *(int(work(s)[-1]) for s in (hillis_steele, blelloch)))
 lengths = [7, 1, 8]
 parts = list(zip(torch.rand(16).split(lengths), torch.randn(16).split(lengths)))
 decays = [torch.cat([a[:-1], torch.zeros(1)]) for a, _ in parts]
-packed = run_scan(blelloch(16), torch.cat(decays), torch.cat([b for _, b in parts]))
+packed = run_scan(brent_kung(16), torch.cat(decays), torch.cat([b for _, b in parts]))
 alone = []
 for a, (_, b) in zip(decays, parts):
     sums, tail = torch.zeros(len(b)), 0.0
@@ -552,7 +559,7 @@ for dtype in (torch.bfloat16, torch.float16):
         print(f"{n} ones in {dtype}: {total:g}")
 
 # %% [markdown]
-# 257 needs nine bits. $256 + 1$ is rounded to 256, and there the sum stays for ever. This is the general picture: the error of each addition
+# 257 needs nine bits. $256 + 1$ is rounded to 256, and there the sum stays forever. This is the general picture: the error of each addition
 # is relative to the *sum so far*, which grows. Chain (10.13) through $n - 1$ additions, and each term has been multiplied by at most $n - 1$ factors between $1 - u$ and $1 + u$:
 #
 # $$\left|\hat s - s\right| \le \left((1+u)^{n-1} - 1\right)\sum_{i=1}^{n}\left|x_i\right| \tag{10.14}$$

@@ -607,7 +607,7 @@ MUTANTS = [
     ("10", torch_logits, "lambda_returns", "shifted advantages", shifted("advantages")),
     ("10", triton_logits, "lambda_returns", "shifted advantages", shifted("advantages")),
     ("10", triton_logits, "lambda_returns", "shifted targets", shifted("targets")),
-    ("10", c10, "blelloch", "no way down", lambda f: lambda steps: f(steps)[: steps.bit_length()]),
+    ("10", c10, "brent_kung", "no way down", lambda f: lambda steps: f(steps)[: steps.bit_length()]),
     ("10", c10, "hillis_steele", "a round less", lambda f: lambda steps: f(steps)[:-1]),
     ("10", c10, "run_scan", "decay kept", lambda f: lambda rounds, a, b: f(rounds, torch.full_like(a, 0.5), b)),
     ("10", c10, "running_sum", "last term lost", lambda f: lambda terms: f(terms[:-1])),

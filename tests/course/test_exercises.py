@@ -60,11 +60,11 @@ DOUBLE = Exercise(
         (lambda x: x * x, False, "you squared it."),
         (lambda x: 3 * x, False, "yours gives"),
         (lambda x: x[:2], False, "shape (3,) is expected, yours has (2,)"),
-        (lambda x: (x, x), False, "1 results are expected, yours gives 2"),
+        (lambda x: (x, x), False, "one tensor is expected, yours is a list or tuple of 2"),
         (lambda x: x / 0 * 0, False, "NaN"),
         (lambda x: x.nothing(), False, "stopped with AttributeError"),
         (lambda x: None, False, "it returned None"),
-        (lambda x: "two", False, "stopped with"),
+        (lambda x: "two", False, "returned a str"),
         (..., None, NOT_ATTEMPTED),
     ],
 )  # fmt: skip

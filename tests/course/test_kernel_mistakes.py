@@ -23,6 +23,8 @@ PRODUCT = 'tl.dot(h, w.T, input_precision="ieee")'
 HALF = ".to(tl.float16).to(tl.float32)"
 TO_HALF = f"{PRODUCT}.to(tl.float16)"
 BEHIND = f"        z = tl.where((token < V)[None, :], z, {INF})\n"
+W = "        w = tl.exp(fall) * (w + s * (fall - fall_r)) + tl.sum(e * d, 0)\n"
+S = "        s = tl.exp(fall) * s + tl.sum(e, 0)\n"
 LOAD = ', mask=columns < V, other=float("-inf")'
 WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("9.1", [(', mask=inside, other=float("-inf")', ""), ("tl.where(inside, x, 0.0)", "x")], "unmasked tail"),
@@ -35,7 +37,11 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("9.1", [("== 0:", "== 7:")], "masked rows read"),
     ("9.1", [("        best = tl.max", "        x = x.to(tl.float16).to(tl.float32)\n        best = tl.max")],
      "half precision"),
+    ("9.1", [("(len(x),)]", "(1,)]")], "one program"),
     ("9.2", [("s * tl.exp(m - new)", "s")], "not rescaled"),
+    ("9.2", [("tl.maximum(m, tl.max(z, 0))", "tl.max(z, 0)")], "no −inf"),
+    ("9.2", [("m, s = -1e30", "m, s = -100.0")], "maximum started at 0"),
+    ("9.2", [("(len(z),)]", "(1,)]")], "wrong stride"),
     ("9.2", [("m, s = -1e30", "m, s = 0.0")], "maximum started at 0"),
     ("9.2", [("m, s = -1e30", f"m, s = {INF}")], "no −inf"),
     ("9.2", [("new = tl.maximum(m, tl.max(z, 0))", "new = 0.0"), ("m, s = -1e30", "m, s = 0.0")], "no maximum"),
@@ -53,6 +59,14 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("9.3", [("w / s + tl.log(t) - tl.log(s)", "w / s")], "half of (9.6)"),
     ("9.3", [("tl.exp(fall) * (w + s * (fall - fall_r))", "w")], "w not rescaled"),
     ("9.3", [(f"other={INF}", "other=0.0")], "zeros behind the end"),
+    ("9.3", [(W, ""), (S, S + W)], "w after s"),
+    ("9.3", [("(w + s * (fall - fall_r))", "w")], "w shrunk only"),
+    ("9.3", [(f"        d = tl.where(z > {INF}, d, 0.0)\n", "")], "NaN of −inf"),
+    ("9.3", [("+ tl.log(t) - tl.log(s)", "- tl.log(t) + tl.log(s)")], "sign of the normalisers"),
+    ("9.3", [("chosen = tl.load(Z +", "chosen = tl.load(R +")], "reference's logit"),
+    ("9.3", [("row * r_stride", "row * z_stride")], "r has its own stride"),
+    ("9.3", [("row * z_stride", "row * r_stride")], "z has its own stride"),
+    ("9.3", [("(len(z),)]", "(1,)]")], "one program"),
     ("9.3", [("chosen = tl.load(Z +", "chosen = tl.load(R +"), ("chosen - m - tl.log(s)", "chosen - n - tl.log(t)")],
      "reference's log-prob"),
     ("9.3", [("chosen - m - tl.log(s)", "chosen - m")], "log s forgotten"),
@@ -63,6 +77,7 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("10.1", [("(one - p)", "(p - one)")], "sign"),
     ("10.1", [("* inverse * (one", "* (one")], "no factor"),
     ("10.1", [(") * inverse - tl", ") - tl")], "factor only"),
+    ("10.1", [(") * inverse - tl", ") - tl"), ("* inverse * (one", "* (one")], "no temperature"),
     ("10.1", [("* inverse * (one", "/ inverse * (one")], "times temperature"),
     ("10.1", [("(z - tl.load(TOP + row))", "z")], "no top"),
     ("10.1", [(" - tl.load(LSE + row)", "")], "no lse"),
@@ -78,11 +93,18 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("10.2", [("tl.exp(logp) * centred", "tl.exp(logp) * 0")], "p held"),
     ("10.2", [("tl.load(G + row) * ", "")], "no upstream"),
     ("10.2", [("* inverse * tl.exp", "* tl.exp")], "no factor"),
+    ("10.2", [("tl.maximum(logq, -1e30)", "logq")], "one floor"),
+    ("10.2", [("logp - logq - tl", "logq - logp - tl")], "upside down"),
+    ("10.2", [("row * r_row", "row * z_row")], "another's stride"),
+    ("10.2", [("row * z_row", "row * r_row")], "another's stride"),
     ("10.2", [("tl.maximum(logp, -1e30), tl.maximum(logq, -1e30)", "logp, logq")], "0 · inf"),
     ("10.2", [("- tl.load(KL", "+ tl.load(LSE + row) - tl.load(REF_LSE + row) - tl.load(KL")], "no normalisers"),
     ("10.2", [("logits.stride(0), ref_logits.stride(0)", "V, V")], "stride"),
     ("10.2", [("triton.cdiv(V, 16)", "1")], "first block"),
     ("10.3", [("sums += decays * tail", "sums += 0")], "no carry"),
+    ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "tl.cdiv(T, BLOCK)")], "blocks from the left"),
+    ("10.3", [(", reverse=True", "")], "scan forwards"),
+    ("10.3", [("sums, mask=t < T", "sums, mask=t < length")], "padding not stored"),
     ("10.3", [("decays * tail", "a * tail")], "decay kept"),
     ("10.3", [("decays * tail", "tl.where(t < length, tail, 0.0)")], "carry undecayed"),
     ("10.3", [("decays * tail", "decays * tail / decay")], "off by one"),
@@ -128,7 +150,8 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("11.3", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
 ]  # fmt: skip
 UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is said
-    ("9.1", [("tl.store(TOTAL + row, total)", "tl.store(TOTAL + row + V, total)")], "wrote outside of a tensor"),
+    ("9.1", [("tl.store(TOTAL + row, total)", "tl.store(TOTAL + row + V, total)")],
+     "wrote outside of a tensor|crashed"),  # by luck of what lies there
     ("9.2", [("tl.exp(m - new)", "tl.exp(new - m)")], "yours gives NaN"),
     ("9.2", [(LOAD, "")], "yours gives NaN"),
     ("9.2", [("tl.store(OUT + row", "tl.store(OUT + (row.to(tl.int64) + 1) * 100000000000")], "crashed"),
@@ -137,7 +160,7 @@ UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is s
     ("10.1", [("dz, mask=inside", "dz")], "wrote outside of a tensor"),
     ("10.1", [(', mask=inside, other=-float("inf")', "")], "past the end of an argument"),
     ("10.2", [("dz, mask=inside", "dz")], "wrote outside of a tensor"),
-    ("10.3", [(", reverse=True", "")], "is expected"),
+    ("10.3", [("steps == 0", "steps == 1")], "is expected"),
     ("10.3", [("tl.cdiv(T, BLOCK) - 1, -1, -1", "0, -1, -1")], "is expected"),
     ("10.3", [("sums, mask=t < T", "sums")], "wrote outside of a tensor"),
     ("11.1", [("mask=(row < N)[:, None] & (token < V)[None, :])", "mask=(token < V)[None, :])")],
@@ -187,7 +210,7 @@ def test_a_kernel_with_a_catalogued_mistake_is_told_which(number, replaced, name
 @pytest.mark.parametrize(("number", "replaced", "says"), UNKNOWN)
 def test_a_kernel_with_another_mistake_is_told_where(number, replaced, says, tmp_path):
     verdict = grade(*answer(number, replaced, tmp_path), seed=(seed := torch.seed() % 10**9))
-    assert verdict.passed is False and says in verdict.message, (seed, verdict)
+    assert verdict.passed is False and any(x in verdict.message for x in says.split("|")), (seed, verdict)
 
 
 @pytest.mark.parametrize("number", [f"{n}.{i}" for n in (9, 10, 11) for i in (1, 2, 3)])

@@ -154,7 +154,7 @@ SAID = [  # answer, whether it passes, what is said
     (lambda x, scale: x[:, :3], False, "a result of shape (3,"),
     (lambda x, scale: scaled(x, scale).double(), False, "your result is a torch.float64 tensor; checks"),
     (lambda x, scale: scaled(x, scale).half(), False, "your result is a torch.float16 tensor"),
-    (lambda x, scale: (x, x), False, "1 results are expected, yours gives 2"),
+    (lambda x, scale: (x, x), False, "one tensor is expected, yours is a list or tuple of 2"),
     (3.0, False, "a function is expected"),
 ]  # fmt: skip
 

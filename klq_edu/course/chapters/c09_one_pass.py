@@ -177,16 +177,46 @@ def _two_rows(change: Callable = lambda x: x, kl: Callable = lambda e, p, q: (e 
     return answer
 
 
-def _means_not_rescaled(z, r, tokens):
-    """w of (9.6) is added up without rescaling, s and t with it."""
-    (z, r), w, m, n = (z.double(), r.double()), 0.0, *torch.full((2, len(z)), LOWEST)
-    for a, b in zip(z.split(BLOCK, 1), r.split(BLOCK, 1)):
-        new, new_r = torch.maximum(m, a.amax(1)), torch.maximum(n, b.amax(1))
-        d = torch.where(a > -INF, (a - new[:, None]) - (b - new_r[:, None]), 0.0)
-        w = w + ((a - new[:, None]).exp() * d).sum(1)
-        m, n = new, new_r
-    s, t = ((x - x.amax(1, keepdim=True)).exp().sum(1) for x in (z, r))
-    return two_rows(z, r, tokens)[0], (w / s + t.log() - s.log()).float()
+def _sums(
+    mean: Callable = lambda w, s, s_new, fall, fall_r: fall.exp() * (w + s * (fall - fall_r)),
+    kl: Callable = lambda w, s, t: w / s + t.log() - s.log(), barred: float = 0.0,
+) -> Callable:  # fmt: skip
+    """(9.6) as the loop of a kernel, with a mistake: what becomes of w, or of all three; what a −inf adds."""
+
+    def answer(z, r, tokens):
+        logprob, (z, r), s, t, w = two_rows(z, r, tokens)[0], (z.double(), r.double()), *torch.zeros(3, len(z), 1)
+        m, n = torch.full((2, len(z), 1), LOWEST)
+        for a, b in zip(z.split(BLOCK, 1), r.split(BLOCK, 1)):
+            new, new_r = torch.maximum(m, a.amax(1, True)), torch.maximum(n, b.amax(1, True))
+            fall, fall_r, e = m - new, n - new_r, (a - new).exp()
+            d = torch.where(a > -INF, (a - new) - (b - new_r), barred)
+            s_new = fall.exp() * s + e.sum(1, True)
+            w = mean(w, s, s_new, fall, fall_r) + (e * d).sum(1, True)
+            s, t, m, n = s_new, fall_r.exp() * t + (b - new_r).exp().sum(1, True), new, new_r
+        return logprob, kl(w, s, t)[:, 0].float()
+
+    return answer
+
+
+def _policy_normalised(z, r, tokens):
+    """The reference's logit with the policy's m and s."""
+    (right, kl), at = two_rows(z, r, tokens), tokens[:, None]
+    return (right.double() + (r.gather(1, at) - z.gather(1, at))[:, 0].double()).float(), kl
+
+
+def _strided(x: Tensor, other: Tensor) -> Tensor:
+    """What is read of x by the stride of another tensor."""
+    return x.as_strided(x.shape, other.stride())
+
+
+def _one_program(answer: Callable) -> Callable:
+    """What a grid of one program stores."""
+
+    def first_row(*arguments):
+        result = answer(*arguments)
+        return tuple(x.masked_fill(torch.arange(len(x)) > 0, torch.nan) for x in result)
+
+    return first_row
 
 
 def _no_mask(x: Tensor) -> Tensor:
@@ -215,9 +245,8 @@ def _half(x: Tensor) -> Tensor:
 
 
 def _width(generator: Generator) -> int:
-    """Two or three blocks, the last of them ragged."""
-    blocks, rest = (int(torch.randint(*ends, (), generator=generator)) for ends in ((2, 4), (5, BLOCK - 5)))
-    return (blocks - 1) * BLOCK + rest
+    """Three blocks, the last of them ragged."""
+    return 2 * BLOCK + int(torch.randint(5, BLOCK - 5, (), generator=generator))
 
 
 def _masked_rows(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -259,7 +288,10 @@ EXERCISES = {
             Mistake("masked rows read", _row_stats(masked=None),
                     "a masked row is read as if it were not: load the mask first, store 0 and return."),
             Mistake("masked rows not stored", _row_stats(masked=torch.nan),
-                    "nothing is stored for a masked row, and `new_empty` leaves whatever was in memory: store 0."),
+                    "a masked row gives NaN: nothing was stored for it (`new_empty` leaves whatever was in memory), or "
+                    "NaN was multiplied by 0, which is NaN. Store 0."),
+            Mistake("one program", _one_program(row_stats),
+                    "only the first row is stored: each row takes a program, so the grid is (len(x),)."),
             Mistake("half precision", _row_stats(_half),
                     "your numbers have three digits: something is in half precision. Reduce in float32."),
         ),
@@ -276,10 +308,11 @@ EXERCISES = {
             Mistake("not rescaled", _online(rescaled=False),
                     "you forgot to rescale: when the maximum rises from m to m', the old sum shrinks by e^(m − m')."),
             Mistake("maximum started at 0", _online(start=0.0),
-                    "your maximum starts at 0: logits near −300 underflow, and log 0 = −inf. Start at −1e30."),
+                    "your maximum starts too high: logits near −300 underflow, and log 0 = −inf. Start at −1e30."),
             Mistake("no −inf", _online(start=-INF),
                     "−inf − (−inf) is NaN, in a row whose first block is all −inf. Let the maximum start at a finite "
-                    "−1e30: e^(−inf − (−1e30)) is 0."),
+                    "−1e30: e^(−inf − (−1e30)) is 0. Or the maximum forgets what came before: "
+                    "tl.maximum(m, …)."),
             Mistake("no maximum", lambda z: z.exp().sum(1).log(),
                     "e^300 overflows and e^(−300) underflows in float32: subtract the running maximum, (9.2)."),
             Mistake("maximum not added", _online(subtracted=False),
@@ -289,7 +322,8 @@ EXERCISES = {
             Mistake("tail dropped", lambda z: log_normaliser(_no_tail(z)),
                     "the tail is missing: use tl.cdiv(V, BLOCK)."),
             Mistake("wrong stride", lambda z: log_normaliser(_contiguous(z)),
-                    "your rows start at row · V, but these lie further apart: row · z.stride(0)."),
+                    "only the first row is right: the others start at row · z.stride(0), not at row · V; and each "
+                    "takes a program, so the grid is (len(z),)."),
             Mistake("half precision", lambda z: log_normaliser(_half(z)),
                     "your logits were rounded to half precision: near 300 that is steps of 0.25. Reduce in float32."),
         ),
@@ -312,8 +346,24 @@ EXERCISES = {
                         z > -INF, (z - z.amax(1, keepdim=True)) - (r - r.amax(1, keepdim=True)), 0.0).double()
                     ).nansum(1))(z, r, tokens),
                     "w/s alone is no KL: + log t − log s is missing, (9.6)."),
-            Mistake("w not rescaled", _means_not_rescaled,
+            Mistake("w not rescaled", _sums(lambda w, *_: w),
                     "you rescale s but not w: every sum of e^(z − m) shrinks when m rises."),
+            Mistake("w after s", _sums(lambda w, s, s_new, fall, fall_r: fall.exp() * (w + s_new * (fall - fall_r))),
+                    "w is brought up to date after s: what it gets is a share of the *old* s. Do w first."),
+            Mistake("w shrunk only", _sums(lambda w, s, s_new, fall, fall_r: fall.exp() * w),
+                    "w shrinks with s, but its terms change too when a maximum moves: e^(m − m') (w + s ((m − m') − "
+                    "(n − n')))."),
+            Mistake("NaN of −inf", _sums(barred=torch.nan),
+                    "−inf − (−inf) is NaN, and so is 0 times that: where z is −inf, let the term be 0 by tl.where."),
+            Mistake("sign of the normalisers", _sums(kl=lambda w, s, t: w / s + s.log() - t.log()),
+                    "the normalisers are the wrong way round: + log t − log s, (9.6)."),
+            Mistake("reference's logit", _policy_normalised,
+                    "the log-prob takes the token's logit from r, but m and s from z: take it from z."),
+            *(Mistake(name, answer, "only the first row is right: r has its own stride, r.stride(0), as has z; and "
+                      "each row takes a program, so the grid is (len(z),).")
+              for name, answer in (("r has its own stride", lambda z, r, y: two_rows(z, _strided(r, z), y)),
+                                   ("z has its own stride", lambda z, r, y: two_rows(_strided(z, r), r, y)),
+                                   ("one program", _one_program(two_rows)))),
             Mistake("zeros behind the end", _two_rows(_zeros_behind),
                     "lanes beyond the end count as logits of 0: load both rows with other=float('-inf')."),
             Mistake("reference's log-prob", _two_rows(which=1), "the log-prob is the reference's: take it from z."),

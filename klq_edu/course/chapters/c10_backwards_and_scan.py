@@ -76,8 +76,8 @@ def hillis_steele(steps: int) -> Rounds:
     return [[(t, t + s) for t in range(steps - s)] for s in powers(steps)]
 
 
-def blelloch(steps: int) -> Rounds:
-    """Up a tree and down again, for a power of two of steps (Blelloch 1990, in the form of Brent and Kung 1982)."""
+def brent_kung(steps: int) -> Rounds:
+    """A tree, up and down, for a power of two of steps (Brent and Kung 1982; Blelloch 1990 has the exclusive form)."""
     up = [[(t, t + s) for t in range(0, steps - s, 2 * s)] for s in powers(steps)]
     down = [[(t, t + s) for t in range(s, steps - s, 2 * s)] for s in reversed(powers(steps)[:-1])]
     return up + down
@@ -100,7 +100,7 @@ def run_scan(rounds: Rounds, decay: Tensor, delta: Tensor) -> Tensor:
 def draw_scan(figure: FigureBase, scan: str, round: int) -> None:
     """Positions from left to right, rounds downwards: how far each position reaches, and who composed with whom."""
     (axis,) = plain_axes(figure)
-    rounds = {"Hillis–Steele": hillis_steele, "Blelloch": blelloch}[scan](STEPS)
+    rounds = {"Hillis–Steele": hillis_steele, "Brent–Kung": brent_kung}[scan](STEPS)
     done, ends = rounds[:round], [*range(1, STEPS + 1)]
     for y, pairs in enumerate([[], *done]):
         before = list(ends)
@@ -119,13 +119,13 @@ def draw_scan(figure: FigureBase, scan: str, round: int) -> None:
 
 
 SCAN = Widget(
-    "10-scan", draw_scan, {"scan": ["Hillis–Steele", "Blelloch"], "round": list(range(8))},
-    [{"scan": scan, "round": n} for scan, first in (("Hillis–Steele", 1), ("Blelloch", 4)) for n in (first, 7)],
+    "10-scan", draw_scan, {"scan": ["Hillis–Steele", "Brent–Kung"], "round": list(range(8))},
+    [{"scan": scan, "round": n} for scan, first in (("Hillis–Steele", 1), ("Brent–Kung", 4)) for n in (first, 7)],
     "A number says how many steps the map at that position covers; a blue square reaches the end of the row and is "
     "final; an orange rim composed in this round, along the grey lines, with a map of the round before. Hillis–Steele "
-    "is done after 4 rounds, in which nearly everyone works; Blelloch takes 7, in which few do.",
+    "is done after 4 rounds, in which nearly everyone works; Brent–Kung takes 7, in which few do.",
     "Four grids of 16 positions by rounds. Hillis–Steele after one round, and after 4, when all positions are blue "
-    "squares. Blelloch after a tree up in 4 rounds, which makes position 0 final, and after a tree down in 3 more.",
+    "squares. Brent–Kung after a tree up in 4 rounds, which makes position 0 final, and after a tree down in 3 more.",
     size=(7.2, 4.4),
 )  # fmt: skip
 
@@ -237,6 +237,19 @@ def scan_rows(delta, lengths, decay, *, clean=torch.where, carry=lambda a, k: a*
     return clean(real, flip(torch.cat(blocks, 1)), 0.0).float()
 
 
+def _other_way(delta, lengths, decay, *, blocks=reversed, steps=lambda x: x) -> Tensor:
+    """Exercise 10.3 with the blocks in another order, or (steps flipped) each scanned from left to right."""
+    room = -(-delta.shape[1] // BLOCK) * BLOCK
+    real, made = torch.arange(room) < lengths[:, None], {}
+    b = torch.where(real, torch.nn.functional.pad(delta.double(), (0, room - delta.shape[1])), 0.0)
+    a, tail = torch.where(real, decay, 0.0).double(), 0.0
+    for i in blocks(range(room // BLOCK)):
+        x, y = (steps(z[:, i * BLOCK : (i + 1) * BLOCK]) for z in (a, b))
+        made[i] = steps(one_by_one(y.T, x.T).T + x.flip(1).cumprod(1).flip(1) * tail)
+        tail = made[i][:, :1]
+    return torch.cat([made[i] for i in sorted(made)], 1)[:, : delta.shape[1]].float()
+
+
 def fused_klq(
     logits, tokens, ref_logprobs, values, targets, mask, tau, *, clean=torch.where, price=lambda tau: tau, half=0.5,
     count=lambda mask: mask.sum(), slope=lambda e, tau: tau * e, combine=lambda g, one, p: g * (one - p),
@@ -320,6 +333,8 @@ EXERCISES = {
                     "you forgot the temperature in front: z enters as z / temperature, so 1 / temperature comes out."),
             Mistake("factor only", partial(logprob_grad, softmax=lambda z, m, s, t: _log_softmax(z, m, s, 1.0).exp()),
                     "you forgot the temperature inside p: p = exp((z − top) / temperature − lse)."),
+            Mistake("no temperature", lambda z, y, m, s, g, t: logprob_grad(z, y, m, s, g, 1.0),
+                    "you forgot the temperature twice: inside p, and in front."),
             Mistake("times temperature", partial(logprob_grad, scale=lambda t: t),
                     "you multiplied by the temperature; the chain rule divides."),
             Mistake("no top", partial(logprob_grad, softmax=lambda z, m, s, t: _log_softmax(z, 0 * m, s, t).exp()),
@@ -362,6 +377,16 @@ EXERCISES = {
             Mistake("0 · inf", partial(kl_grad, finite=lambda x: x),
                     "NaN: where p = 0, log p is −inf, and 0 · inf is NaN. Make the logarithms finite (tl.maximum with "
                     "−1e30), or choose 0 by tl.where, before p meets them."),
+            Mistake("one floor", lambda z, r, *x: kl_grad(z, r, *x).masked_fill(r == -torch.inf, torch.nan),
+                    "log q is −inf too where the reference forbids a token, and 0 · inf is NaN: both need the "
+                    "floor."),
+            Mistake("upside down", partial(kl_grad, combine=lambda p, q, d, kl: p * (-d - kl)),
+                    "the log-ratio is upside down: log p − log q, then minus D."),
+            *(Mistake("another's stride", answer,
+                      "r has its own stride, r_row, and z has z_row: you used one for both.")
+              for f in (_finite, lambda x: x.clamp(min=-1e30))
+              for answer in (lambda z, r, *x, f=f: kl_grad(z, r.as_strided(r.shape, z.stride()), *x, finite=f),
+                             lambda z, r, *x, f=f: kl_grad(z.as_strided(z.shape, r.stride()), r, *x, finite=f))),
             Mistake("no normalisers", lambda z, r, m, s, n, u, kl, g, t: kl_grad(z, r, m, s, n, u, kl, g, t,
                         combine=lambda p, q, d, kl: p * (d + (s - u)[:, None] - kl)),
                     "the log-ratio lacks the normalisers: z − r alone is not log p − log q."),
@@ -381,6 +406,13 @@ EXERCISES = {
         (
             Mistake("forwards", partial(scan_rows, flip=lambda x: x.flip(1)),
                     "you started from the wrong end: Δ sums what comes *later*, so run from the last token back."),
+            Mistake("blocks from the left", partial(_other_way, blocks=iter),
+                    "the blocks run from left to right; the last comes first, since each needs what is right of it."),
+            Mistake("scan forwards", partial(_other_way, steps=lambda x: x.flip(1)),
+                    "within a block you sum what came before: the scan needs reverse=True."),
+            Mistake("padding not stored", lambda d, n, a: scan_rows(d, n, a).masked_fill(
+                        torch.arange(d.shape[1]) >= n[:, None], torch.nan),
+                    "nothing is stored on padding, and `new_empty` leaves what was in memory: store 0, where t < T."),
             Mistake("no carry", partial(scan_rows, carry=lambda a, k: 0.0 * k),
                     "each block is right by itself, but hears nothing of the block on its right: carry its first Δ."),
             Mistake("decay kept", partial(scan_rows, carry=lambda a, k: a + 0.0 * k),
