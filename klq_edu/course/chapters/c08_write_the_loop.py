@@ -291,8 +291,8 @@ EXERCISES = {
                     "you made new targets in every epoch, from the model that is being fitted. Targets are made once, "
                     "from the batch as it was sampled, and stay put."),
             Mistake("one reading for all epochs", _wrong_update(once=True),
-                    "you called forward() once: from the second epoch on the loss is that of the old parameters, so "
-                    "nothing moves. Read the model anew before every step."),
+                    "your losses are all the same, those of the old parameters: forward() and step(loss) both belong "
+                    "inside the loop over epochs, the model read anew before every step."),
             Mistake("no step", _wrong_update(idle=True),
                     "nothing moved between epochs: a step(loss) is missing."),
             Mistake("no γ", _wrong_update(gamma=1.0),

@@ -240,7 +240,8 @@ POWER = Widget(
     "13-power", draw_power, {"seeds": [3, 5, 8, 16, 32], "power": [0.5, 0.8, 0.95]},
     [{"seeds": 3, "power": 0.8}, {"seeds": 8, "power": 0.8}, {"seeds": 32, "power": 0.8}],
     "The smallest difference from ½ that is shown at 95 %. More prompts help until the curve is flat: from there on "
-    "seeds differ more than their prompts do, and only more seeds help.",
+    "seeds differ more than their prompts do, and only more seeds help."
+    " (Three seeds have somewhat less power than the title says.)",
     "For 3, 8 and 32 seeds, curves of the smallest win-rate difference that is shown, against prompts per seed; each "
     "falls and flattens, the higher the more the seeds scatter.",
     size=(4.4, 3.4),
