@@ -801,7 +801,7 @@ check.exercise("10.4", klq_at_once)
 # ## Remember
 #
 # Any function of the probabilities has the gradient $\kappa\,p \odot (\phi - \mathbb{E}_p \phi)$ (10.2); log-prob, entropy and KL together are one formula with three upstream gradients per
-# row (10.3), and its rows sum to 0 (10.4). Keep a few numbers per row and compute $p$ again (10.5): 5 visits to an [N, V] tensor instead of 46 (10.6). KLQ's gradient is known with the loss (10.7). A
+# row (10.3), and its rows sum to 0 (10.4). Keep a few numbers per row and compute $p$ again (10.5): 5 visits to an [N, V] tensor instead of 44 (10.6). KLQ's gradient is known with the loss (10.7). A
 # recursion of affine maps is a scan, because composing is associative (10.8), and a decay of 0 ends a row (10.12). Load in half precision, add in fp32 (10.14).
 #
 # *In the library:* `klq_kernels.token_stats`, `logits_klq_loss`, `lambda_returns`; `klq_kernels.triton_logits` holds the kernels, `klq_kernels.torch_logits` the same for a central processing unit (CPU).

@@ -276,7 +276,7 @@ check.equation("11.6", KERNELS["linear_klq_loss"](N, V, H, 4)[1], 3 * 2 * N * V 
 #
 # $$H^* = \frac{c\,R}{2\,B} \tag{11.7}$$
 #
-# whatever N and V. Below, computing again is cheaper than moving. **Predict** for an H100, which does about 300 operations in the time of a byte, and $c = 50$: is $H = 4096$ above or below?
+# whatever N and V. Below, computing again is cheaper than moving. **Predict** for an H100, which does about 300 operations in the time of a byte, and $c = 42$: is $H = 4096$ above or below?
 
 # %%
 N, V, H = 256, 1000, 64
@@ -460,7 +460,7 @@ assert not lines(spilling["ptx"], "st.local"), "PTX does not show it"
 # ## Puzzles
 #
 # As in notebook 09: the launch is given, the kernel is yours. It runs in a process of its own, on ragged sizes, on rows that lie apart, with NaN wherever it has no business. All tensors are float32. `tl.dot` wants sides of at least 16, and on a GPU rounds float32 to
-# fewer digits unless it is told `input_precision="ieee"`. And mind the offset of a row: 262,144 tokens of 8192 hidden sizes each are $2^{31}$ elements, one more than 32 bits can count.
+# fewer digits unless it is told `input_precision="ieee"`. And mind the offset of a row: 262,144 tokens of 8192 hidden sizes each are $2^{31}$ elements: the row after them starts at an offset that a signed 32-bit number does not have. (Not checked: it needs gigabytes.)
 #
 # ### Exercise 11.1 · A product in tiles
 #

@@ -40,8 +40,9 @@ class Visits(TorchDispatchMode):
         """Run the operation, and count."""
         out = func(*args, **(kwargs or {}))
         given, made = (self.large(x) for x in ((args, kwargs), out))
-        if func._schema.is_mutable or not set(given) & set(made):  # else a view: nothing moves
-            self.read += len(given) if func.overloadpacket.__name__ != "gather" else 0  # which reads N numbers
+        few = func.overloadpacket.__name__ in ("gather", "scatter_add")  # read N numbers, or add to them
+        if not few and (func._schema.is_mutable or not set(given) & set(made)):  # else a view: nothing moves
+            self.read += len(given)
             self.written += len(made)
         return out
 

@@ -43,7 +43,7 @@ for tile in json.loads(sys.argv[2]):
 
 class Moved(TorchDispatchMode):
     """Counts the bytes of [N, V] tensors that operations read or write, backward pass included; views, and what picks
-    single numbers of a row, move none."""
+    single numbers of a row or adds to them, move none (autograd adds in place, where nobody counts)."""
 
     def __init__(self, elements: int):
         super().__init__()
@@ -55,7 +55,7 @@ class Moved(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         memory = {x.untyped_storage().data_ptr() for x in given}
         view = isinstance(out, Tensor) and out.untyped_storage().data_ptr() in memory
-        if not view and name != "gather":
+        if not view and name not in ("gather", "scatter_add"):
             touched = [x for x in tree_leaves(([] if name == "new_zeros" else given, out)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in touched if x.numel() == self.elements)
         return out
