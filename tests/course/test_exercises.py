@@ -43,7 +43,7 @@ def test_exercises_are_complete(chapter):
     assert len(chapter.exercises) >= 2
     for number, exercise in chapter.exercises.items():
         assert number == exercise.number and number.split(".")[0] == str(int(chapter.number))
-        assert len({m.name for m in exercise.mistakes}) == len(exercise.mistakes)
+        assert len({(m.name, m.answer) for m in exercise.mistakes}) == len(exercise.mistakes)
         assert len({m.message for m in exercise.mistakes}) >= 3  # those with the same numbers are told the same
         assert len(exercise.hints) == 3 and all(exercise.hints) and exercise.level in (1, 2, 3)
 
