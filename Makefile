@@ -31,7 +31,6 @@ demo: setup
 
 # Tests marked `rare` are left out by pyproject.toml; `check-all` brings them back and draws 25 times as many examples.
 check-all: RARE := -m "rare or not rare" --hypothesis-profile rare
-test: RARE := --ignore=tests/course  # until it is known which of its files waits for ever beside another worker
 test check-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(RARE) $(ARGS)
 	OMP_NUM_THREADS=1 KLQ_PROGRESS=runs/.progress.json $(BIN)/python -m pytest -n 2 --dist loadfile \

@@ -27,6 +27,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,15 +184,20 @@ def _fenced(arguments: tuple) -> tuple:
 
 def _forked(work: Callable, afterwards: Callable) -> tuple[bytes, int]:
     """(what the work returned and what there is to complain of, pickled; the signal that ended its process, or 0)."""
-    read, write = os.pipe()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGINT})  # none of them while it forks
+    # A signal that comes while it forks is answered afterwards: an exception in what runs around a fork (there logging
+    # puts its lock back) would be lost, and the lock held. No mask does that: another thread may be given the signal.
+    (read, write), late, main = os.pipe(), [], threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.signal(n, lambda n, _: late.append(n)) for n in (signal.SIGALRM, signal.SIGINT) if main}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child uses none
         child = os.fork()
     if not child:
         _child(write, work, afterwards)
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
+        for number in late:
+            signal.raise_signal(number)
         os.close(write)
         with open(read, "rb") as pipe:
             data = pipe.read()
@@ -208,7 +214,6 @@ def _child(write: int, work: Callable, afterwards: Callable) -> None:
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, exercises.SECONDS)
         faulthandler.disable()
         sys.stdout = sys.stderr = io.StringIO()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -243,3 +244,34 @@ def test_it_works_from_jupyter(monkeypatch, tmp_path):
     assert said[1:3] == ["✔ Exercise 9.9 passed on 5 random inputs.\n", "✘ Exercise 9.9: you forgot to double.\n"]
     assert "crashed (segmentation fault)" in said[3] and "was stopped after 3 seconds" in said[4]
     assert said[5] == "never seen\nstill there 2.0\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no processes apart here")
+def test_an_alarm_amid_a_fork_is_not_lost_in_what_runs_around_it():
+    """There Python drops exceptions, and a lock that was to be put back stays held: the next thread to log waits for
+    ever. The alarm is given to another thread, where a mask of the main one stops nothing."""
+    script = """
+        import os, signal, sys, threading, time
+        import klq_edu.course.puzzles as puzzles
+        from klq_edu.course.exercises import _watched
+        lost, fires = [], [True]
+        sys.unraisablehook = lambda problem: lost.append(problem)
+        def after():
+            if fires.pop() if fires else False:
+                os.kill(os.getpid(), signal.SIGALRM)
+                for _ in range(3_000_000):
+                    pass
+        os.register_at_fork(after_in_parent=after)
+        def busy():
+            while True:
+                time.sleep(1e-4)
+        threading.Thread(target=busy, daemon=True).start()
+        with _watched() as rung:
+            try:
+                puzzles._forked(lambda: None, lambda: None)
+                print("went on")
+            except KeyboardInterrupt:
+                print("interrupted", rung == [signal.SIGALRM], lost)
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert said.stdout == "interrupted True []\n", said
