@@ -27,7 +27,8 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, HAS_REF: tl.constexpr):
-    """(m, s, h) [ROWS] of no tokens; with a reference (m, s, h, n, t, w, b, g)."""
+    """(m, s, h) [ROWS] of no tokens; with a reference (m, s, h, n, t, w, b, g). It is the identity of ⊕ in Milakov and
+    Gimelshein 2018."""
     low = tl.full([ROWS], LOWEST, tl.float32)
     zero = tl.zeros([ROWS], tl.float32)
     if HAS_REF:
@@ -96,7 +97,7 @@ def _move(s, t, w, b, scale, scale_ref, old, new, k):
 
 @triton.jit
 def merge(state, k):
-    """The states of parts [parts] together."""
+    """The states of parts [parts] together: ⊕ of Milakov and Gimelshein 2018, for the other sums too."""
     m, s, h = state[:3]
     new = tl.max(m, 0)
     fall = m - new

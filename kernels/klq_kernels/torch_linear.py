@@ -103,7 +103,8 @@ def linear_klq(
 
 
 def chunks(policy: Head, dtype: torch.dtype, room: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits [n, V] in this dtype, which the next overwrite): as many rows as the room has bytes for."""
+    """(rows, their logits [n, V] in this dtype, which the next overwrite): as many rows as the room has bytes for.
+    Chunks of rows as in Liger Kernel's fused linear losses (Hsu et al. 2024)."""
     vocab, buffer = len(policy.weight), None
     for rows in blocks(len(policy.hidden), room // (vocab * dtype.itemsize)):
         buffer = policy.weight.new_empty(rows.stop, vocab, dtype=dtype) if buffer is None else buffer
