@@ -75,6 +75,12 @@ class Exercise:
         scale = max([1e-4, *want[want.isfinite()].abs().tolist()])
         return torch.isclose(got, want, rtol=0.0, atol=self.tol * scale, equal_nan=True)
 
+    def way(self, x: float, y: float) -> str:
+        """In which direction x misses y."""
+        if y and abs(x + y) < 1e-6 * abs(y):
+            return "the sign is wrong"
+        return "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, padding that got in"
+
     def place(self, index: tuple, result: Tensor, arguments: tuple) -> str:
         """An index in words, and what stands there if a mask among the arguments tells."""
         at = f"at {list(index)} " if index else ""
@@ -203,6 +209,8 @@ def _complaint(error: BaseException) -> str:
     if isinstance(error, NotImplementedError) and error.args in ((), (NOT_ATTEMPTED,)):  # torch raises others
         return NOT_ATTEMPTED
     said = traceback.format_exception_only(error)[0].strip()[:300].encode(errors="backslashreplace").decode()
+    if "mask has unsupported dtype" in said:  # Triton 3.9's interpreter; a GPU takes it
+        said += ". In the interpreter a mask is made of comparisons: write `seen != 0` for a boolean that you loaded"
     return str(error) if isinstance(error, Wrong) else f"your answer stopped with {said}"
 
 
@@ -236,8 +244,7 @@ def _difference(got: dict[str, Tensor], want: dict[str, Tensor], arguments: tupl
         if off.any():
             index = tuple(off.nonzero()[0].tolist())
             x, y = got[name][index].item(), right[index].item()
-            way = "too large" if x > y else "too small" if x < y else "look for 0/0, log 0, ∞ − ∞, padding that got in"
-            way = "the sign is wrong" if y and abs(x + y) < 1e-6 * abs(y) else way
+            way = exercise.way(x, y)
             form = ".7g" if f"{x:.7g}" != f"{y:.7g}" else ".12g"
             place = exercise.place(index, right, arguments)
             text = f"{name}{place}yours gives {x:{form}} where {y:{form}} is expected: {way}."

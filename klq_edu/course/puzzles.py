@@ -12,11 +12,11 @@ contiguous. `inputs` are float32 and hostile: several programs, several blocks, 
 
 All tensors that an answer gets, or makes by `empty`, `zeros`, `ones`, `full` and their kin, lie between guards of NaN
 (integers: the largest), and the rows it gets are not contiguous: each argument has another stride. What is made empty
-is NaN too. So a read beyond the end shows in the result, and a write is named. Last, the inputs of one trial end where
-memory begins that nobody may touch. Where the system can fork (not on Windows), all this happens in a process of its
-own, killed after `exercises.SECONDS`. On a GPU it happens in this one, since CUDA does not survive a fork: an endless
-kernel then takes a restart. What an answer prints while it is graded is not shown; to see it, call the answer
-yourself.
+is a NaN of its own. So a read beyond the end shows in the result, a write is named, and what was never stored is told.
+Last, the inputs of one trial end where memory begins that nobody may touch. Where the system can fork (not on Windows),
+all this happens in a process of its own, killed after `exercises.SECONDS`. On a GPU it happens in this one, since CUDA
+does not survive a fork: an endless kernel then takes a restart. What an answer prints while it is graded is not shown;
+to see it, call the answer yourself.
 """
 
 import ctypes
@@ -43,6 +43,8 @@ from klq_edu.course import exercises
 from klq_edu.course.exercises import Exercise, Wrong
 
 GUARD, GAP = 64, 5  # elements before and after a tensor, and between the rows of the first; 2 more in each later one
+UNWRITTEN = torch.tensor(0x7FC0ABCD, dtype=torch.int32).view(torch.float32).item()  # a NaN of its own; x != y for it
+UNWRITTEN = 0x7FC0ABCD  # the bits of a NaN of its own, in float32 memory that a tensor made empty gets
 PROT_NONE = 0  # of sys/mman.h
 LOOK = "look at the mask of your loads and stores, and at the stride that a row starts at."
 
@@ -83,6 +85,11 @@ class Puzzle(Exercise):
     def close(self, got: Tensor, want: Tensor) -> Tensor:
         """Which numbers are right, each by its own size."""
         return torch.isclose(got, want, rtol=self.tol, atol=self.atol, equal_nan=True)
+
+    def way(self, x: float, y: float) -> str:
+        """In which direction x misses y, or that x comes from memory that was made empty."""
+        bits = torch.tensor(x, dtype=torch.float64).float().view(torch.int32).item()
+        return "nothing was ever stored there" if bits == UNWRITTEN else super().way(x, y)
 
     def place(self, index: tuple, result: Tensor, arguments: tuple) -> str:
         """An index in words, with its block and whether that is the ragged one."""
@@ -134,6 +141,8 @@ class Guards(TorchFunctionMode):
             places.fill_(True)
             if not empty:
                 view.copy_(x)
+            elif x.dtype == torch.float32:
+                view.view(torch.int32).fill_(UNWRITTEN)
             self.held.append((number, name, memory, memory.clone(), own))
         return view
 

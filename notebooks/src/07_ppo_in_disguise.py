@@ -38,6 +38,7 @@ from klq_edu.course.chapters.c07_ppo_in_disguise import (
     grammar_batch,
     habits,
     second_epoch,
+    turn,
 )
 from klq_edu.figures import exact_steps
 from klq_edu.rlhf.algorithms import make_targets
@@ -475,6 +476,9 @@ gains = make_targets(rollout, config).advantages[rollout.mask]
 spread = gains.std(correction=0).item()
 assert abs(sizes.loc["scaled"].iloc[0] - abs(1 - 1 / spread)) < 1e-4
 print(f"σ of this batch's Δ: {spread:.3f}, |1 − 1/σ| = {abs(1 - 1 / spread):.1e}")
+cosines = {name: turn(name) for name in ("centred", "scaled")}
+assert cosines["centred"] < 0.99 and cosines["scaled"] > 0.999
+print("cosine with plain PPO's gradient:", {k: round(x, 3) for k, x in cosines.items()})
 sizes.style.format("{:.1e}")
 
 # %% [markdown]
@@ -485,7 +489,7 @@ sizes.style.format("{:.1e}")
 #   PPO lacks, and PPO has a ratio $\rho$, which KLQ lacks; and $V$ has moved, which couples policy and critic in KLQ only. The gap grows
 #   from 0 with the first step.
 # - *Whitening* is two habits, centring and scaling, for the policy's part. Both make another estimator, so claim 1 is gone before
-#   any gradient is taken. They are not equally bad: centring turns the gradient, scaling only changes its length. The number of
+#   any gradient is taken. They are not equally bad: centring turns the gradient, as its cosine tells, scaling only changes its length. The number of
 #   *scaled* is $|1 - 1/\sigma|$, with the standard deviation $\sigma$ of this batch's $\Delta$; another batch has another.
 # - A gap above 1, as of *values clipped*, is no slip: the full gradient is small because its tokens pull against each other, and
 #   those that are left no longer cancel.

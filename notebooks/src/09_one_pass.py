@@ -483,7 +483,7 @@ check.inequality("9.7", off, 2 * epsilon * values.abs().clamp(min=1.0))
 @triton.jit
 def row_kernel(X, MASK, TOP, TOTAL, stride, V, BLOCK: tl.constexpr):
     # BEGIN SOLUTION
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     best, total = float("-inf"), 0.0
     if tl.load(MASK + row) == 0:
         tl.store(TOP + row, 0.0)
@@ -521,7 +521,7 @@ check.exercise("9.1", my_row_stats)
 @triton.jit
 def normaliser_kernel(Z, OUT, stride, V, BLOCK: tl.constexpr):
     # BEGIN SOLUTION
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     m, s = -1e30, 0.0
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -554,7 +554,7 @@ check.exercise("9.2", my_log_normaliser)
 @triton.jit
 def kl_kernel(Z, R, TOKENS, LOGPROB, KL, z_stride, r_stride, V, BLOCK: tl.constexpr):
     # BEGIN SOLUTION
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     Z += row * z_stride
     R += row * r_stride
     m, n, s, t, w = -1e30, -1e30, 0.0, 0.0, 0.0

@@ -79,19 +79,28 @@ def step(loss, *given):
 # float32 copy, the log-probs; backwards, the gradient of the log-probs (zeros but for one number per row), then the gradient of the logits. The
 # backward pass of the log-softmax needs its own result. What is no longer needed is freed at once.
 #
-# At the worst moment three are there, each in float32: log-probs, their gradient, the logits' gradient. So
-#
-# $$M_{\text{naive}} = 3 \cdot 4\,N V \text{ bytes} \tag{11.1}$$
-#
-# We ask torch's profiler, which sees every allocation, for several sizes, and in bfloat16 too: that does not help.
+# We ask torch's profiler, which sees every allocation, for several sizes, and in bfloat16 too.
 
 # %%
 SIZES = [(512, 4096, 64), (512, 8192, 64), (1024, 8192, 32)]
-for dtype in (torch.float32, torch.bfloat16):
-    for N, V, H in SIZES:
-        given = operands(N, V, H, dtype)
-        peak = spent(step, naive, *given).peak
-        check.equation("11.1", peak / (N * V), naive_bytes(N, V) / (N * V), tol=1e-4)
+peaks = {
+    (dtype, size): spent(step, naive, *operands(*size, dtype)).peak
+    for dtype in (torch.float32, torch.bfloat16)
+    for size in SIZES
+}
+for (dtype, (N, V, _)), peak in peaks.items():
+    print(
+        f"{dtype}, N = {N}, V = {V}: the peak is {peak / (4 * N * V):.3f} · 4NV bytes"
+    )
+
+# %% [markdown]
+# At the worst moment three are there, each in float32: log-probs, their gradient, the logits' gradient. So, in bfloat16 too,
+#
+# $$M_{\text{naive}} = 3 \cdot 4\,N V \text{ bytes} \tag{11.1}$$
+
+# %%
+for (_, (N, V, _)), peak in peaks.items():
+    check.equation("11.1", peak / (N * V), naive_bytes(N, V) / (N * V), tol=1e-4)
 print(
     f"8192 tokens, 128,256 in the vocabulary: {naive_bytes(8192, 128_256) / 2**30:.1f} GiB"
 )
@@ -252,9 +261,7 @@ for case, g, x in (
 # Memory has been saved; what was paid? A product of [N, H] and [H, V] takes $2NVH$ operations. The naive way needs one forward and two backward. In tiles, the backward pass must
 # compute the logits once more. But a *loss* whose derivative $a_n$ is known as soon as the row's log-prob is can make gradients in the same visit, chunk by chunk of rows, as `linear_klq_loss` does.
 #
-# **Predict** the three factors of $2NVH$.
-#
-# $$F_{\text{naive}} = 3 \cdot 2NVH, \qquad F_{\text{tiles}} = 4 \cdot 2NVH, \qquad F_{\text{one visit}} = 3 \cdot 2NVH \tag{11.6}$$
+# **Predict** the three factors of $2NVH$: all logits, tiles, one visit. The profiler counts.
 
 
 # %%
@@ -264,10 +271,19 @@ def in_tiles(h, w, tokens):
 
 
 N, V, H = 512, 4096, 64
-for loss, factor in ((naive, 3), (in_tiles, 4), (linear, 3)):
-    given = operands(N, V, H)
-    done = spent(step, loss, *given)
-    check.equation("11.6", done.operations, factor * 2 * N * V * H)
+operations = {
+    loss.__name__: spent(step, loss, *operands(N, V, H)).operations
+    for loss in (naive, in_tiles, linear)
+}
+for name, done in operations.items():
+    print(f"{name}: {done / (2 * N * V * H):g} · 2NVH operations")
+
+# %% [markdown]
+# $$F_{\text{naive}} = 3 \cdot 2NVH, \qquad F_{\text{tiles}} = 4 \cdot 2NVH, \qquad F_{\text{one visit}} = 3 \cdot 2NVH \tag{11.6}$$
+
+# %%
+for name, factor in (("naive", 3), ("in_tiles", 4), ("linear", 3)):
+    check.equation("11.6", operations[name], factor * 2 * N * V * H)
 check.equation("11.6", KERNELS["linear_klq_loss"](N, V, H, 4)[1], 3 * 2 * N * V * H)
 
 # %% [markdown]

@@ -104,6 +104,16 @@ def far_away(x, scale):
     return launch(x_row=1 << 40)(x, scale)
 
 
+@triton.jit
+def seen_only(X, SEEN, OUT, V, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    tl.store(OUT + column, tl.load(X + column, mask=(column < V) & tl.load(SEEN), other=0.0), mask=column < V)
+
+
+def masked_by_a_boolean(x, scale):
+    seen_only[(1,)](x, torch.tensor([True]), torch.empty(64), x.shape[1], 64)
+
+
 def spoil(x, element):
     """Write this many elements after the first of x."""
     x.as_strided((1,), (1,), x.storage_offset() + element).zero_()
@@ -131,7 +141,10 @@ SAID = [  # answer, whether it passes, what is said
     (launch(half=True), False, "you rounded to half"),
     (launch(added=1e-3), False, "(column 0 is the first of block 1 of"),
     (launch(blocks=1), False, "column 16 is the first of block 2 of"),
-    (launch(blocks=1), False, "yours gives NaN"),
+    (launch(blocks=1), False, "is expected: nothing was ever stored there"),
+    (launch(added=float("nan")), False, "yours gives NaN (not a number) where"),
+    (launch(added=float("nan")), False, "look for 0/0"),
+    (masked_by_a_boolean, False, "write `seen != 0` for a boolean"),
     (launch(unmasked=BLOCK), False, "touches memory past the end of an argument"),
     (launch(past=1), False, "wrote outside of a tensor of shape (3,"),
     (launch(past=1), False, "1 elements past its end"),

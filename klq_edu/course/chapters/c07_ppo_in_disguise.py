@@ -112,6 +112,12 @@ def habits() -> pd.DataFrame:
     return pd.DataFrame(sizes, rows, pd.MultiIndex.from_tuples(places))
 
 
+def turn(name: str) -> float:
+    """The cosine of the angle between PPO's gradient with a habit and plain PPO's: policy's part, at the first step."""
+    with_habit, plain = (gradients(**habit)[1][parts()["policy"]] for habit in (PLAIN | ALONE[name], PLAIN))
+    return torch.cosine_similarity(with_habit, plain, 0).item()
+
+
 def second_epoch() -> tuple[Tensor, Tensor]:
     """(ρ, V − V_old) of the grammar batch's tokens where the second epoch's gradients are taken."""
     policy, old, config = grammar_batch()
