@@ -1,6 +1,6 @@
 """What the CSV of `klq sweep` says, as Markdown tables: algorithms and schedules compared seed by seed."""
 
-from itertools import product
+from itertools import combinations, product
 from operator import sub
 from pathlib import Path
 
@@ -82,14 +82,14 @@ def power(csv: Path, pairs: tuple[int, ...] = (64, 256, 1024)) -> str:
 
 def opponents(results: list) -> list[tuple[str, str | None, list[tuple]]]:
     """(algorithm, rival or None for the reference, the runs of both for each seed): each algorithm beside the reference
-    that it started from, and KLQ beside the others of the same seed."""
+    that it started from, and any two of the same seed, KLQ first."""
     by = {}
     for r in results:
         by.setdefault(r.labels["algorithm"], {})[r.labels["seed"]] = r
     found = [(name, None, [(r, None) for r in runs.values()]) for name, runs in by.items()]
-    for name, runs in by.items():
-        pairs = [(r, runs[seed]) for seed, r in by.get("klq", {}).items() if seed in runs]
-        found += [("klq", name, pairs)] if name != "klq" and pairs else []
+    for name, rival in combinations(sorted(by, key=lambda name: name != "klq"), 2):
+        pairs = [(r, by[rival][seed]) for seed, r in by[name].items() if seed in by[rival]]
+        found += [(name, rival, pairs)] if pairs else []
     return found
 
 

@@ -80,7 +80,7 @@ def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
 
 
 def differences(results: list[Result]) -> str:
-    """Each algorithm less the reference it started from, KLQ less its rivals: KL, reward, judges, length, finishing."""
+    """Each algorithm less the reference it started from, any two of the same seeds: KL, scores, length, finishing."""
     columns = ["kl", *comparison.judges_of(results), "length", "ended"]
     rows = []
     for setting, part in by_setting(results):
@@ -92,7 +92,7 @@ def differences(results: list[Result]) -> str:
 
 
 def matched(results: list[Result]) -> str:
-    """KLQ less its rivals where both have gone equally far from the reference: in each seed, as far as the one that
+    """Any two algorithms where both have gone equally far from the reference: in each seed, as far as the one that
     went less far. See `at_kl`."""
     columns, rows = comparison.judges_of(results), []
     for setting, part in by_setting(results):
@@ -133,8 +133,8 @@ def verdicts(results: list[Result]) -> str:
     rows = []
     for setting, part in by_setting(results):
         found = comparison.verdicts(part)
-        for (_, rival, pairs), judge in product(comparison.compared(part), comparison.judges_of(part)):
-            if rival is None or len(pairs) < 2:
+        for (name, rival, pairs), judge in product(comparison.compared(part), comparison.judges_of(part)):
+            if name != "klq" or rival is None or len(pairs) < 2:
                 continue
             won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
             one = found[(found["judge"] == judge) & (found["a"] == "KLQ") & (found["b"] == _label(rival))].iloc[0]

@@ -31,9 +31,9 @@ from klq_edu.bench.roofline import DEVICES, floor_seconds
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters.c09_one_pass import (
     PASS,
-    Traffic,
     draw_rounding,
     measured,
+    visits,
 )
 from klq_kernels import device, token_q, token_stats
 from klq_kernels.reference import kl_divergence
@@ -87,9 +87,10 @@ def naive(z, r, tokens):
 
 z, r = 3 * torch.randn(6, 1000), 3 * torch.randn(6, 1000)
 tokens = torch.randint(1000, (6,))
-with Traffic(z.numel()) as traffic:
+with visits(z.numel()) as traffic:
     naive(z, r, tokens)
-print(f"{traffic.passes} passes; needed are 2: {traffic.passes / 2:g} times the floor")
+passes = traffic.read + traffic.written
+print(f"{passes} passes; needed are 2: {passes / 2:g} times the floor")
 
 # %% [markdown]
 # In milliseconds that is the following table. It is **a model, not a measurement**: bytes over the bandwidth of a data sheet. Where this
@@ -100,7 +101,7 @@ ms = torch.tensor(floor) * 1e3
 table = {
     "GPU": list(DEVICES),
     "one visit [ms]": ms,
-    "naive [ms]": ms * traffic.passes / 2,
+    "naive [ms]": ms * passes / 2,
 }
 pd.DataFrame(table).round(2)
 

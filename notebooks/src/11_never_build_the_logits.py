@@ -33,9 +33,9 @@ from klq_edu.bench.roofline import (
     predict,
 )
 from klq_edu.course import explore, show, source, start
+from klq_edu.course.chapters.c09_one_pass import Traffic
 from klq_edu.course.chapters.c11_never_build_the_logits import (
     MEMORY,
-    Moved,
     compiled_tiles,
     draw_tiles,
     linear_bytes,
@@ -296,9 +296,9 @@ check.equation("11.6", KERNELS["linear_klq_loss"](N, V, H, 4)[1], 3 * 2 * N * V 
 
 # %%
 N, V, H = 256, 1000, 64
-with Moved(N * V) as moved:
+with Traffic(lambda x: x.nbytes * (x.numel() == N * V)) as moved:
     step(naive, *operands(N, V, H, torch.bfloat16))
-c = moved.bytes / (N * V)
+c = (moved.read + moved.written) / (N * V)
 print(f"naive in bfloat16: {c:g} bytes per logit")
 gpu = DEVICES["H100"]
 print(f"H100: {gpu.rate('bf16') / gpu.bandwidth:.0f} operations per byte")

@@ -32,6 +32,7 @@ from klq_edu.bench.workloads import Contender, contenders, make_inputs, naive_st
 from klq_edu.course import explore, show, source, start
 from klq_edu.course.chapters import c12_benchmarking as c12
 from klq_edu.course.chapters import float32
+from klq_edu.course.chapters.c09_one_pass import Traffic
 from klq_edu.course.chapters.c12_benchmarking import Lab
 from klq_edu.machine import facts, resolve_device
 
@@ -381,7 +382,7 @@ for who, arrays in zip(rows["contender"], rows["memory_mb"] / array):
 # %%
 with float32():
     x = make_inputs("logits_stats", QUICK["logits_stats"], 0, "cpu")
-with c12.Traffic() as traffic, torch.no_grad():
+with Traffic() as traffic, torch.no_grad():
     naive_stats(x, x["logits"], x["ref_logits"])
 
 N, V = x["logits"].shape
@@ -398,8 +399,7 @@ print(
 # $$\text{bytes}_{naive} = (17\,V + 12)\,N s \tag{12.11}$$
 
 # %%
-total = sum(read + written for _, read, written in traffic.rows)
-check.equation("12.11", total, (17 * V + 12) * N * 4)
+check.equation("12.11", traffic.read + traffic.written, (17 * V + 12) * N * 4)
 
 # %% [markdown]
 # The fused kernel reads two arrays, once. At a bandwidth of $B$ bytes per second it cannot come below

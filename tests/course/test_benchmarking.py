@@ -12,7 +12,8 @@ from klq_edu.bench.config import QUICK
 from klq_edu.bench.workloads import make_inputs
 from klq_edu.course.chapters import c12_benchmarking as c12
 from klq_edu.course.chapters import float32
-from klq_edu.course.chapters.c12_benchmarking import EXERCISES, TROUBLES, Lab, Traffic, benchmark, broken_benchmark
+from klq_edu.course.chapters.c09_one_pass import Traffic
+from klq_edu.course.chapters.c12_benchmarking import EXERCISES, TROUBLES, Lab, benchmark, broken_benchmark
 from klq_edu.course.exercises import Wrong, grade
 
 
@@ -127,10 +128,17 @@ def test_traffic_counts_what_operations_move_and_no_view():
     with Traffic() as traffic:
         x.T.unsqueeze(0).squeeze()
         assert traffic.rows == []
+        torch.empty_like(x)
+        assert traffic.rows == []
         x.exp().sum()
-        x.gather(1, torch.zeros(8, 1, dtype=torch.long))
-    assert [(name, read, written) for name, read, written in traffic.rows if name != "zeros"] == [
-        ("exp", 160, 160), ("sum", 160, 4), ("gather", 32 + 64, 32)]  # fmt: skip
+        first = torch.zeros(8, 1, dtype=torch.long)
+        x.gather(1, first)
+        torch.zeros_like(x).scatter_add_(1, first, torch.ones(8, 1)).add_(x)
+    assert [row for row in traffic.rows if row[0] not in ("zeros", "ones")] == [
+        ("exp", 160, 160), ("sum", 160, 4), ("gather", 32 + 64, 32), ("zeros_like", 0, 160),
+        ("scatter_add_", 64 + 32 + 32, 32), ("add_", 320, 160),
+    ]  # fmt: skip
+    assert (traffic.read, traffic.written) == tuple(sum(row[i] for row in traffic.rows) for i in (1, 2))
 
 
 def test_the_roofline_of_exercise_3_is_that_of_the_library():

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 from torch.nn.functional import pad
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from klq_edu.course.chapters import Chapter
@@ -23,23 +23,64 @@ LOWEST = -1e30  # where a running maximum starts
 INF = torch.inf
 
 
-class Traffic(TorchFunctionMode):
-    """Counts how often a whole [N, V] tensor is read or written: every operation of PyTorch reads its arguments from
-    memory and writes its result there, if it is no view of one."""
+class Traffic(TorchDispatchMode):
+    """Counts what operations read and write while it is entered, backward passes included, as if each were a kernel
+    that finds nothing in a cache. Views, and memory that is made empty, are free; `gather` reads only what it picks,
+    `scatter_add` writes only what it adds to.
 
-    def __init__(self, elements: int):
+    weigh: what a tensor counts; its bytes, if it does not say. rows: (operation, read, written) of each that moved.
+
+    >>> import torch
+    >>> with Traffic() as traffic:
+    ...     _ = torch.ones(8, 5).T.exp().sum()
+    >>> traffic.rows
+    [('ones', 0, 160), ('exp', 160, 160), ('sum', 160, 4)]
+    """
+
+    def __init__(self, weigh: Callable[[Tensor], float] = lambda x: x.nbytes):
         super().__init__()
-        self.elements, self.passes = elements, 0
+        self.weigh, self.rows = weigh, []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Run it, and count its large tensors."""
-        out = function(*args, **kwargs or {})
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        memory = {x.untyped_storage().data_ptr() for x in given}
-        made = [x for x in [out] if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in memory]
-        if function.__name__ != "gather":  # which reads only what it picks
-            self.passes += sum(x.numel() == self.elements for x in given + made)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run it, and count."""
+        out, name = function(*args, **kwargs or {}), function.overloadpacket.__name__
+        given, made = (tensors(part) for part in ((args, kwargs), out))
+        view = not function._schema.is_mutable and storages(given) & storages(made)
+        if view or name.startswith(("empty", "new_empty")):
+            return out
+        if name == "gather":
+            given = [*given[1:], *made]
+        elif name.startswith("scatter_add"):
+            given, made = [*given[1:], given[-1]], given[-1:]
+        elif name.startswith("new_") or name.endswith("_like"):
+            given = []
+        self.rows.append((name, sum(map(self.weigh, given)), sum(map(self.weigh, made))))
         return out
+
+    @property
+    def read(self) -> float:
+        """All that was read."""
+        return sum(read for _, read, _ in self.rows)
+
+    @property
+    def written(self) -> float:
+        """All that was written."""
+        return sum(written for _, _, written in self.rows)
+
+
+def visits(elements: int) -> Traffic:
+    """Counts how often a whole tensor of so many elements is read or written."""
+    return Traffic(lambda x: x.numel() == elements and 0 not in x.stride())
+
+
+def tensors(x) -> list[Tensor]:
+    """Those in a nested structure."""
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def storages(x) -> set[int]:
+    """Where the memory of the tensors in a nested structure begins; empty ones have none."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tensors(x) if leaf.numel()}
 
 
 def measured(ways: dict[str, Callable], rows: int, vocab: int, device: str = "cuda") -> pd.DataFrame:

@@ -9,11 +9,10 @@ import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.chapters.c05_lambda_returns import one_by_one
+from klq_edu.course.chapters.c09_one_pass import storages, visits
 from klq_edu.course.display import Widget
 from klq_edu.course.exercises import Exercise, Mistake
 from klq_edu.course.puzzles import Puzzle, hostile_logits
@@ -28,43 +27,19 @@ Rounds = list[list[tuple[int, int]]]  # of a scan: pairs (t, u) whose maps are c
 # Counting
 
 
-class Visits(TorchDispatchMode):
-    """Counts tensors of one size that operations read and write, views apart: what a GPU would move if no operation
-    found the last one's result in a cache."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size, self.read, self.written = size, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation, and count."""
-        out = func(*args, **(kwargs or {}))
-        given, made = (self.large(x) for x in ((args, kwargs), out))
-        few = func.overloadpacket.__name__ in ("gather", "scatter_add")  # read N numbers, or add to them
-        if not few and (func._schema.is_mutable or not set(given) & set(made)):  # else a view: nothing moves
-            self.read += len(given)
-            self.written += len(made)
-        return out
-
-    def large(self, x) -> list[int]:
-        """Where the tensors of this size are that are there in full."""
-        found = (y for y in tree_leaves(x) if isinstance(y, Tensor) and y.numel() == self.size and 0 not in y.stride())
-        return [y.untyped_storage().data_ptr() for y in found]
-
-
 def traffic(losses: dict[str, Callable], logits: Tensor, *others: Tensor) -> pd.DataFrame:
     """For each loss, a function of logits [N, V] and others: how many [N, V] tensors autograd keeps beside those given,
-    and how many the forward and the backward pass read and write (`Visits`)."""
+    and how many the forward and the backward pass read and write."""
     rows = {}
     for name, function in losses.items():
-        kept, visits = [], Visits(logits.numel())
+        kept, moved = [], visits(logits.numel())
         z = logits.detach().clone().requires_grad_()
-        with visits, saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+        with moved, saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
             loss = function(z, *others)
-            forward = visits.read, visits.written
+            forward = moved.read, moved.written
             loss.backward()
-        extra = set(visits.large(kept)) - set(visits.large((z, *others)))
-        rows[name] = [len(extra), *forward, visits.read - forward[0], visits.written - forward[1]]
+        extra = storages([x for x in kept if moved.weigh(x)]) - storages((z, *others))
+        rows[name] = [len(extra), *forward, moved.read - forward[0], moved.written - forward[1]]
     columns = ["kept", "forward reads", "forward writes", "backward reads", "backward writes"]
     return pd.DataFrame(rows.values(), index=list(rows), columns=columns)
 

@@ -15,8 +15,6 @@ import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
 from torch.autograd.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from klq_edu.course.chapters import Chapter
 from klq_edu.course.display import Widget
@@ -39,26 +37,6 @@ for tile in json.loads(sys.argv[2]):
     record, sources = examine(sys.argv[1], "sm_90", "bf16", tile)
     print(json.dumps(record | sources))
 """
-
-
-class Moved(TorchDispatchMode):
-    """Counts the bytes of [N, V] tensors that operations read or write, backward pass included; views, and what picks
-    single numbers of a row or adds to them, move none (autograd adds in place, where nobody counts)."""
-
-    def __init__(self, elements: int):
-        super().__init__()
-        self.elements, self.bytes = elements, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run it, and count its large tensors."""
-        out, name = function(*args, **kwargs or {}), function.overloadpacket.__name__
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        memory = {x.untyped_storage().data_ptr() for x in given}
-        view = isinstance(out, Tensor) and out.untyped_storage().data_ptr() in memory
-        if not view and name not in ("gather", "scatter_add"):
-            touched = [x for x in tree_leaves(([] if name == "new_zeros" else given, out)) if isinstance(x, Tensor)]
-            self.bytes += sum(x.numel() * x.element_size() for x in touched if x.numel() == self.elements)
-        return out
 
 
 class Spent(NamedTuple):

@@ -12,8 +12,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import FigureBase
 from torch import Generator, Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from klq_edu.course.chapters import Chapter, tensor64
 from klq_edu.course.display import Widget
@@ -300,28 +298,6 @@ def _kernels(generator: Generator) -> tuple:
     n, v = torch.randint(1000, 9000, (2,), generator=generator).tolist()
     size, some = int(2 + 2 * torch.randint(2, (), generator=generator)), torch.rand(3, generator=generator).tolist()
     return kernels, n, v, size, 1e9 * (1 + 4 * some[0]), (5 + 15 * some[1]) / size, (85 + 4 * some[2]) / size
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what every operation reads and writes, in bytes, as if it were a kernel of its own. Views are free, and
-    `gather` reads only what it picks. `rows`: (operation, bytes read, bytes written)."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in (args, result))
-            if "gather" in func.name():
-                read = [*written, *read[1:]]
-            self.rows.append((func.name().split(".")[0].removeprefix("aten::"), *map(_bytes, (read, written))))
-        return result
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def committed() -> tuple[pd.DataFrame, dict]:
