@@ -189,11 +189,16 @@ def gains_along_kl(tests: pd.DataFrame) -> Picture:
         axis.set(
             xlabel="KL(π ‖ reference) [nats]", ylabel=f"gain before {judge}" if judge != "reward" else "gain in reward"
         )
-    axes[0].legend()
+    for tau in sorted({float(setting.split(",")[0]) for setting in tests["setting"]}):
+        axes[0].plot(
+            [0, tests["kl"].max()], [0, tau * tests["kl"].max()], color=GREY, lw=1, label=f"the price, {tau:g} KL"
+        )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     seeds = tests["seed"].nunique()
     caption = (
         "Scores of held-out completions less the reference's, in each judge's own unit, against the KL paid. On the "
-        "left what was maximised; what rises there and nowhere else was learnt from the reward model's mistakes."
+        "left what was maximised, less the price of KL: below the grey line more was paid than gained. What rises "
+        "there and nowhere else was learnt from the reward model's mistakes."
     )
     caption += f" Lines are means over {seeds} seeds, small marks the ends of single runs." if seeds > 1 else ""
     return Picture(figure, caption, f"Gains against KL before {', '.join(judges)} for {_names(tests)}.")

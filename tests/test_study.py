@@ -64,6 +64,7 @@ def test_who_only_went_further_is_ahead_at_the_same_tau_and_not_at_the_same_kl()
     same_tau = cells(study.differences(runs), "0.1", "KLQ", "PPO-clip")
     assert number(same_tau["reward"]) == pytest.approx(0.3) and number(same_tau["KL [nats]"]) == pytest.approx(1.0)
     assert same_tau["seeds"] == "3" and number(same_tau["finished"]) == 0
+    assert number(same_tau["J = reward − τ KL"]) == pytest.approx(0.3 - 0.1 * 1.0)
     same_kl = cells(study.matched(runs), "0.1", "KLQ", "PPO-clip")
     assert same_kl["at a KL of"] == "1.00" and number(same_kl["reward"]) == pytest.approx(0, abs=2e-3)
 

@@ -23,7 +23,7 @@ RUNS = "runs.csv"  # of the folder of a world: a row per run
 SETTING = ["tau", "changes"]
 Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
 INDEPENDENT = ("MiniLM", "TextBlob")  # judges that had no part in making the reward
-HEADS = {"kl": "KL [nats]", "length": "tokens", "ended": "finished"}
+HEADS = {"J": "J = reward − τ KL", "kl": "KL [nats]", "length": "tokens", "ended": "finished"}
 
 
 def read(folder: Path) -> list[Result]:
@@ -56,21 +56,22 @@ def write(folder: Path) -> str:
 
 
 def summary(worlds: dict[str, list[Result]]) -> str:
-    """KLQ less PPO-clip, by world, at its own τ: reward and KL, reward where both have gone equally far, and KLQ's
-    win-rates before the gold and the judge that had no part in anything."""
+    """KLQ less PPO-clip, by world, at its own τ: the objective, reward and KL, reward where both have gone equally far
+    (see `matched`), and KLQ's win-rates before the gold and the judge that had no part in anything."""
     rows = []
     for world, results in worlds.items():
         usual = [r for r in results if r.settings["tau"] == preset(world).tau and not r.settings["changes"]]
         runs = [pairs for name, rival, pairs in comparison.opponents(usual) if (name, rival) == ("klq", "ppo_clip")]
         for pairs in runs:
             tables = [(a.after, b.after) for a, b in pairs]
-            cells = [_difference(tables, "reward"), _difference(tables, "kl"), _difference(_meeting(pairs), "reward")]
+            cells = [_difference(tables, column, preset(world).tau) for column in ("J", "reward", "kl")]
+            cells.append(_difference(_meeting(pairs), "reward"))
             for judges in (("gold",), INDEPENDENT):
                 (judge,) = set(judges) & set(comparison.judges_of(usual))
                 won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
                 cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*comparison.mean_interval(won)))
             rows.append([world, f"{len(pairs)}", *cells])
-    heads = ["world", "seeds", "reward", "KL [nats]", "reward at the same KL", "win-rate before the gold"]
+    heads = ["world", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL", "win-rate before the gold"]
     return comparison.table([*heads, "before MiniLM or TextBlob"], rows) if rows else ""
 
 
@@ -80,12 +81,13 @@ def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
 
 
 def differences(results: list[Result]) -> str:
-    """Each algorithm less the reference it started from, any two of the same seeds: KL, scores, length, finishing."""
-    columns = ["kl", *comparison.judges_of(results), "length", "ended"]
+    """Each algorithm less the reference it started from, any two of the same seeds: what they maximised, KL,
+    scores, length, finishing."""
+    columns = ["J", "kl", *comparison.judges_of(results), "length", "ended"]
     rows = []
     for setting, part in by_setting(results):
         for name, rival, pairs in comparison.compared(part):
-            cells = [_difference(pairs, column) for column in columns]
+            cells = [_difference(pairs, column, part[0].settings["tau"]) for column in columns]
             rows.append([setting, _label(name), _label(rival), f"{len(pairs)}", *cells])
     heads = ["τ", "policy", "minus", "seeds", *(HEADS.get(c, c) for c in columns)]
     return comparison.table(heads, rows)
@@ -93,7 +95,8 @@ def differences(results: list[Result]) -> str:
 
 def matched(results: list[Result]) -> str:
     """Any two algorithms where both have gone equally far from the reference: in each seed, as far as the one that
-    went less far. See `at_kl`."""
+    went less far in the end. The other is taken earlier in its training (`at_kl`), so this compares paths, not what
+    came out at the end."""
     columns, rows = comparison.judges_of(results), []
     for setting, part in by_setting(results):
         for name, rival, runs in comparison.opponents(part):
@@ -173,9 +176,10 @@ def leanings(results: list[Result]) -> str:
     return comparison.table(heads, rows) if rows else ""
 
 
-def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str) -> str:
+def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str, tau: float = 0.0) -> str:
     """The first minus the second, by seed: mean [95 % interval], and of several seeds in how many it is positive."""
-    found = [(a[column] - b[column]).groupby(a["prompt"]).mean() for a, b in pairs]
+    value = {"J": lambda x: x["reward"] - tau * x["kl"]}.get(column, lambda x: x[column])
+    found = [(value(a) - value(b)).groupby(a["prompt"]).mean() for a, b in pairs]
     positive = f", {sum(x.mean() > 0 for x in found)}/{len(found)}" if len(found) > 1 else ""
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.mean_interval(found)) + positive
 
