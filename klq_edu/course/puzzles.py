@@ -78,6 +78,9 @@ class Puzzle(Exercise):
         guards = Guards()
         with guards:
             found = self.probe(partial(exercises._call, answer, copy=guards.arguments), *arguments)
+        for name, x in found.items():
+            if isinstance(x, Tensor) and x.dtype == torch.float32 and x.numel() and bool(unwritten(x).all()):
+                raise Wrong(f"{name}nothing was ever stored there; is a tl.store missing, or never reached?")
         numbers = {name: exercises._numbers(x, torch.float32) for name, x in found.items()}
         guards.check(self.writes)
         return numbers
@@ -88,8 +91,8 @@ class Puzzle(Exercise):
 
     def way(self, x: float, y: float) -> str:
         """In which direction x misses y, or that x comes from memory that was made empty."""
-        bits = torch.tensor(x, dtype=torch.float64).float().view(torch.int32).item()
-        return "nothing was ever stored there" if bits == UNWRITTEN else super().way(x, y)
+        made_empty = unwritten(torch.tensor(x, dtype=torch.float64).float()).item()
+        return "nothing was ever stored there" if made_empty else super().way(x, y)
 
     def place(self, index: tuple, result: Tensor, arguments: tuple) -> str:
         """An index in words, with its block and whether that is the ragged one."""
@@ -165,6 +168,11 @@ def hostile_logits(generator: Generator, rows: int, columns: int) -> Tensor:
     logits += torch.tensor([0.0, -300.0, 300.0], dtype=torch.float32).repeat(rows)[:rows, None]
     barred = torch.rand(rows, columns, generator=generator).argsort(1) < max(1, columns // 10)
     return logits.masked_fill(barred & (columns > 1), -torch.inf)
+
+
+def unwritten(x: Tensor) -> Tensor:
+    """Where float32 numbers are those of memory that was made empty."""
+    return x.view(torch.int32) == UNWRITTEN
 
 
 def _device() -> str:

@@ -123,7 +123,7 @@ print(f"with checkpointing: {again.peak / (N * V):.1f} bytes per logit, (11.1) s
 #
 # $$M_{\text{linear}} \le 4\,\text{workspace} + b\,(N + V)\,H + [b = 2]\;4\,V H \tag{11.2}$$
 #
-# **Predict.** By which factor do the two peaks grow if the vocabulary doubles? And if $H$ is halved while N doubles?
+# **Predict.** By which factor do the two peaks grow if the vocabulary doubles? And if $H$ is halved while N doubles? (In the cell below the workspace is 1 MiB.)
 
 
 # %%
@@ -146,7 +146,7 @@ for N, V, H in SIZES:
     )
 
 # %% [markdown]
-# **Change.** Find the largest batch for your GPU (the workspace is the library's default there). Which two sliders leave the line of all logits where it is, and why? The picture counts this loss alone: the rest of the model needs room too.
+# **Change.** Find the largest batch for your GPU (the workspace is the library's default there). Which two sliders leave the height of the upper dot as it is, and why? The picture counts this loss alone: the rest of the model needs room too.
 
 # %%
 explore(MEMORY)
@@ -356,7 +356,7 @@ show(draw_tiles(shapes, needed, DEVICES["H100"].l2, SHARED))
 
 # %% [markdown]
 # Something else goes wrong. From L2 the operands go to *shared memory*, 128 bytes per clock, and from there to the matrix units. An H100's matrix instruction, `wgmma`, multiplies 64 rows by $n$ columns for a group of
-# four warps (a warp is 32 threads), and reads both operands from shared memory: $64 + n$ rows of them. Eight warps on 64 × 64 are two groups that split the columns: $n = 32$, and most of what they read is read twice. With $q$ such products per step,
+# four warps (a warp is 32 threads), and reads both operands from shared memory: $64 + n$ rows of them. Eight warps on 64 × 64 are two groups that split the columns: $n = 32$, and the 64 rows of $h$ are read twice. With $q$ such products per step,
 #
 # $$\beta_{\text{shared}} = f\,b\;\frac{q\,(64 + n) + B_M + B_N}{B_M B_N} \text{ bytes}, \qquad q = \frac{B_M B_N}{64\,n} \tag{11.9}$$
 #
@@ -475,7 +475,7 @@ assert not lines(spilling["ptx"], "st.local"), "PTX does not show it"
 # %% [markdown]
 # ## Puzzles
 #
-# As in notebook 09: the launch is given, the kernel is yours. It runs in a process of its own, on ragged sizes, on rows that lie apart, with NaN wherever it has no business. All tensors are float32. `tl.dot` wants sides of at least 16, and on a GPU rounds float32 to
+# As in notebook 09: the launch is given, the kernel is yours. It runs in a process of its own, on ragged sizes, on rows that lie apart, with NaN wherever it has no business. All tensors are float32 unless said otherwise. Give every masked load an `other`: the interpreter puts 0 there, a GPU anything. `tl.dot` wants sides of at least 16, and on a GPU rounds float32 to
 # fewer digits unless it is told `input_precision="ieee"`. And mind the offset of a row: 262,144 tokens of 8192 hidden sizes each are $2^{31}$ elements: the row after them starts at an offset that a signed 32-bit number does not have. (Not checked: it needs gigabytes.)
 #
 # ### Exercise 11.1 · A product in tiles
@@ -520,7 +520,7 @@ check.exercise("11.1", my_product)
 # %% [markdown]
 # ### Exercise 11.2 · The normaliser without logits
 #
-# `hidden` [N, H] and `weight` [V, H] with H at most 32, which one block holds. Return $\log Z$ [N] of each row. A program owns 16 rows and goes over the vocabulary in tiles of 16 tokens; no logit is stored. Some rows have logits near −300, some near 300.
+# `hidden` [N, H] and `weight` [V, H] with H at most 32, which one block holds. Return $\log Z$ [N] of each row. A program owns 16 rows and goes over the vocabulary in tiles of 16 tokens; no logit is stored. Some rows have logits near −300, some near 300, and they may rise or fall by 150 from one tile to the next.
 #
 # <!-- hints 11.2 -->
 

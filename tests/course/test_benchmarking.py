@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from statistics import mean, median
+from statistics import mean, median, median_low
 
 import pytest
 import torch
@@ -42,8 +42,15 @@ def test_flaws_that_are_left_and_those_repaired_are_named():
     assert "no warm-up; no look at the result" in left and "no waiting; unequal work; inputs" in repaired
 
 
-def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fused"), turn=True, middle=median):
-    """A repaired benchmark written in another way."""
+def off(result, exact):
+    return (result - exact).norm() > 1e-4 * exact.norm()
+
+
+def otherwise(
+    lab, reps, *, start=0, often=1, between=True, order=("naive", "fused"), turn=True, middle=median, after=True,
+    back=("naive", "fused"), inside=False, truth=lambda lab, logits: lab.exact(logits), bad=off,
+):  # fmt: skip
+    """A repaired benchmark written in another way, or with a flaw."""
     logits, seconds = lab.inputs(), {"naive": [], "fused": []}
     for rep in range(start, reps):
         for name in order[::-1] if turn and rep % 2 else order:
@@ -53,11 +60,15 @@ def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fus
                 result = lab.run(name, logits)
                 if between:
                     lab.synchronize()
-                lab.backward(name, logits)
-            lab.synchronize()
+                if name in back:
+                    lab.backward(name, logits)
+            if after:
+                lab.synchronize()
+            exact = truth(lab, logits) if inside else None
             if rep >= 0:
                 seconds[name].append(lab.clock() - begun)
-            if not torch.allclose(result.double(), lab.exact(logits), rtol=1e-4):
+            exact = truth(lab, logits) if exact is None else exact
+            if bad(result.double(), exact):
                 return math.nan
     return middle(seconds["fused"]) / middle(seconds["naive"])
 
@@ -65,7 +76,9 @@ def otherwise(lab, reps, *, start=0, often=1, between=True, order=("naive", "fus
 @pytest.mark.parametrize(
     "options",
     [{"start": -1}, {"start": -3}, {"start": -1, "often": 4}, {"start": -1, "between": False},
-     {"start": -1, "order": ("fused", "naive")}],
+     {"start": -1, "order": ("fused", "naive")},
+     {"start": -1, "bad": lambda r, e: not torch.allclose(r, e, rtol=1e-4)},
+     {"start": -1, "bad": lambda r, e: ((r - e) / e).abs().max() > 1e-4}],
 )  # fmt: skip
 def test_other_repairs_pass(options):
     assert grade(EXERCISES["12.1"], lambda lab, reps: otherwise(lab, reps, **options)).passed
@@ -81,9 +94,20 @@ def test_other_repairs_pass(options):
         ({"start": -1, "turn": False}, "who goes first is never changed"),
         ({"start": -1, "turn": False, "order": ("fused", "naive")}, "who goes first is never changed"),
         ({"start": -1, "turn": False, "middle": mean}, "the same one goes first each time, and you take means"),
+        ({"start": -1, "middle": median_low}, "is not their median, the mean of the two in the middle"),
+        ({"start": -1, "after": False}, "synchronise after it too"),
+        ({"start": -1, "back": ()}, "it is in the time of neither"),
+        ({"start": -1, "back": ("fused",)}, "fused's time holds the backward pass, naive's does not"),
+        ({"start": -1, "back": ("naive",)}, "naive's time holds the backward pass, fused's does not"),
+        ({"start": -1, "inside": True}, "is checked while the clock runs"),
+        ({"start": -1, "truth": lambda lab, logits: lab.run("naive", logits).double()}, "not with the other kernel"),
+        ({"start": -1, "bad": lambda r, e: (r - e).norm() > 1e-2 * e.norm()}, "1e-3 too high passed"),
+        ({"start": -1, "bad": lambda r, e: ((e - r) / e).max() > 1e-4}, "either sign counts"),
+        ({"start": -1, "bad": lambda r, e: (r - e).mean().abs() > 1e-4 * e.mean()}, "not its mean"),
     ],
 )
 def test_other_repairs_with_a_flaw_do_not(options, says):
+    """Some of them no single trouble of the machine would show."""
     verdict = grade(EXERCISES["12.1"], lambda lab, reps: otherwise(lab, reps, **options))
     assert verdict.passed is False and says in verdict.message
 
@@ -96,6 +120,7 @@ def test_other_repairs_with_a_flaw_do_not(options, says):
         (lambda lab, reps: benchmark(lab, reps) * (1 + 5e-5), "without any trouble"),
         (lambda lab, reps: math.nan, "yours gives NaN"),
         (lambda lab, reps: benchmark(lab, 2), "was run 3 times where `reps` = 20"),
+        (lambda lab, reps: benchmark(lab, 20), "is a number of your own in the loop?"),
     ],
 )
 def test_before_any_trouble_the_answer_must_be_right_and_run_often_enough(answer, says):
@@ -159,3 +184,9 @@ def test_inputs_are_in_the_precision_that_is_timed():
         assert {v.dtype for v in x.values() if v.is_floating_point()} == {torch.float32}
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_three_numbers_in_one_tensor_are_three_results():
+    exercise = EXERCISES["12.2"]
+    assert grade(exercise, lambda *x: torch.stack(exercise.solution(*x))).passed
+    assert "3 results are expected" in grade(exercise, lambda *x: torch.stack(exercise.solution(*x)[:2])).message

@@ -134,7 +134,9 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("11.2", [("m + tl.log(s)", "tl.log(s)")], "maximum not added"),
     ("11.2", [("range(0, V, BLOCK)", "range(0, V // BLOCK * BLOCK, BLOCK)")], "vocabulary's tail"),
     ("11.2", [(PRODUCT, PRODUCT + HALF)], "half precision"),
-    ("11.2", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
+    ("11.2", [("* h_row", "* H"), ("* w_row", "* H")], "NaN"),
+    ("11.2", [(" & inside", "")], "NaN"),
+    ("11.2", [("tl.maximum(m, tl.max(z, 1))", "tl.max(z, 1)")], "maximum of the tile"),
     ("11.3", [("token[None, :] == chosen", "tl.arange(0, BLOCK)[None, :] == chosen")], "one-hot at the wrong place"),
     ("11.3", [("hot - p", "-p")], "no one-hot"),
     ("11.3", [("hot - p", "p - hot")], "sign"),
@@ -147,7 +149,7 @@ WRONG = [  # puzzle, what is replaced and by what, name of the mistake
     ("11.3", [("live[:, None] & inside", "(row < N)[:, None] & inside"), ("mask=live", "mask=row < N"),
               ("    total = tl.where(live[:, None], total, 0.0)\n", "")], "masked rows leak"),
     ("11.3", [("mask=(row < N)[:, None] & inside)", "mask=live[:, None] & inside)")], "masked rows leak"),
-    ("11.3", [("* h_row", "* H"), ("* w_row", "* H")], "wrong stride"),
+    ("11.3", [("* h_row", "* H"), ("* w_row", "* H")], "NaN"),
 ]  # fmt: skip
 UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is said
     ("9.1", [("tl.store(TOTAL + row, total)", "tl.store(TOTAL + row + V, total)")],
@@ -168,6 +170,7 @@ UNKNOWN = [  # what nobody catalogued: it does not pass, and something else is s
     ("11.1", [("(row < N)[:, None] & (token < V)[None, :]", "(row < N)[:, None] & (token < V - 1)[None, :]")],
      "the ragged one) yours gives NaN"),
     ("11.2", [(", mask=row < N)", ")")], "wrote outside"),
+    ("11.2", [("tl.store(OUT + row, m + tl.log(s), mask=row < N)", "pass")], "is a tl.store missing"),
     ("11.3", [("HIDDENS=32", "HIDDENS=16")], "yours gives"),
 ]  # fmt: skip
 

@@ -180,7 +180,7 @@ def draw_tiles(
         "of 64 × 64 needs several times what the L2 of an H100 delivers; 128 × 256 comes near."
     )
     return Picture(figure, caption, "Bytes per clock against tile size on a logarithmic axis: a falling line per GPU, "
-                   "and a horizontal band of what an H100 delivers, which the lines approach from above.")  # fmt: skip
+                   "and a horizontal band of what an H100 delivers; its line enters it only at the end.")  # fmt: skip
 
 
 def lines(source: str, pattern: str, count: int = 3) -> list[str]:
@@ -213,7 +213,7 @@ def log_normaliser(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.logsumexp(hidden.double() @ weight.double().T, 1).float()
 
 
-def _online(start: float = LOWEST, rescaled: bool = True, added: bool = True, rowwise: bool = True) -> Callable:
+def _online(start: float = LOWEST, rescaled=True, added=True, rowwise=True, running=True) -> Callable:
     """The loop of a kernel over tiles of the vocabulary, with a mistake."""
 
     def answer(hidden, weight):
@@ -222,7 +222,7 @@ def _online(start: float = LOWEST, rescaled: bool = True, added: bool = True, ro
             m, s = torch.full((len(h),), start, dtype=torch.float32), torch.zeros(len(h), dtype=torch.float32)
             for w in weight.split(BLOCK):
                 z = product(h, w)
-                new = torch.maximum(m, z.amax(1) if rowwise else z.amax())
+                new = torch.maximum(m, z.amax(1) if rowwise else z.amax()) if running else z.amax(1)
                 s = s * (m - new).exp() ** rescaled + (z - new[:, None]).exp().sum(1)
                 m = new
             out.append(added * m + s.log())
@@ -309,8 +309,15 @@ def _model(generator: Generator, offset: float = 300.0) -> tuple[Tensor, Tensor]
     return hidden, weight
 
 
+def _falling(generator: Generator) -> tuple[Tensor, Tensor]:
+    """As `_model`; from the second tile of the vocabulary on, the offset counts half: logits fall or rise by 150."""
+    hidden, weight = _model(generator)
+    weight[BLOCK:, 0] = 0.5
+    return hidden, weight
+
+
 def _differentiable(generator: Generator) -> tuple[Tensor, ...]:
-    hidden, weight = _model(generator, offset=100.0)
+    hidden, weight = (x.roll(-1, 1) for x in _model(generator, offset=100.0))  # the gradient of the offset is 0: last
     n, v = len(hidden), len(weight)
     tokens = torch.randint(v, (n,), generator=generator)
     tokens[:2] = torch.tensor([2, v - 1])  # in the first tile, and in the ragged one
@@ -322,6 +329,11 @@ def _differentiable(generator: Generator) -> tuple[Tensor, ...]:
 
 
 STRIDE = "your rows start at row · H, but these lie further apart: row · x.stride(0), of each tensor its own."
+NANS = (
+    "every number is NaN. As a rule memory from outside of the rows got in: they start at row · x.stride(0), of each "
+    "tensor its own, not at row · H; and the last block of the hidden size ends at H, d < H in the mask of both loads, "
+    "other=0.0. (If both are right: ∞ − ∞, or 0 · ∞ in a product.)"
+)
 EXERCISES = {
     "11.1": Puzzle(
         "11.1", "A product in tiles", 2, 25, product, _operands,
@@ -356,7 +368,7 @@ EXERCISES = {
         tile=(BLOCK, BLOCK),
     ),
     "11.2": Puzzle(
-        "11.2", "The normaliser without logits", 2, 25, log_normaliser, _model,
+        "11.2", "The normaliser without logits", 2, 25, log_normaliser, _falling,
         (
             Mistake("phantom tokens", lambda h, w: log_normaliser(h, _whole_tiles(w)),
                     "tokens behind the end of the vocabulary take part: their weight was loaded as 0, so their logit "
@@ -366,6 +378,9 @@ EXERCISES = {
                     "you forgot to rescale: when the maximum rises from m to m', the old sum shrinks by e^(m − m')."),
             Mistake("maximum started at 0", _online(start=0.0),
                     "your maximum starts at 0: logits near −300 underflow, and log 0 = −∞. Start at −1e30."),
+            Mistake("maximum of the tile", _online(running=False),
+                    "your maximum is that of the last tile alone: where that lies far below an earlier one, e^(m − m') "
+                    "overflows. It is a running one, tl.maximum(m, tl.max(z, 1))."),
             Mistake("one maximum", _online(rowwise=False),
                     "you subtract one maximum from all rows of the tile: a row that lies 600 lower underflows. One "
                     "per row, tl.max(z, 1)."),
@@ -378,7 +393,7 @@ EXERCISES = {
             Mistake("half precision", lambda h, w: torch.logsumexp(product(h, w).half().double(), 1).float(),
                     "your logits were rounded to half precision: near 300 that is steps of 0.25. Keep them in "
                     "float32."),
-            Mistake("wrong stride", lambda h, w: log_normaliser(_contiguous(h), _contiguous(w)), STRIDE),
+            Mistake("NaN", lambda h, w: log_normaliser(_contiguous(h), _contiguous(w)), NANS),
         ),
         ("Notebook 09 had one row and a block of logits, here it is 16 rows and a tile. m and s are now of shape [16].",
          "z = tl.dot(h, w.T, input_precision='ieee') is [16, 16]. Reduce along its second axis: tl.max(z, 1), "
@@ -407,13 +422,14 @@ EXERCISES = {
             Mistake("phantom tokens", _gradient(whole=_whole_tiles,
                         normal=lambda z, lse: (z - lse[:, None]).float().exp().double()),
                     "tokens behind the end of the vocabulary take part: their logit is 0, and e^(0 − lse) overflows "
-                    "where lse is near −100; ∞ times their weight of 0 is NaN. Give them z = −∞, or p = 0."),
+                    "where lse is near −100; ∞ times their weight of 0 is NaN, and so is ∞ · 0 if you multiply p by a "
+                    "mask. Pick with tl.where: z = −∞, or p = 0."),
             Mistake("overwritten", _gradient(only_last=True),
                     "only the last tile's share is left: add up G W over all tiles of the vocabulary."),
             Mistake("masked rows leak", _gradient(masked=None),
                     "a masked row is not 0: its hidden state is NaN and 0 · NaN is NaN, or it was never stored and "
                     "`new_empty` left what was in memory. Pick with tl.where, then store every row."),
-            Mistake("wrong stride", _gradient(read=_contiguous), STRIDE),
+            Mistake("NaN", _gradient(read=_contiguous), NANS),
         ),
         ("Two products per tile: z = h Wᵀ, then G W. Which of the two has the tokens of the tile as its inner "
          "dimension?",
