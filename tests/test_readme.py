@@ -94,11 +94,28 @@ def test_the_tables_of_learnt_rewards_are_those_of_the_committed_runs(tmp_path):
     assert study.summary(results) in README, "run klq compare and update README.md"
     for folder in folders:
         assert study.differences(results[folder.name]) in README, folder.name
-        copy = shutil.copytree(folder, tmp_path / folder.name)
-        assert study.write(copy) + "\n" == folder.with_suffix(".md").read_text(), folder.name
+        copied(folder, tmp_path)
         learnt = agreement(pd.read_csv(folder / "made_held_out_pairs.csv")).astype(str).iloc[0]
         assert f"| {folder.name} | {' | '.join(learnt)} |" in README, folder.name
         runs = pd.read_csv(folder / "runs.csv", keep_default_na=False)
         for run in runs.itertuples():  # made with the settings that the code has now
             config = preset(folder.name, run.algorithm, tau=run.tau, seed=run.seed, device="cpu")
             assert run.changes or done(folder, run.run, config), run.run
+
+
+def test_the_numbers_of_the_search_are_in_its_table(tmp_path):
+    """Its seeds are none of those that are reported."""
+    folder = ROOT / "results" / "search" / "stories"
+    text = copied(folder, tmp_path / "search")
+    (told,) = re.findall(r"\*\*A search\*\*.*?\n\n", README, re.DOTALL)
+    numbers = re.findall(r"[+−]\d\.\d{3}", told)
+    assert len(numbers) >= 4 and all(number.replace("−", "-") in text for number in numbers)
+    seeds = [set(pd.read_csv(f / "runs.csv")["seed"]) for f in (folder, ROOT / "results" / "compare" / "stories")]
+    assert not seeds[0] & seeds[1]
+
+
+def copied(folder, place):
+    """The tables of a folder, made again: they are the committed ones."""
+    text = study.write(shutil.copytree(folder, place / folder.name))
+    assert text + "\n" == folder.with_suffix(".md").read_text(), folder
+    return text

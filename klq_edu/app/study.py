@@ -56,21 +56,23 @@ def write(folder: Path) -> str:
 
 
 def summary(worlds: dict[str, list[Result]]) -> str:
-    """KLQ less PPO-clip, by world, at its own τ: the objective, reward and KL, reward where both have gone equally far
-    (see `matched`), and KLQ's win-rates before the gold and the judge that had no part in anything."""
+    """KLQ less PPO-clip, by world and what was changed, at the world's τ: the objective, reward and KL, reward where
+    both have gone equally far (see `matched`), and KLQ's win-rates before the gold and the judge that had no part."""
     rows = []
     for world, results in worlds.items():
-        usual = [r for r in results if r.settings["tau"] == preset(world).tau and not r.settings["changes"]]
-        runs = [pairs for name, rival, pairs in comparison.opponents(usual) if (name, rival) == ("klq", "ppo_clip")]
-        for pairs in runs:
+        tau = preset(world).tau
+        for setting, part in by_setting([r for r in results if r.settings["tau"] == tau]):
+            duels = {(name, rival): pairs for name, rival, pairs in comparison.opponents(part)}
+            if not (pairs := duels.get(("klq", "ppo_clip"))):
+                continue
             tables = [(a.after, b.after) for a, b in pairs]
-            cells = [_difference(tables, column, preset(world).tau) for column in ("J", "reward", "kl")]
+            cells = [_difference(tables, column, tau) for column in ("J", "reward", "kl")]
             cells.append(_difference(_meeting(pairs), "reward"))
             for judges in (("gold",), INDEPENDENT):
-                (judge,) = set(judges) & set(comparison.judges_of(usual))
+                (judge,) = set(judges) & set(comparison.judges_of(part))
                 won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
                 cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*comparison.mean_interval(won)))
-            rows.append([world, f"{len(pairs)}", *cells])
+            rows.append([world + setting.removeprefix(f"{tau:g}"), f"{len(pairs)}", *cells])
     heads = ["world", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL", "win-rate before the gold"]
     return comparison.table([*heads, "before MiniLM or TextBlob"], rows) if rows else ""
 

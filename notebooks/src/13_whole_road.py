@@ -709,11 +709,11 @@ def scored(table, column, tau):
 
 said = []
 for world in WORLDS:
-    usual = [r for r in read[world] if not r.settings["changes"]]
-    for tau, part in study.by_setting(usual):
+    for setting, part in study.by_setting(read[world]):
+        tau = part[0].settings["tau"]
         duels = {x[:2]: x[2] for x in comparison.opponents(part)}
         if ("klq", "ppo_clip") not in duels:
-            print(f"{world}, τ = {tau}: no seed that both have run yet")
+            print(f"{world}, τ = {setting}: no seed that both have run yet")
         known = [
             c for c in part[0].after if c in ("reward", "gold", *study.INDEPENDENT)
         ]
@@ -722,14 +722,14 @@ for world in WORLDS:
             if not (seeds := duels.get(("klq", rival))):
                 continue
             less = [
-                (scored(a, column, float(tau)) - scored(b, column, float(tau)))
+                (scored(a, column, tau) - scored(b, column, tau))
                 .groupby(a["prompt"])
                 .mean()
                 for a, b in meeting(seeds, same)
             ]
             mean, low, high = c13.interval_of(less)
             about = (
-                f"{world}, τ = {tau}",
+                f"{world}, τ = {setting}",
                 STYLES[rival]["label"],
                 column,
                 f"same {same}",
@@ -754,8 +754,8 @@ else:
 # is merely not shown to differ leaves it open. A win at the same $\tau$ that goes away at
 # the same KL was a longer walk, not a better one. "Not shown" is not "equal": the width of the interval says how
 # blind the experiment was. The rows are not independent (judges agree, and the same runs stand in several), so luck comes in clumps: mostly no
-# row, now and then several. PPO-penalty shares KLQ's proximal weight $\tau/\alpha$, which PPO-clip lacks; where it comes out like KLQ, that fits the theory, and is no proof. And whatever is shown is shown for these prompts, a small model, three small tasks, one set of settings for both
-# algorithms, and offline judges. The paper's own claim, win-rates that are consistently higher over several $\tau$, needs a judge that reads as
+# row, now and then several. PPO-penalty shares KLQ's proximal weight $\tau/\alpha$, which PPO-clip lacks; where it comes out like KLQ, that fits the theory, and is no proof. And whatever is shown is shown for these prompts, a small model, three small tasks, settings that both
+# algorithms share (a learning rate that suits one may be too high for the other: that is why the stories stand here at two), and offline judges. The paper's own claim, win-rates that are consistently higher over several $\tau$, needs a judge that reads as
 # people do, and more seeds than it reports.
 #
 # How many seeds would settle it? The library answers from the scatter that was found, for the task with most seeds, where these are two at least.
