@@ -178,10 +178,14 @@ def leanings(results: list[Result]) -> str:
     return comparison.table(heads, rows) if rows else ""
 
 
+def scores(table: pd.DataFrame, column: str, tau: float) -> pd.Series:
+    """A column of test samples, or "J", what RL maximises: reward less τ KL."""
+    return table["reward"] - tau * table["kl"] if column == "J" else table[column]
+
+
 def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str, tau: float = 0.0) -> str:
     """The first minus the second, by seed: mean [95 % interval], and of several seeds in how many it is positive."""
-    value = {"J": lambda x: x["reward"] - tau * x["kl"]}.get(column, lambda x: x[column])
-    found = [(value(a) - value(b)).groupby(a["prompt"]).mean() for a, b in pairs]
+    found = [(scores(a, column, tau) - scores(b, column, tau)).groupby(a["prompt"]).mean() for a, b in pairs]
     positive = f", {sum(x.mean() > 0 for x in found)}/{len(found)}" if len(found) > 1 else ""
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.mean_interval(found)) + positive
 

@@ -43,7 +43,6 @@ from klq_edu.course import exercises
 from klq_edu.course.exercises import Exercise, Wrong
 
 GUARD, GAP = 64, 5  # elements before and after a tensor, and between the rows of the first; 2 more in each later one
-UNWRITTEN = torch.tensor(0x7FC0ABCD, dtype=torch.int32).view(torch.float32).item()  # a NaN of its own; x != y for it
 UNWRITTEN = 0x7FC0ABCD  # the bits of a NaN of its own, in float32 memory that a tensor made empty gets
 PROT_NONE = 0  # of sys/mman.h
 LOOK = "look at the mask of your loads and stores, and at the stride that a row starts at."

@@ -702,11 +702,6 @@ def meeting(runs, same):
     return [[study.at_kl(x, kl) for x in both] for both, kl in zip(runs, reach)]
 
 
-def scored(table, column, tau):
-    """One number per completion."""
-    return table["reward"] - tau * table["kl"] if column == "J" else table[column]
-
-
 said = []
 for world in WORLDS:
     for setting, part in study.by_setting(read[world]):
@@ -722,7 +717,7 @@ for world in WORLDS:
             if not (seeds := duels.get(("klq", rival))):
                 continue
             less = [
-                (scored(a, column, tau) - scored(b, column, tau))
+                (study.scores(a, column, tau) - study.scores(b, column, tau))
                 .groupby(a["prompt"])
                 .mean()
                 for a, b in meeting(seeds, same)
