@@ -87,3 +87,73 @@ def test_win_rates_stand_at_their_place():
     drawn = {c.get_label(): dict(zip(*c.lines[0].get_data()[::-1])) for c in axis.containers}
     assert [drawn["gold"][5 - i] for i in range(3)] == [0.1, 0.2, 0.3]
     assert [drawn["MiniLM"][2 - i] for i in range(3)] == [0.4, 0.5, 0.6]
+
+
+def drawn(container):
+    """(x, y, lowest, highest) of the points of an error bar along y."""
+    (x, y), bars = container.lines[0].get_data(), container.lines[2][0].get_segments()
+    return [tuple(np.round([*point, *bar[:, 1]], 6).tolist()) for *point, bar in zip(x, y, bars)]
+
+
+def test_curves_are_medians_of_their_own_column_and_bands_the_whole_range():
+    rows = [
+        {"algorithm": "klq", "seed": s, "rollouts": u, "reward": x, "kl": 10 * x}
+        for s, x in enumerate((1.0, 2.0, 9.0))
+        for u in (1, 2)
+    ]
+    axes = figures.learning_curves(pd.DataFrame(rows), {"reward": "reward", "kl": "KL"}, "Rises.").figure.axes
+    for axis, factor in zip(axes, (1, 10), strict=True):
+        band = axis.collections[0].get_paths()[0].vertices[:, 1]
+        assert axis.lines[0].get_ydata().tolist() == [2 * factor] * 2
+        assert (band.min(), band.max()) == (factor, 9 * factor)
+
+
+def test_in_the_plane_kl_is_across_and_reward_up(runs):
+    (axis,) = figures.reward_kl_plane(runs).figure.axes
+    assert axis.lines[0].get_xdata().tolist() == [2.0, 4.0, 6.0, 8.0, 10.0] and axis.lines[0].get_ydata()[-1] == 5.0
+
+
+def test_gaps_stand_at_their_tau_from_lowest_to_highest():
+    """Rows in another order than τ, and more spread above than below."""
+    rows = [
+        {"algorithm": "klq", "schedule": "replay", "tau": tau, "seed": s, "kl_optimum": tau * x, "rollouts": 1}
+        for tau in (1.0, 0.1)
+        for s, x in enumerate((1.0, 2.0, 9.0))
+    ]
+    (axis,) = figures.optimum_gaps(pd.DataFrame(rows), {"replay": "replay"}).figure.axes
+    (low, *small), (high, *large) = drawn(axis.containers[0])
+    assert small == [0.2, 0.1, 0.9] and large == [2.0, 1.0, 9.0] and round(high - low) == 1
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0.1", "1"]
+
+
+def test_win_rates_reach_from_low_to_high():
+    (axis,) = figures.win_rates(VERDICTS.assign(rate=0.6, low=0.5, high=0.9)).figure.axes
+    for container in axis.containers:
+        assert all(bar[:, 0].tolist() == pytest.approx([0.5, 0.9]) for bar in container.lines[2][0].get_segments())
+
+
+def test_gains_are_drawn_by_setting_with_the_ends_of_runs_and_the_price_of_kl():
+    keys = [(setting, k, s, u) for setting, k in (("0.1", 1.0), ("0.5", 3.0)) for s in (0, 1) for u in (0, 8)]
+    rows = [
+        {"algorithm": "klq", "setting": t, "seed": s, "update": u, "kl": u * (k + s), "reward": u * k, "gold": -u * k}
+        for t, k, s, u in keys
+    ]
+    first, second = figures.gains_along_kl(pd.DataFrame(rows)).figure.axes
+    for axis, sign in ((first, 1), (second, -1)):
+        for (path, ends), k in zip((axis.lines[:2], axis.lines[2:4]), (1.0, 3.0)):
+            assert path.get_xdata().tolist() == [0, 8 * (k + 0.5)] and path.get_ydata().tolist() == [0, sign * 8 * k]
+            assert ends.get_xdata().tolist() == [8 * k, 8 * (k + 1)] and ends.get_ydata().tolist() == [sign * 8 * k] * 2
+    prices = {line.get_label(): line.get_xydata()[-1].tolist() for line in first.lines[-2:]}
+    assert prices == {"the price, 0.1 KL": [32.0, 3.2], "the price, 0.5 KL": [32.0, 16.0]}
+
+
+def test_the_benchmarks_figures_show_each_column_where_it_is_named():
+    """Whiskers from lowest to highest, and time, memory and error each under its own name."""
+    row = {"workload": "klq", "contender": "naive", "n": 8, "v": 16, "h": 4, "dtype": "float32", "limit": 1.0}
+    row |= {"units": 3.0, "units_low": 2.0, "units_high": 7.0, "memory_mb": 50.0, "error_gradient": 0.25}
+    (axis,) = figures.bench_times(pd.DataFrame([row])).figure.axes
+    bars, (whiskers,) = axis.patches, [c for c in axis.collections if len(c.get_segments())]
+    assert bars[0].get_width() == 3.0 and whiskers.get_segments()[0][:, 0].tolist() == [2.0, 7.0]
+    shown = figures.bench_scaling(pd.DataFrame([row, row | {"v": 32}]), "v").figure.axes
+    found = {axis.get_ylabel().split()[0]: axis.lines[0].get_xydata().tolist() for axis in shown}
+    assert found == {"time": [[16, 3], [32, 3]], "peak": [[16, 50], [32, 50]], "relative": [[16, 0.25], [32, 0.25]]}

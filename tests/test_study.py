@@ -2,19 +2,30 @@
 
 import json
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from datasets import Dataset
 
-from klq_edu.app import compare, comparison, study, sweep
+from klq_edu.app import compare, comparison, experiment, study, sweep
 from klq_edu.app.compare import CompareConfig, done, record, run_compare
-from klq_edu.app.experiment import Result, run_experiment
+from klq_edu.app.experiment import Result, run_experiment, summarise_results
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.power import seeds_needed
 from klq_edu.worlds import registry
 from klq_edu.worlds.registry import Entry, preset
 
 PROMPTS = [f"p{i}" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Enough to tell where an interval lies, in a tenth of the time."""
+    monkeypatch.setattr("klq_edu.rlhf.judge.RESAMPLES", 1000)
 
 
 def samples(kl, reward, length=5.0, seed=0):
@@ -105,6 +116,7 @@ def test_along_a_run_scores_are_gains_over_its_own_reference():
     one.tests = {n: table.assign(reward=table["reward"] + 5) for n, table in one.tests.items()}
     rows = comparison.along([one, run("klq", 1, [(2.0, 0.7)], changes="replay 0")])
     assert rows["reward"].tolist() == pytest.approx([0, 0.4, 0.6, 0, 0.7], abs=1e-6)
+    assert rows["kl"].tolist() == pytest.approx([0, 1, 3, 0, 2], abs=1e-6), "of its own test, not of the run's end"
     assert (
         rows["update"].tolist() == [0, 8, 16, 0, 8] and rows["setting"].tolist() == ["0.1"] * 3 + ["0.1, replay 0"] * 2
     )
@@ -141,6 +153,8 @@ def test_the_scatter_of_seeds_is_what_their_prompts_do_not_explain():
     row = cells(study.verdicts(runs), "0.1", "PPO-clip", "reward")
     won = [(a.after["reward"] > b.after["reward"]) for a, b in zip(runs, runs[len(shifts) :])]
     between, within = np.var([w.mean() for w in won], ddof=1), np.mean([w.var() / len(w) for w in won])
+    rate, sd = np.mean([w.mean() for w in won]), (between - within) ** 0.5
+    assert row["seeds for the one found"] == f"{seeds_needed(rate - 0.5, sd, len(PROMPTS)):,.0f}"
     assert 0 < within < between and float(row["sd of a seed"]) == pytest.approx((between - within) ** 0.5, abs=1e-3)
     low, high = (float(x) for x in row["win-rate"].split("[")[1].strip("]").split(", "))
     assert float(row["shown from"][1:]) == pytest.approx((1.96 + 0.84) * (high - low) / 2 / 1.96, abs=2e-3)
@@ -161,7 +175,10 @@ def test_a_run_becomes_a_file_and_is_read_again(tmp_path):
     config = preset("tldr", tau=0.1, seed=3, updates=16)
     made = run("klq", 3, [(1.0, 0.4), (3.0, 0.6)])
     made.tests = {n: table.assign(completion="x", ended=True) for n, table in made.tests.items()}
-    made.rows = [{"rollouts": 512, "row_steps": 1024, "seconds": 3.4}]
+    made.rows = [
+        {"rollouts": 256, "row_steps": 512, "seconds": 1.0},
+        {"rollouts": 512, "row_steps": 1024, "seconds": 2.4},
+    ]
     assert not done(tmp_path, "one", config)
     for changes in ("", ""):  # twice: the line is replaced
         record(tmp_path, "one", changes, config, made, stages)
@@ -176,7 +193,8 @@ def test_a_run_becomes_a_file_and_is_read_again(tmp_path):
     for n, table in made.tests.items():
         np.testing.assert_allclose(again.tests[n]["reward"], table["reward"], atol=1e-4)
         assert again.tests[n]["ended"].all() and again.tests[n]["prompt"].nunique() == len(PROMPTS)
-    assert pd.read_csv(tmp_path / "runs.csv").loc[0, ["reward_model", "seconds"]].tolist() == ["bb", 3]
+    named = ["reward_model", "seconds", "rollouts", "row_steps"]
+    assert pd.read_csv(tmp_path / "runs.csv").loc[0, named].tolist() == ["bb", 3, 512, 1024]
     (tmp_path / "one.csv").unlink()
     assert not done(tmp_path, "one", config)
 
@@ -244,7 +262,150 @@ def test_changes_are_numbers_of_known_fields():
     )
     assert name == "klq-tau0.1-replay0-learning_rate0.0002-seed100" and settings.replay == 0
     assert isinstance(settings.replay, int) and settings.learning_rate == 2e-4 and settings.seed == 100
-    with pytest.raises(ValueError, match="changes must be of fields of TrainConfig that are numbers, got 'critic'"):
+    with pytest.raises(ValueError, match="changes must be numbers that these fields .*, got 'critic'"):
         CompareConfig(changes={"critic": 1.0})
+    for name, value in (("tau", 0.3), ("seed", 7.0), ("epochs", 2.5), ("whiten", 1.0)):  # files would say what isn't so
+        with pytest.raises(ValueError, match=f"changes must .* got '{name}': {value}"):
+            CompareConfig(changes={name: value})
     with pytest.raises(ValueError, match="seeds must not be empty or below 1, got 0"):
         CompareConfig(seeds=0)
+
+
+def test_every_tau_seed_and_algorithm_is_run_with_the_changes():
+    """A change that reached one algorithm alone would be published as KLQ's lead."""
+    config = CompareConfig(taus=(0.1, 0.2), seeds=2, first_seed=7, changes={"replay": 0.0, "learning_rate": 1e-4})
+    parts = [list(part.values()) for part in config.experiments()]
+    assert sorted((a.tau, a.seed) for a, _ in parts) == list(product((0.1, 0.2), (7, 8)))
+    for a, b in parts:
+        assert (a.algorithm, b.algorithm) == ("klq", "ppo_clip") and replace(b, algorithm="klq") == a
+        assert (a.replay, a.learning_rate) == (0, 1e-4)
+
+
+def test_each_setting_is_priced_and_judged_by_its_own_runs():
+    """At τ = 0.1 KLQ's longer completions win before the reward, at 0.5 they lose; MiniLM says the opposite."""
+    runs = []
+    for tau, gain in ((0.1, 1.0), (0.5, -1.0)):
+        pairs = [("klq", (2.0, gain)), ("ppo_clip", (1.0, 0.0))]
+        runs += [run(name, seed, [end], tau=tau) for name, end in pairs for seed in range(2)]
+    for r in runs:
+        longer = r.after["length"] + 20 * (r.labels["algorithm"] == "klq")
+        r.tests[8] = r.after.assign(length=longer)
+        r.tests = {n: table.assign(MiniLM=-table["gold"]) for n, table in r.tests.items()}
+    differences, verdicts, leanings = study.differences(runs), study.verdicts(runs), study.leanings(runs)
+    for tau, gain, rates in (("0.1", 1.0, ("1.000", "0.000")), ("0.5", -1.0, ("0.000", "1.000"))):
+        found = cells(differences, tau, "KLQ", "PPO-clip")["J = reward − τ KL"]
+        assert number(found) == pytest.approx(gain - float(tau), abs=1e-3)
+        for judge, rate in zip(("reward", "MiniLM"), rates):
+            row = cells(verdicts, tau, "PPO-clip", judge)
+            assert row["win-rate"].startswith(rate) and row["seeds"] == "2"
+            row = cells(leanings, tau, judge)
+            assert row["win-rate"] == row["length alone"] == rate and row["leans to the longer"] == rate[:-1]
+    summary = study.summary({"tldr": runs})
+    row = cells(summary, "tldr")
+    assert len(summary.splitlines()) == 3, "the world's own τ alone"
+    assert number(row["J = reward − τ KL"]) == pytest.approx(0.9, abs=1e-3)
+    assert number(row["reward at the same KL"]) == pytest.approx(0.5, abs=1e-2)
+    assert number(row["win-rate before the gold"]) == 1 and number(row["before MiniLM or TextBlob"]) == 0
+
+
+def test_each_seed_is_met_where_its_own_two_runs_meet():
+    runs = [run("klq", s, [(2.0 * s, 1.0)]) for s in (1, 2)] + [run("ppo_clip", s, [(1.0 * s, 0.0)]) for s in (1, 2)]
+    row = cells(study.matched(runs), "0.1", "KLQ", "PPO-clip")
+    assert row["at a KL of"] == "1.50" and number(row["reward"]) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_differences_and_win_rates_are_of_prompts_and_stay_in_their_range():
+    """Twenty samples of one prompt tell no more than its mean; widened intervals of win-rates end at 1."""
+    a = pd.DataFrame({"prompt": ["a"] * 20 + ["b"] * 20, "reward": [1.0] * 20 + [-1.0] * 20, "kl": 0.0})
+    assert study._difference([(a, a.assign(reward=0.0))], "reward") == "+0.000 [-1.000, +1.000]"
+    runs = [run("klq", s, [(1.0, 9.0 * s - 0.7)]) for s in range(2)]
+    runs += [run("ppo_clip", s, [(1.0, 0.0)], noise=50) for s in range(2)]
+    for r in runs:
+        r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
+    for found in (cells(study.summary({"tldr": runs}), "tldr"), cells(study.verdicts(runs), "0.1", "PPO-clip", "gold")):
+        found = found.get("win-rate before the gold") or found["win-rate"]
+        assert found.endswith(", 1.000]"), found
+
+
+class Folder(SimpleNamespace):
+    """What `read_result` asks of a run: its folder, settings, and how many updates it has logged."""
+
+    def rows(self):
+        """So many rows."""
+        return [{}] * self.logged
+
+
+def test_a_result_is_read_only_if_logged_to_its_end_and_judged_by_these_judges(tmp_path):
+    """The samples of the last update are there before its row is: cut off between them, a run isn't finished."""
+    run, table = Folder(folder=tmp_path, settings={"updates": 2}, logged=2), samples(0.0, 0.0)
+    for updates in (0, 1, 2):
+        experiment.keep_test(run, "judges", updates, table)
+    assert list(experiment.read_result(run, "judges").tests) == [0, 1, 2]
+    assert experiment.read_result(run, "other judges") is None
+    run.logged = 1
+    assert experiment.read_result(run, "judges") is None
+    run.logged = 3
+    run.settings["updates"] = 3
+    assert experiment.read_result(run, "judges") is None, "raised, and not yet tested at its new end"
+    experiment.keep_test(run, "other judges", 0, table)
+    judged, tests = experiment.read_tests(tmp_path)
+    assert judged == "other judges" and list(tests) == [0], "what the old judges said must not stay beside it"
+
+
+def test_who_judges_is_told_by_what_they_say_of_which_samples():
+    """The same names are not enough: stored verdicts of other judges must not be read as theirs."""
+
+    def judged_by(bias=0.0, prompts=("p", "q"), each=1):
+        judges = {"gold": lambda prompts, completions: [bias] * len(completions)}
+        test_prompts = Dataset.from_dict({"prompt": prompts})
+        world = SimpleNamespace(judges=judges, test_prompts=test_prompts, samples_per_prompt=each)
+        return experiment.judged_by(world)
+
+    assert judged_by() == judged_by()
+    assert len({judged_by(), judged_by(bias=1.0), judged_by(prompts=("p", "r")), judged_by(each=2)}) == 4
+
+
+class Rolled(SimpleNamespace):
+    """A rollout of one completion."""
+
+    def __len__(self):
+        return len(self.completions)
+
+
+def test_samples_say_what_was_sampled_in_these_units():
+    """KL in nats per completion, length in tokens, and the share of the completion that stands in its prompt."""
+    values = {"prompts": ["one two three four"], "completions": ["one two three"], "ended": torch.tensor([True])}
+    values |= {"kl": torch.tensor([[0.5, 0.25, 0.0]]), "mask": torch.tensor([[True, True, False]])}
+    rollout = Rolled(**values, tokens=torch.tensor([[3, 4, 0]]), logprobs=torch.zeros(1, 3))
+    judges = {"MiniLM": lambda prompts, completions, bonus: [bonus[0] + 1.0]}
+    world = SimpleNamespace(reward=lambda prompts, completions, bonus: [bonus[0]], judges=judges)
+    (row,) = experiment.judged(world, rollout, {"bonus": [2.0]}).to_dict("records")
+    assert row == {
+        "prompt": "one two three four", "completion": "one two three", "reward": 2.0, "kl": 0.75, "length": 2,
+        "ended": True, "copied": 1.0, "MiniLM": 3.0,
+    }  # fmt: skip
+
+
+def test_every_batch_of_test_samples_has_random_numbers_of_its_own(monkeypatch):
+    """… the same on each call with the same seed: algorithms are compared under common random numbers."""
+
+    def collect(policy, tokenizer, prompts, generator, **_):
+        return [(p, torch.rand((), generator=generator).item()) for p in prompts]
+
+    monkeypatch.setattr(experiment, "collect", collect)
+    monkeypatch.setattr(experiment, "judged", lambda world, rollout, rows: pd.DataFrame(rollout, columns=list("px")))
+    prompts = Dataset.from_dict({"prompt": ["p", "q"]})
+    world = SimpleNamespace(test_prompts=prompts, samples_per_prompt=3, tokenizer=None, constraint=None)
+    configs = (TrainConfig(batch_size=2, seed=s) for s in (0, 0, 1))
+    first, again, other = (experiment.held_out_samples(world, None, config) for config in configs)
+    assert first["p"].tolist() == ["p", "q"] * 3 and first["x"].nunique() == 6
+    assert first.equals(again) and not set(first["x"]) & set(other["x"])
+
+
+def test_a_summary_of_results_is_of_the_last_quarter_and_of_before_and_after():
+    one = run("klq", 0, [(2.0, 0.4)])
+    one.rows = [{"reward": float(i), "kl": 2.0 * i, "seconds": 1.0} for i in range(8)]
+    (row,) = summarise_results([one]).to_dict("records")
+    assert (row["reward"], row["kl"], row["seconds"]) == (6.5, 13.0, 8.0)
+    found = [row[name] for name in ("reward_before", "reward_after", "kl_before", "kl_after")]
+    assert found == pytest.approx([0, 0.4, 0, 2], abs=1e-6)

@@ -1,14 +1,23 @@
 """What `klq sweep` makes of its runs: paired differences, learning rates chosen elsewhere, the power of a judge."""
 
+import concurrent.futures
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from klq_edu.app.comparison import algorithms, difference, power, schedules
-from klq_edu.app.sweep import SCHEDULES, SweepConfig, tuned
+from klq_edu.app.experiment import Result
+from klq_edu.app.sweep import SCHEDULES, SweepConfig, in_parallel, one_run, tuned, win_rates
 from klq_edu.figures import optimum_gaps
 from klq_edu.rlhf.power import pairs_needed, seeds_needed
-from klq_edu.worlds.registry import VARIANTS
+from klq_edu.worlds.registry import VARIANTS, preset
 
 
 def row(algorithm, gap, seed, schedule="replay", tau=0.2, rate=2e-3, **more):
@@ -40,7 +49,7 @@ def test_differences_are_paired_by_seed(csv):
     rows = [row("klq", g, s) for s, g in enumerate(gaps)] + [row("ppo_clip", g + 0.1, s) for s, g in enumerate(gaps)]
     table = algorithms(csv(rows[::-1]))
     assert cells(table, "PPO-clip")[-1] == "+0.100 [+0.100, +0.100], 4/4" and cells(table, "KLQ")[-1] == ""
-    assert cells(table, "KLQ")[4:6] == ["0.700 [0.200, 0.900]", "0.625"]
+    assert cells(table, "KLQ")[4:7] == ["0.700 [0.200, 0.900]", "0.625", "0.50"]
     assert cells(table, "KLQ")[-3:-1] == ["0.40 of 0.75", "3.000 [1.000, 8.000]"]
 
 
@@ -59,6 +68,14 @@ def test_schedules_are_compared_each_with_its_own_klq(csv):
     rows = [row("klq", 1.0, s) for s in range(3)] + [row("klq", 5.0, s, "on_policy") for s in range(3)]
     rows += [row("ppo_clip", 6.0, s, "on_policy") for s in range(3)]
     assert cells(algorithms(csv(rows)), "PPO-clip")[-1].startswith("+1.000")
+    taus = [
+        row(a, gap, s, tau=t)
+        for t, klq in ((0.1, 1.0), (1.0, 3.0))
+        for a, gap in (("klq", klq), ("ppo_clip", 3.5))
+        for s in range(3)
+    ]
+    shown = [line.split("|")[-2].strip() for line in algorithms(csv(taus)).splitlines() if "PPO-clip" in line]
+    assert [cell.split()[0] for cell in shown] == ["+2.500", "+0.500"] and all(cell.endswith("3/3") for cell in shown)
     assert "PPO-clip" not in algorithms(csv(rows), "replay") and "replay" not in algorithms(csv(rows), "replay")
 
 
@@ -86,7 +103,7 @@ def test_several_learning_rates_are_never_pooled(csv):
 
 def test_learning_rates_are_the_best_of_another_sweep_at_the_nearest_tau(csv):
     rows = [
-        row("klq", gap, seed, tau=tau, rate=rate)
+        row("klq", gap + 1.5 * (2 * seed - 1) * (rate == 1e-3), seed, tau=tau, rate=rate)  # the mean decides
         for tau, rate, gap in [(0.05, 1e-3, 2.0), (0.05, 4e-3, 1.0), (1.0, 1e-3, 0.1), (1.0, 4e-3, 0.2)]
         for seed in (0, 1)
     ]  # fmt: skip
@@ -121,6 +138,8 @@ def test_every_algorithm_gets_the_same_completions_and_the_same_switches():
     runs = SweepConfig(seeds=1, taus=(0.1,)).experiments()
     assert len(runs) == len(VARIANTS) * len(SCHEDULES)
     assert {c.updates * c.batch_size for _, c in runs.values()} == {5120}
+    many = SweepConfig(seeds=2, taus=(0.1, 0.5), learning_rates=(1e-3, 2e-3)).experiments()
+    assert len(many) == 8 * len(runs), "no two runs share a folder"
     for schedule in SCHEDULES:
         same = {(c.replay, c.tau_start, c.epochs, c.updates) for used, c in runs.values() if used == schedule}
         assert len(same) == 1, schedule
@@ -154,3 +173,42 @@ def test_the_figure_shows_every_run_in_its_panel():
     for axis in figure.axes:
         assert axis.get_xlabel() and axis.get_ylabel() and axis.get_yscale() == "log" and len(axis.containers) == 2
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
+
+
+def test_wins_are_over_the_reference_and_klq_of_the_same_schedule_tau_and_seed(monkeypatch):
+    """What is asked of `win_rate` is whether the run itself beats them."""
+    world = SimpleNamespace(tree=SimpleNamespace(ref="reference"), tokenizer=None)
+    world.truth = SimpleNamespace(expected_reward=lambda table: torch.tensor(table.tau))
+    monkeypatch.setattr("klq_edu.worlds.load", lambda name: world)
+    monkeypatch.setattr("klq_edu.app.experiment.trained_policy", lambda world, settings, folder: settings)
+    monkeypatch.setattr("klq_edu.worlds.grammar.policy_table", lambda tree, tokenizer, policy: policy)
+    monkeypatch.setattr("klq_edu.worlds.grammar.win_rate", lambda truth, a, b: (a, b))
+    experiments = SweepConfig(taus=(0.1, 0.5), variants=("ppo_clip", "klq"), seeds=2).experiments()
+    for (_, settings), row in zip(experiments.values(), win_rates("grammar", experiments, Path()), strict=True):
+        assert row["wins_over_klq"] == (settings, replace(settings, algorithm="klq"))
+        assert row["wins_over_reference"] == (settings, "reference")
+        assert row["true_reward"] == pytest.approx(settings.tau)
+
+
+def test_a_run_becomes_a_row(grammar, monkeypatch):
+    """Shares after so many completions are where they are asked for, and the optimum is that of the final τ."""
+    rows = [{"update": n, "rollouts": 32 * n, "seconds": 1.0, "row_steps": 64 * n} for n in range(10, 51, 10)]
+    exact = dict.fromkeys(("kl_optimum", "mode_mass", "J", "exact_reward", "exact_kl"), 0.5)
+    rows = [
+        r | exact | {"attained": r["rollouts"] / 1e4} if r["rollouts"] % 640 == 0 or r is rows[-1] else r for r in rows
+    ]
+    monkeypatch.setattr("klq_edu.worlds.load", lambda name: grammar)
+    monkeypatch.setattr("klq_edu.app.experiment.run_experiment", lambda world, c, folder: Result(c.to_dict(), rows, {}))
+    cooled = preset("grammar", tau=0.2, tau_start=0.5, seed=3)
+    found, plain = (one_run("grammar", "replay", c, Path()) for c in (cooled, replace(cooled, tau_start=None)))
+    assert (found["attained_640"], found["attained_1280"], found["attained_2560"]) == (0.064, 0.128, None)
+    assert (found["attained"], found["rollouts"], found["row_steps"], found["seconds"]) == (0.16, 1600, 3200, 5.0)
+    assert found["mode_mass_optimum"] == plain["mode_mass_optimum"] and (found["tau"], found["seed"]) == (0.2, 3)
+
+
+def test_results_are_in_the_order_of_the_calls(monkeypatch):
+    """… not of who was ready first: rows and win-rates are joined by their place."""
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    ready = Event()
+    calls = [(lambda: ready.wait(10) and "first",), (lambda: ready.set() or "second",)]
+    assert in_parallel(calls, 2) == ["first", "second"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from klq_edu.app import comparison, report
-from klq_edu.app.experiment import Result
+from klq_edu.app.experiment import SAMPLES_FILE, Result
 from klq_edu.rlhf.judge import copied
 from klq_edu.worlds.world import SAMPLE
 
@@ -90,6 +90,34 @@ def test_a_leaning_that_no_pair_can_show_is_left_out():
 def test_where_the_gold_has_no_opinion_nobody_can_agree_with_it():
     pairs = pd.DataFrame({"prompt": list("aabb"), "gold": [0.0, 1.0, -1.0, 0.0], "proxy": [-1.0, 2.0, -2.0, 3.0]})
     row = report.agreement(pairs).iloc[0]
+    assert row["95 % interval"] == "[0.50, 0.50]" and row["prompts"] == 2, "over prompts, whose means are the same"
     assert (
         row["with the gold"] == "1.00" and row["labels with the gold"] == "0.50" and row["agrees with labels"] == "0.50"
     )
+
+
+def test_the_report_shows_the_trained_policy_and_the_whole_range_of_seeds():
+    """Completions are those after training; "median [lowest, highest]" is that."""
+    ((_, lines), *_) = report.samples_table(RESULTS)
+    assert [line[:2] for line in lines][:2] == [("reference", "a"), ("KLQ", "the cat sat on")]
+    runs = [result("klq", seed, KLQ.assign(reward=float(x))) for seed, x in enumerate((1, 2, 9, 3, 4))]
+    for r in runs:
+        r.rows[0] |= {"reward": 0.0, "kl": 0.0, "seconds": 1.0}
+    assert report.results_table(runs)["test reward"].tolist() == ["0.50 → 3.00 [1.00, 9.00]"]
+
+
+def test_verdicts_as_text_say_low_and_high_and_over_what():
+    rates = comparison.verdicts(RESULTS)
+    cell = report.by_judge(rates, "gain", "gain_low", "gain_high").set_index("pair").loc["KLQ against reference"]
+    assert cell["reward"] == "1.00 [0.50, 1.50]"
+    assert "over prompts" in report.spread_of(rates) and "over seeds" in report.spread_of(rates.assign(seeds=2))
+
+
+def test_judging_anew_keeps_the_run(tmp_path):
+    """`--from judge` costs no training: all that goes is what was sampled and judged after it."""
+    for name in (SAMPLES_FILE, "checkpoint.pt"):
+        (tmp_path / name).touch()
+    report.forget(tmp_path, judged_only=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    report.forget(tmp_path, judged_only=False)
+    assert not tmp_path.exists()

@@ -10,6 +10,7 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.worlds.registry import VARIANTS, WORLDS, preset, variant_of
 
 LEARNT = tuple(name for name, world in WORLDS.items() if world.made)
+GIVEN = ("tau", "seed", "whiten")  # what other options decide
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class CompareConfig:
                 raise ValueError(f"{name} must not be empty or below 1, got {value}")
         usual = WORLDS[self.world].settings
         for name, value in self.changes.items():
-            if not isinstance(getattr(usual, name, None), int | float):
-                raise ValueError(f"changes must be of fields of TrainConfig that are numbers, got {name!r}: {value}")
+            known = getattr(usual, name, None)
+            if name in GIVEN or not isinstance(known, int | float) or type(known)(value) != value:
+                rule = f"numbers that these fields of TrainConfig can have, and not of {', '.join(GIVEN)}"
+                raise ValueError(f"changes must be {rule}, got {name!r}: {value}")
 
     def changed(self) -> str:
         """The changes in words."""

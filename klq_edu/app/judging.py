@@ -46,8 +46,10 @@ def run_judge(config: JudgeConfig) -> None:
 def samples_of(folder: Path, when: str):
     """A finished run's test samples, "before" or "after" training, as a table; ValueError where there are none."""
     from klq_edu.app.experiment import SAMPLES_FILE, read_tests
+    from klq_edu.files import read_json
 
     _, tests = read_tests(folder)
-    if len(tests) < 2:
+    updates = read_json(folder / "config.json").get("updates")
+    if not {0, updates} <= set(tests):  # an unfinished run may have been tested along the way
         raise ValueError(f"run and rival must be folders of finished runs, {folder} has no {SAMPLES_FILE} of one")
-    return tests[0] if when == "before" else tests[max(tests)]
+    return tests[0 if when == "before" else updates]

@@ -71,7 +71,7 @@ def summary(worlds: dict[str, list[Result]]) -> str:
             for judges in (("gold",), INDEPENDENT):
                 (judge,) = set(judges) & set(comparison.judges_of(part))
                 won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
-                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*comparison.mean_interval(won)))
+                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*np.clip(comparison.mean_interval(won), 0, 1)))
             rows.append([world + setting.removeprefix(f"{tau:g}"), f"{len(pairs)}", *cells])
     heads = ["world", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL", "win-rate before the gold"]
     return comparison.table([*heads, "before MiniLM or TextBlob"], rows) if rows else ""

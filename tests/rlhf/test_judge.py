@@ -199,11 +199,12 @@ def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypat
     """Two prompts with two completions each: intervals are over prompts."""
     from klq_edu.app.judging import JudgeConfig, run_judge
 
-    def save(name, **texts):
+    def save(name, updates=3, **texts):
         tables = {when: [{"prompt": "pq"[i // 2], "completion": t, "length": len(t)} for i, t in enumerate(found)]
                   for when, found in zip(("0", "3"), texts.values())}  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "test_samples.json").write_text(json.dumps(tables))
+        (tmp_path / name / "config.json").write_text(json.dumps({"updates": updates}))
 
     save("klq", before=["a", "bb", "c", "d"], after=["aaa", "bbb", "c", "ddd"])
     save("ppo", before=["a", "bb", "c", "d"], after=["aaaa", "b", "cc", "ddd"])
@@ -215,8 +216,10 @@ def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypat
     run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=tmp_path / "ppo", url=url))
     assert "klq against ppo, before some-model:\nwin-rate 0.375" in capsys.readouterr().out
     save("other", before=["a"], after=["a"])
+    save("unfinished", updates=9, before=["a", "bb", "c", "d"], after=["aaaa", "b", "cc", "ddd"])
     for rival, message in (
         (tmp_path / "other", "same held-out prompts"),
+        (tmp_path / "unfinished", "must be folders of finished runs"),  # tested after 3 of 9 updates so far
         (tmp_path / "nowhere", "has no test_samples"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -227,3 +230,5 @@ def test_the_interval_over_seeds_is_wider_by_what_a_bootstrap_of_few_seeds_lacks
     """Two seeds, one always wins and one never: resampled means reach from 0 to 1, widened by √2 about ½."""
     rate, low, high = win_rate_of_seeds([[1.0] * 4, [0.0] * 4])
     assert (rate, low, high) == pytest.approx((0.5, 0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
+    (low, high), (middle, upper) = bootstrap_interval(range(9)), bootstrap_interval(range(9), level=0.5)
+    assert low < middle < 4 < upper < high, "… and narrower at a lower level"
