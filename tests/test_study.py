@@ -90,14 +90,17 @@ def test_the_summary_is_of_the_worlds_own_setting_and_of_ppo_clip():
     rivals = [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]
     for r in (*runs, *rivals, *others):
         r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
-    row = cells(study.summary({"tldr": runs + rivals + others, "dialogue": runs}), "tldr")
+    found = study.summary({"tldr": runs + rivals + others, "dialogue": runs})
+    row = cells(found, "tldr", "KLQ", "PPO-clip")
     assert (
         row["seeds"] == "3"
         and number(row["reward"]) == pytest.approx(0.3)
         and number(row["KL [nats]"]) == pytest.approx(1)
     )
     assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
-    assert number(row["win-rate before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+    assert number(row["wins before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+    assert number(cells(found, "tldr", "PPO-clip", "reference")["reward"]) == pytest.approx(0.3)
+    assert cells(found, "dialogue", "KLQ", "reference")["reward at the same KL"] == "" and "penalty" not in found
 
 
 def test_along_a_run_scores_are_gains_over_its_own_reference():
