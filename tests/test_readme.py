@@ -93,7 +93,6 @@ def test_the_tables_of_learnt_rewards_are_those_of_the_committed_runs(tmp_path):
     results = {folder.name: study.read(folder) for folder in folders}
     assert study.summary(results) in README, "run klq compare and update README.md"
     for folder in folders:
-        assert study.differences(results[folder.name]) in README, folder.name
         copied(folder, tmp_path)
         learnt = agreement(pd.read_csv(folder / "made_held_out_pairs.csv")).astype(str).iloc[0]
         assert f"| {folder.name} | {' | '.join(learnt)} |" in README, folder.name

@@ -101,14 +101,17 @@ def test_the_summary_is_of_the_worlds_own_setting_and_of_ppo_clip():
     rivals = [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]
     for r in (*runs, *rivals, *others):
         r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
-    row = cells(study.summary({"tldr": runs + rivals + others, "dialogue": runs}), "tldr")
+    found = study.summary({"tldr": runs + rivals + others, "dialogue": runs})
+    row = cells(found, "tldr", "KLQ", "PPO-clip")
     assert (
         row["seeds"] == "3"
         and number(row["reward"]) == pytest.approx(0.3)
         and number(row["KL [nats]"]) == pytest.approx(1)
     )
     assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
-    assert number(row["win-rate before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+    assert number(row["wins before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
+    assert number(cells(found, "tldr", "PPO-clip", "reference")["reward"]) == pytest.approx(0.3)
+    assert cells(found, "dialogue", "KLQ", "reference")["reward at the same KL"] == "" and "penalty" not in found
 
 
 def test_along_a_run_scores_are_gains_over_its_own_reference():
@@ -253,6 +256,13 @@ def test_one_command_runs_what_is_missing_and_writes_tables_and_figure(world, tm
     run_compare(config)
     with pytest.raises(AssertionError, match="it is all there"):
         run_compare(replace(config, changes={"epochs": 2.0}))
+    world.tables["stages"]["digest"] = ["dd"]  # the reward model has been made anew
+    with pytest.raises(ValueError, match=r"must hold runs for one reward model, got \['cc', 'dd'\]: choose another"):
+        run_compare(replace(config, seeds=3))
+    path = tmp_path / "out" / "grammar" / "runs.csv"
+    runs.assign(reward_model=["cc", "cc", "cc", "dd"]).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="one reward model"):
+        study.write(path.parent)
 
 
 def test_changes_are_numbers_of_known_fields():
@@ -260,7 +270,7 @@ def test_changes_are_numbers_of_known_fields():
     ((name, settings),) = (
         config.experiments()[0].items() if len(config.variants) == 1 else [next(iter(config.experiments()[0].items()))]
     )
-    assert name == "klq-tau0.1-replay0-learning_rate0.0002-seed100" and settings.replay == 0
+    assert name == "klq-tau0.1-learning_rate0.0002-replay0-seed100" and settings.replay == 0
     assert isinstance(settings.replay, int) and settings.learning_rate == 2e-4 and settings.seed == 100
     with pytest.raises(ValueError, match="changes must be numbers that these fields .*, got 'critic'"):
         CompareConfig(changes={"critic": 1.0})
@@ -301,11 +311,11 @@ def test_each_setting_is_priced_and_judged_by_its_own_runs():
             row = cells(leanings, tau, judge)
             assert row["win-rate"] == row["length alone"] == rate and row["leans to the longer"] == rate[:-1]
     summary = study.summary({"tldr": runs})
-    row = cells(summary, "tldr")
-    assert len(summary.splitlines()) == 3, "the world's own τ alone"
+    row = cells(summary, "tldr", "KLQ", "PPO-clip")
+    assert len(summary.splitlines()) == 5, "the world's own τ alone"
     assert number(row["J = reward − τ KL"]) == pytest.approx(0.9, abs=1e-3)
     assert number(row["reward at the same KL"]) == pytest.approx(0.5, abs=1e-2)
-    assert number(row["win-rate before the gold"]) == 1 and number(row["before MiniLM or TextBlob"]) == 0
+    assert number(row["wins before the gold"]) == 1 and number(row["before MiniLM or TextBlob"]) == 0
 
 
 def test_each_seed_is_met_where_its_own_two_runs_meet():
@@ -322,8 +332,12 @@ def test_differences_and_win_rates_are_of_prompts_and_stay_in_their_range():
     runs += [run("ppo_clip", s, [(1.0, 0.0)], noise=50) for s in range(2)]
     for r in runs:
         r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
-    for found in (cells(study.summary({"tldr": runs}), "tldr"), cells(study.verdicts(runs), "0.1", "PPO-clip", "gold")):
-        found = found.get("win-rate before the gold") or found["win-rate"]
+    tables = (
+        (study.summary({"tldr": runs}), "tldr", "KLQ", "PPO-clip"),
+        (study.verdicts(runs), "0.1", "PPO-clip", "gold"),
+    )
+    for found in (cells(*t) for t in tables):
+        found = found.get("wins before the gold") or found["win-rate"]
         assert found.endswith(", 1.000]"), found
 
 

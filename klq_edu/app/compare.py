@@ -42,7 +42,7 @@ class CompareConfig:
 
     def changed(self) -> str:
         """The changes in words."""
-        return ", ".join(f"{name} {value:g}" for name, value in self.changes.items())
+        return ", ".join(f"{name} {value:g}" for name, value in sorted(self.changes.items()))
 
     def experiments(self) -> list[dict[str, TrainConfig]]:
         """For each τ and seed: name -> settings of the runs that start from the same samples."""
@@ -72,10 +72,18 @@ def run_compare(config: CompareConfig) -> None:
     if calls:
         from klq_edu.worlds import load
 
-        for name, table in load(config.world).tables.items():  # made once, before the workers start
+        tables = load(config.world).tables  # made once, before the workers start
+        known = [r.settings["reward_model"] for r in study.read(folder)] if (folder / study.RUNS).exists() else []
+        study.check_reward(folder, [*known, digest(tables["stages"])])
+        for name, table in tables.items():
             without_texts(table).to_csv(folder / f"made_{name}.csv", index=False)
         in_parallel(calls, config.jobs, "seeds")
     print(study.write(folder))
+
+
+def digest(stages) -> str:
+    """What tells the reward model from others, from the table of the road's stages."""
+    return stages.set_index("stage")["digest"]["reward"]
 
 
 def without_texts(table):
@@ -126,7 +134,7 @@ def record(folder: Path, name: str, changes: str, settings: TrainConfig, result,
     row |= {key: result.settings[key] for key in ("tau", "seed", "updates")}
     row |= {key: last[key] for key in ("rollouts", "row_steps")}
     row["seconds"] = round(sum(r["seconds"] for r in result.rows))
-    row |= {"settings": json.dumps(settings.to_dict()), "reward_model": stages.set_index("stage")["digest"]["reward"]}
+    row |= {"settings": json.dumps(settings.to_dict()), "reward_model": digest(stages)}
     row |= {key: value for key, value in facts("cpu").items() if key in ("torch", "machine")}
     with FileLock(folder / ".lock"):
         path = folder / RUNS

@@ -5,6 +5,7 @@ prompts; algorithms are paired by seed. Of few seeds these intervals hold the tr
 13), so in how many seeds a difference is positive stands beside them.
 """
 
+from collections.abc import Iterable
 from itertools import groupby, pairwise, product
 from pathlib import Path
 
@@ -27,9 +28,11 @@ HEADS = {"J": "J = reward − τ KL", "kl": "KL [nats]", "length": "tokens", "en
 
 
 def read(folder: Path) -> list[Result]:
-    """All runs in the folder of a world, by τ, algorithm and seed."""
+    """All runs in the folder of a world, by τ, algorithm and seed. ValueError if reward models differ."""
     found = []
-    runs = pd.read_csv(folder / RUNS, keep_default_na=False).sort_values([*SETTING, "algorithm", "seed"])
+    runs = pd.read_csv(folder / RUNS, keep_default_na=False, dtype={"reward_model": str})
+    runs = runs.sort_values([*SETTING, "algorithm", "seed"])
+    check_reward(folder, runs["reward_model"])
     for run in runs.to_dict("records"):
         table = pd.read_csv(folder / f"{run['run']}.csv")
         tests = {n: part.drop(columns="update").reset_index(drop=True) for n, part in table.groupby("update")}
@@ -38,11 +41,17 @@ def read(folder: Path) -> list[Result]:
     return found
 
 
+def check_reward(folder: Path, digests: Iterable[str]) -> None:
+    """ValueError if they are not all the same: scores of different reward models say nothing of each other."""
+    if len(found := set(digests)) > 1:
+        raise ValueError(f"{folder} must hold runs for one reward model, got {sorted(found)}: choose another --out")
+
+
 def write(folder: Path) -> str:
     """Write all tables (.md) and figures (.svg) beside the folder; returns the tables."""
     results = read(folder)
     parts = {
-        "KLQ beside PPO-clip": summary({folder.name: results}),
+        "KLQ and PPO-clip": summary({folder.name: results}),
         "Differences at the same τ": differences(results),
         "Differences at the same KL": matched(results),
         "Win-rates of KLQ": verdicts(results),
@@ -56,25 +65,26 @@ def write(folder: Path) -> str:
 
 
 def summary(worlds: dict[str, list[Result]]) -> str:
-    """KLQ less PPO-clip, by world and what was changed, at the world's τ: the objective, reward and KL, reward where
-    both have gone equally far (see `matched`), and KLQ's win-rates before the gold and the judge that had no part."""
+    """KLQ and PPO-clip, less the reference and one less the other, by world and what was changed, at the world's τ: the
+    objective, reward and KL, reward where both have gone equally far (see `matched`), and the win-rates of the first
+    before the gold and the judge that had no part."""
     rows = []
     for world, results in worlds.items():
         tau = preset(world).tau
         for setting, part in by_setting([r for r in results if r.settings["tau"] == tau]):
-            duels = {(name, rival): pairs for name, rival, pairs in comparison.opponents(part)}
-            if not (pairs := duels.get(("klq", "ppo_clip"))):
-                continue
-            tables = [(a.after, b.after) for a, b in pairs]
-            cells = [_difference(tables, column, tau) for column in ("J", "reward", "kl")]
-            cells.append(_difference(_meeting(pairs), "reward"))
-            for judges in (("gold",), INDEPENDENT):
-                (judge,) = set(judges) & set(comparison.judges_of(part))
-                won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in tables]
-                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*np.clip(comparison.mean_interval(won), 0, 1)))
-            rows.append([world + setting.removeprefix(f"{tau:g}"), f"{len(pairs)}", *cells])
-    heads = ["world", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL", "win-rate before the gold"]
-    return comparison.table([*heads, "before MiniLM or TextBlob"], rows) if rows else ""
+            for (name, rival, runs), (*_, pairs) in zip(comparison.opponents(part), comparison.compared(part)):
+                if not {name, rival} <= {"klq", "ppo_clip", None}:
+                    continue
+                cells = [_difference(pairs, column, tau) for column in ("J", "reward", "kl")]
+                cells.append(_difference(_meeting(runs), "reward") if rival else "")
+                for judges in (("gold",), INDEPENDENT):
+                    (judge,) = set(judges) & set(comparison.judges_of(part))
+                    won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
+                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*np.clip(comparison.mean_interval(won), 0, 1)))
+                about = [world + setting.removeprefix(f"{tau:g}"), _label(name), _label(rival), f"{len(pairs)}"]
+                rows.append([*about, *cells])
+    heads = ["world", "policy", "minus", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL"]
+    return comparison.table([*heads, "wins before the gold", "before MiniLM or TextBlob"], rows) if rows else ""
 
 
 def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
