@@ -70,10 +70,12 @@ def run_compare(config: CompareConfig) -> None:
     place = folder, config.runs / config.world
     calls = [(some_runs, config.world, config.changed(), runs, *place) for runs in filter(None, parts)]
     if calls:
+        import pandas as pd
+
         from klq_edu.worlds import load
 
         tables = load(config.world).tables  # made once, before the workers start
-        known = [r.settings["reward_model"] for r in study.read(folder)] if (folder / study.RUNS).exists() else []
+        known = pd.read_csv(folder / study.RUNS, dtype=str)["reward_model"] if (folder / study.RUNS).exists() else []
         study.check_reward(folder, [*known, digest(tables["stages"])])
         for name, table in tables.items():
             without_texts(table).to_csv(folder / f"made_{name}.csv", index=False)

@@ -77,10 +77,10 @@ def summary(worlds: dict[str, list[Result]]) -> str:
                     continue
                 cells = [_difference(pairs, column, tau) for column in ("J", "reward", "kl")]
                 cells.append(_difference(_meeting(runs), "reward") if rival else "")
-                for judges in (("gold",), INDEPENDENT):
-                    (judge,) = set(judges) & set(comparison.judges_of(part))
-                    won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
-                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*np.clip(comparison.mean_interval(won), 0, 1)))
+                judges = (set(names) & set(comparison.judges_of(part)) for names in (("gold",), INDEPENDENT))
+                for (judge,) in judges:
+                    interval = np.clip(comparison.mean_interval(_won(pairs, judge)), 0, 1)
+                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*interval))
                 about = [world + setting.removeprefix(f"{tau:g}"), _label(name), _label(rival), f"{len(pairs)}"]
                 rows.append([*about, *cells])
     heads = ["world", "policy", "minus", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL"]
@@ -151,7 +151,7 @@ def verdicts(results: list[Result]) -> str:
         for (name, rival, pairs), judge in product(comparison.compared(part), comparison.judges_of(part)):
             if name != "klq" or rival is None or len(pairs) < 2:
                 continue
-            won = [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
+            won = _won(pairs, judge)
             one = found[(found["judge"] == judge) & (found["a"] == "KLQ") & (found["b"] == _label(rival))].iloc[0]
             noise = np.mean([w.var() / len(w) for w in won])
             sd = max(0.0, np.var([w.mean() for w in won], ddof=1) - noise) ** 0.5
@@ -198,6 +198,11 @@ def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str, tau
     found = [(scores(a, column, tau) - scores(b, column, tau)).groupby(a["prompt"]).mean() for a, b in pairs]
     positive = f", {sum(x.mean() > 0 for x in found)}/{len(found)}" if len(found) > 1 else ""
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.mean_interval(found)) + positive
+
+
+def _won(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], judge: str) -> list[pd.Series]:
+    """How often the first wins before this judge, by seed: a value per prompt."""
+    return [preferred(a[judge], b[judge]).groupby(a["prompt"]).mean() for a, b in pairs]
 
 
 def _label(name: str | None) -> str:
