@@ -215,6 +215,8 @@ def checked_baselines(given: Sequence[float], count: int, config: TrainConfig) -
 
 def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
+    if not isinstance(prompts, Dataset):
+        raise TypeError(f"prompts must be a datasets.Dataset with a column 'prompt', got {type(prompts).__name__}")
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
     if taken := sorted(set(PROVIDED) & set(prompts.column_names)):

@@ -316,6 +316,8 @@ def test_an_unwritable_folder_is_an_early_clear_error(tmp_path):
 def test_prompts_without_the_column_are_refused(tmp_path, tiny_lm, tokenizer):
     with pytest.raises(ValueError, match="must have a column 'prompt', got columns \\['text'\\]"):
         train(None, tokenizer, Dataset.from_dict({"text": ["a"]}), even_words, settings(), run=Run(tmp_path, {}))
+    with pytest.raises(TypeError, match="prompts must be a datasets.Dataset with a column 'prompt', got list"):
+        train(None, tokenizer, ["a"], even_words, settings(), run=Run(tmp_path, {}))
 
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "ended"])

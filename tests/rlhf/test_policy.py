@@ -159,6 +159,7 @@ def test_loading_with_another_critic_is_refused(tiny_lm, tmp_path):
     [
         ({"trainable_blocks": 0}, r"trainable_blocks must lie in \[1, 3\].* got 0"),
         ({"trainable_blocks": 4}, r"trainable_blocks must lie in \[1, 3\].* got 4"),
+        ({"trainable_blocks": 1.5}, r"trainable_blocks must lie in \[1, 3\].* got 1.5"),
         ({"critic": "twin"}, "critic must be 'shared' or 'separate', got 'twin'"),
         ({"vocab": torch.tensor([3])}, "vocab needs a frozen head: give trainable_blocks"),
         ({"trainable_blocks": 1, "vocab": torch.tensor([3, 61])}, r"vocab must hold .* \[0, 61\), got 3…61"),
