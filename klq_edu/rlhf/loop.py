@@ -85,6 +85,7 @@ def train(
         run.claim(identity(prompts, reward, policy) | rest)
         policy.dtype = getattr(torch, run.keep("dtype", str(policy.dtype).removeprefix("torch.")))
         rows = run.resume(state)
+        policy.value_is_set = policy.value_is_set or bool(rows)  # the checkpoint's head has found its level
         if len(rows) >= config.updates:
             run.say_finished(len(rows))
             return rows

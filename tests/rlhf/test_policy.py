@@ -146,6 +146,7 @@ def test_a_saved_policy_is_a_plain_causal_lm_with_its_critic_beside_it(tiny_lm, 
     torch.testing.assert_close(plain_logits(plain)[REAL][:, :10], expected[0][REAL][:, :10], rtol=1e-4, atol=1e-4)
     again = ActorCritic.from_pretrained(tmp_path, vocab=vocab, **settings)
     torch.testing.assert_close(again(again.encode(IDS, MASK), ALL)[1], expected[1])
+    assert again.value_is_set and not ActorCritic(tiny_lm()).value_is_set  # a run keeps a critic that was trained
 
 
 def test_loading_with_another_critic_is_refused(tiny_lm, tmp_path):
