@@ -140,7 +140,7 @@ def heads(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, mask) 
 def _tokens(shape: torch.Size, name: str, tokens, mask) -> None:
     given = dict(tokens=tokens, **optional(mask=mask))
     same_shape(shape, f"{name} without its last axis", **given)
-    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must hold integer ids, got dtype {tokens.dtype}")
     alike(**given)
 

@@ -214,7 +214,7 @@ def _options(model: dict, tokens: Tensor, mask: Tensor | None, temperature: floa
         return dict(temperature=temperature, workspace=0)
     checks.heads(tokens=tokens, mask=mask, **model)
     default = WORKSPACE_BYTES["cuda" if model["weight"].is_cuda else "cpu"]
-    return dict(temperature=temperature, workspace=default if workspace_bytes is None else workspace_bytes)
+    return dict(temperature=temperature, workspace=int(default if workspace_bytes is None else workspace_bytes))
 
 
 def _by_definition(model: dict, given: dict, temperature: float) -> TokenStats:

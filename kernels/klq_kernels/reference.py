@@ -28,7 +28,8 @@ def token_stats(
     dtype = result_dtype(logits, ref_logits)
     logp = _log_softmax(logits.to(dtype), temperature, mask)
     logprob = _pick(logp, tokens, mask)
-    entropy = zero_unless(mask, -(logp.exp() * torch.where(logp > -INF, logp, 0.0)).sum(-1))  # 0 log 0 = 0
+    p = logp.exp()
+    entropy = zero_unless(mask, -(p * torch.where(p == 0, 0.0, logp)).sum(-1))  # 0 log 0 = 0
     if ref_logits is None:
         return TokenStats(logprob, entropy, None, None)
     logq = _log_softmax(ref_logits.detach().to(dtype), temperature, mask)
@@ -67,7 +68,7 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     checks.alike(logp=logp, logq=logq)
     logp, logq = cast(logp, logq)
     p, q = logp.exp(), logq.exp()
-    d = torch.where((p > 0) & (logq > -INF), logp - logq, 0.0)
+    d = torch.where((p > 0) & (logq != -INF), logp - logq, 0.0)  # and NaN stays
     near = (d.abs() < 1) & (p > 0)
     d_near = torch.where(near, d, 0.0)
     terms = torch.where(near, p * (torch.expm1(-d_near) + d_near).clamp_min(0), q - p + p * d)
@@ -99,8 +100,12 @@ def lambda_returns(
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states whose masked rows are replaced by zeros."""
-    return torch.nn.functional.linear(zero_unless(mask.unsqueeze(-1).expand_as(hidden), hidden), weight, bias)
+    """Logits [..., V] of hidden states whose masked rows are replaced by zeros; a bias of another dtype is added behind
+    the product."""
+    hidden = zero_unless(mask.unsqueeze(-1).expand_as(hidden), hidden)
+    if bias is None or bias.dtype == weight.dtype:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    return hidden @ weight.t() + bias
 
 
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor) -> Tensor:

@@ -79,10 +79,11 @@ def join(left: Residuals | None, right: Residuals, here: Tensor) -> Residuals:
 
 
 def finished(stats: Residuals, temperature: float, mask: Tensor, dtype: torch.dtype) -> Residuals:
-    """Float64 residuals [n] in this dtype, 0 where masked, NaN for a row all of whose logits are −inf: it is no
+    """Float64 residuals [n] in this dtype, 0 where masked, NaN where all of a row's logits are −inf: they are no
     distribution. The shift takes what it can of the lse, of which a KL's gradient needs more digits than float32 has.
     """
-    lost = torch.where(stats.lse <= LOWEST, torch.nan, 0.0)
+    lost, ref_lost = (torch.where(x <= LOWEST, torch.nan, 0.0) for x in (stats.lse, stats.ref_lse))
+    stats = stats._replace(ref_logprob=stats.ref_logprob + ref_lost, kl=stats.kl + ref_lost)
     shift, ref_shift = ((x * temperature).to(dtype).double() for x in (stats.lse, stats.ref_lse))
     lse, ref_lse = stats.lse - shift / temperature, stats.ref_lse - ref_shift / temperature
     stats = stats._replace(shift=shift, lse=lse, ref_shift=ref_shift, ref_lse=ref_lse)
@@ -254,7 +255,8 @@ def _kl(p: Tensor, x: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     u = torch.sub(y, x, out=x)
     mean = torch.linalg.vecdot(p, u)
     if not (u.amax(1) - mean < FAR).all():  # or NaN: of −inf
-        x, y = torch.where(y > -INF, y.double() - u, p.double().log() + lse.unsqueeze(1)), y.double()
+        known = (u.abs() < FAR) | (p < torch.finfo(p.dtype).tiny)  # by x: a larger u has rounded it, a larger p has it
+        x, y = torch.where((y > -INF) & known, y.double() - u, p.double().log() + lse.unsqueeze(1)), y.double()
         return reference.kl_divergence(x.log_softmax(1), y.log_softmax(1)), y.logsumexp(1)
     a = torch.linalg.vecdot(p, torch.expm1(u.sub_(mean.unsqueeze(1)), out=y).sub_(u))
     kl = a.clamp_(min=0).double().log1p()

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -121,7 +121,8 @@ def grade(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     generator.manual_seed(seed) if seed is not None else generator.seed()
     trials = [exercise.inputs(generator) for _ in range(TRIALS)]
     right = exercise.outcomes(exercise.solution, trials)  # before the answer can change what it calls
-    with _watched() as rung:
+    results, message = None, "your answer stopped with an error that can't be shown"
+    with _watched() as rung, suppress(KeyboardInterrupt):  # which may ring while the complaint is made, too
         try:
             results, message = exercise.outcomes(answer, trials), None
         except BaseException as error:

@@ -17,7 +17,7 @@ class TopBlocks(nn.Module):
     def __init__(self, lm: PreTrainedModel, count: int):
         super().__init__()
         blocks = blocks_of(lm)
-        if not 1 <= count <= len(blocks):
+        if count not in range(1, len(blocks) + 1):
             raise ValueError(f"trainable_blocks must lie in [1, {len(blocks)}], the model's blocks, got {count}")
         kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ["same"])
         if len(kinds) > 1:

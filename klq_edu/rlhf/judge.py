@@ -81,9 +81,14 @@ def outcomes(prompts: list[str], a: list[str], b: list[str], judge: Judge) -> np
 
 
 def _preferences(judge: Judge, prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
-    found = np.asarray(list(judge(list(prompts), list(first), list(second))), dtype=float)
+    answer = judge(list(prompts), list(first), list(second))
+    try:
+        answer = list(answer)
+        found = np.asarray(answer, dtype=float)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)  # no list, or not of numbers
     if found.shape != (len(prompts),) or not ((found >= 0) & (found <= 1)).all():
-        raise ValueError(f"the judge must return {len(prompts)} numbers in [0, 1], got {found.tolist()!s:.100}")
+        raise ValueError(f"the judge must return {len(prompts)} numbers in [0, 1], got {answer!s:.100}")
     return found
 
 

@@ -85,6 +85,7 @@ def train(
         run.claim(identity(prompts, reward, policy) | rest)
         policy.dtype = getattr(torch, run.keep("dtype", str(policy.dtype).removeprefix("torch.")))
         rows = run.resume(state)
+        policy.value_is_set = policy.value_is_set or bool(rows)  # the checkpoint's head has found its level
         if len(rows) >= config.updates:
             run.say_finished(len(rows))
             return rows
@@ -215,6 +216,8 @@ def checked_baselines(given: Sequence[float], count: int, config: TrainConfig) -
 
 def prepare(policy: ActorCritic, prompts: Dataset, config: TrainConfig) -> None:
     """Check that policy and prompts fit the settings, and put those settings into the policy that it carries out."""
+    if not isinstance(prompts, Dataset):
+        raise TypeError(f"prompts must be a datasets.Dataset with a column 'prompt', got {type(prompts).__name__}")
     if "prompt" not in prompts.column_names:
         raise ValueError(f"prompts must have a column 'prompt', got columns {prompts.column_names}")
     if taken := sorted(set(PROVIDED) & set(prompts.column_names)):

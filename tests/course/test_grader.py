@@ -200,6 +200,17 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
         while True:
             pass
 
+    class Endless(Exception):
+        __module__ = "triton"  # of whose errors the text is looked into
+
+        def __str__(self):
+            while True:
+                pass
+
+    def unspeakable(*_):
+        """Ends at once, but what it raises can't be told."""
+        raise Endless
+
     monkeypatch.setattr(exercises, "SECONDS", 0.02)
     rung, tracer = [], sys.gettrace()
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
@@ -209,6 +220,7 @@ def test_an_endless_answer_is_stopped_and_alarms_of_others_still_ring(monkeypatc
             for answer in (stubborn, patient):
                 verdict = grade(exercise, answer)
                 assert verdict.passed is False and "stopped after 0.02 seconds" in verdict.message
+        assert "stopped after" in grade(EXERCISES["1.1"], unspeakable).message
         assert "stopped after" in grade(EXERCISES["1.1"], deaf).message and sys.gettrace() is tracer
         assert sys.exc_info() == (None, None, None)
         left, every = signal.getitimer(signal.ITIMER_REAL)

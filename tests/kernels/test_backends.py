@@ -330,6 +330,16 @@ def test_statistics_that_ride_along_with_the_loss_from_logits(backend, inplace):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F32])
+def test_a_bias_of_another_dtype(dtype, backend):
+    """… gives what it gives in the heads' own: these numbers are the same in both. A workspace may be a float."""
+    inputs = draw_heads((3,), 5, 4, dtype) | dict(workspace_bytes=1e6)
+    biases = (torch.arange(5.0, dtype=other) for other in (torch.float16, torch.bfloat16, F32))
+    results = [linear_token_stats(**(inputs | dict(bias=bias)), backend=backend) for bias in biases]
+    assert all(error(x, results[0].logprob) < 0.02 for x, *_ in results)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("op", MODEL_OPS[:2])
 def test_any_integer_dtype_of_tokens(op, dtype, backend):

@@ -136,6 +136,26 @@ def test_tokens_forbidden_in_the_reference_only(tile, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("low", [-1e4, -1e9])
+def test_tokens_almost_forbidden_in_the_reference_only(low, tile, backend):
+    """A log(p/q) so large that float32 rounds the policy's own logit beside it."""
+    logits, ref = near(3.0)
+    ref[:, 20:29] = low
+    assert_right(logits, ref, tile, backend, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_reference_that_is_no_distribution_has_no_kl(tile, backend):
+    """All tokens are forbidden, or a logit is NaN: no number is to hide that."""
+    logits, ref = near(3.0)
+    assert kl(logits, torch.full_like(ref, -INF), tile, backend).isnan().all()
+    ref[1, 40] = float("nan")
+    assert TILES[tile] or kl(logits, ref, tile, backend).isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tile", TILES)
 def test_equal_models_have_no_kl(tile, backend):
     logits = near(0.0)[0]
     assert (kl(logits, logits.clone(), tile, backend) == 0).all()

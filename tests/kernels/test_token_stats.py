@@ -157,6 +157,13 @@ def test_an_all_masked_batch_is_zero_with_zero_gradient():
     assert all((x == 0).all() for x in stats) and (logits.grad == 0).all()
 
 
+def test_a_token_that_underflows_gets_no_gradient_whatever_its_logit():
+    """finfo.min in place of −inf: times an upstream gradient above 1 it would overflow, and 0 · inf is NaN."""
+    logits = torch.tensor([[0.0, 1.0, torch.finfo(torch.float32).min]], requires_grad=True)
+    (4 * token_stats(logits, torch.tensor([0]), backend="reference").entropy.sum()).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad[0, 2] == 0
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
 @pytest.mark.parametrize("scale", [0.05, 3.0])  # KLs on both sides of |log p/q| = 1, where the formula switches
 def test_joint_gradient_for_random_upstream_gradients(temperature, scale):
@@ -208,6 +215,7 @@ BAD = {
     "reference of another vocabulary": (dict(ref_logits=torch.zeros(3, 6)), ValueError, "ref_logits must have"),
     "float mask": (dict(mask=torch.ones(3)), TypeError, "mask must be boolean"),
     "float tokens": (dict(tokens=torch.tensor([0.0, 1.5, 2.0])), TypeError, "tokens must hold integer"),
+    "complex tokens": (dict(tokens=torch.ones(3, dtype=torch.cfloat)), TypeError, "tokens must hold integer"),
     "boolean tokens": (dict(tokens=torch.ones(3, dtype=torch.bool)), TypeError, "tokens must hold integer"),
     "token too large": (dict(tokens=torch.tensor([0, 5, 1])), ValueError, "tokens must lie in"),
     "negative token, not masked": (dict(tokens=torch.tensor([0, -100, 1])), ValueError, "tokens must lie in"),

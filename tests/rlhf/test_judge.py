@@ -92,7 +92,9 @@ def test_lists_that_do_not_match_are_refused(prompts, a, b):
         win_rate(prompts, a, b, lambda *_: [1.0] * len(prompts))
 
 
-@pytest.mark.parametrize("said", [[1.0], [0.5, math.nan], [0.5, 1.5], [-0.1, 0.5], [0.5] * 3, [[0.5, 0.5]]])
+@pytest.mark.parametrize(
+    "said", [[1.0], [0.5, math.nan], [0.5, 1.5], [-0.1, 0.5], [0.5] * 3, [[0.5, 0.5]], None, 0.5, ["a", "b"]]
+)
 def test_preferences_that_are_none_are_refused(said):
     with pytest.raises(ValueError, match=r"2 numbers in \[0, 1\]"):
         win_rate(["p"] * 2, ["a"] * 2, ["b"] * 2, lambda *_: said)

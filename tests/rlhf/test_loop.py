@@ -105,6 +105,14 @@ def test_an_error_inside_the_first_update_after_resuming_tears_nothing(tmp_path,
     assert timeless(run(tmp_path / "cut", tiny_lm, tokenizer)) == timeless(whole)
 
 
+def test_a_value_head_from_a_checkpoint_is_not_fresh(tmp_path, tiny_lm, tokenizer):
+    """Trained in one go or taken up from its folder, a policy goes into its next run with the critic it has."""
+    policies = [ActorCritic(tiny_lm(), trainable_blocks=1) for _ in range(2)]
+    for policy in policies:
+        run(tmp_path, tiny_lm, tokenizer, settings(updates=1), policy=policy)
+    assert [policy.value_is_set for policy in policies] == [True, True]
+
+
 def test_replay_adds_rows_to_every_fit_and_asks_no_reward_twice(tmp_path, tiny_lm, tokenizer, monkeypatch):
     scored, fitted, fit = [], [], loop.fit
 
@@ -316,6 +324,8 @@ def test_an_unwritable_folder_is_an_early_clear_error(tmp_path):
 def test_prompts_without_the_column_are_refused(tmp_path, tiny_lm, tokenizer):
     with pytest.raises(ValueError, match="must have a column 'prompt', got columns \\['text'\\]"):
         train(None, tokenizer, Dataset.from_dict({"text": ["a"]}), even_words, settings(), run=Run(tmp_path, {}))
+    with pytest.raises(TypeError, match="prompts must be a datasets.Dataset with a column 'prompt', got list"):
+        train(None, tokenizer, ["a"], even_words, settings(), run=Run(tmp_path, {}))
 
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "ended"])

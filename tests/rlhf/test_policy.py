@@ -146,6 +146,7 @@ def test_a_saved_policy_is_a_plain_causal_lm_with_its_critic_beside_it(tiny_lm, 
     torch.testing.assert_close(plain_logits(plain)[REAL][:, :10], expected[0][REAL][:, :10], rtol=1e-4, atol=1e-4)
     again = ActorCritic.from_pretrained(tmp_path, vocab=vocab, **settings)
     torch.testing.assert_close(again(again.encode(IDS, MASK), ALL)[1], expected[1])
+    assert again.value_is_set and not ActorCritic(tiny_lm()).value_is_set  # a run keeps a critic that was trained
 
 
 def test_loading_with_another_critic_is_refused(tiny_lm, tmp_path):
@@ -159,6 +160,7 @@ def test_loading_with_another_critic_is_refused(tiny_lm, tmp_path):
     [
         ({"trainable_blocks": 0}, r"trainable_blocks must lie in \[1, 3\].* got 0"),
         ({"trainable_blocks": 4}, r"trainable_blocks must lie in \[1, 3\].* got 4"),
+        ({"trainable_blocks": 1.5}, r"trainable_blocks must lie in \[1, 3\].* got 1.5"),
         ({"critic": "twin"}, "critic must be 'shared' or 'separate', got 'twin'"),
         ({"vocab": torch.tensor([3])}, "vocab needs a frozen head: give trainable_blocks"),
         ({"trainable_blocks": 1, "vocab": torch.tensor([3, 61])}, r"vocab must hold .* \[0, 61\), got 3…61"),

@@ -27,7 +27,7 @@ from klq_edu.app import experiment
 from klq_edu.app.experiment import run_experiment
 from klq_edu.rlhf import runs
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.identity import fingerprint, reward_identity
+from klq_edu.rlhf.identity import fingerprint, identity, reward_identity
 from klq_edu.rlhf.loop import train
 from klq_edu.rlhf.optim import learning_rate_factor
 from klq_edu.rlhf.policy import ActorCritic
@@ -147,6 +147,15 @@ def test_a_folder_does_not_answer_for_another_tokenizer_constraint_or_config(tmp
     with pytest.raises(ValueError, match=r"run and config have other settings.*'tau': \(0.2, 0.3\)"):
         policy, run = ActorCritic(tiny_lm(), trainable_blocks=1), Run(tmp_path, settings().to_dict())
         train(policy, tokenizer, PROMPTS, REWARD, settings(tau=0.3), run=run)
+
+
+def test_every_column_and_the_order_of_the_prompts_count():
+    """Another reference answer is another reward, and another order other batches, under the same prompts."""
+    answers = list(range(len(PROMPTS)))
+    sets = [PROMPTS.add_column("answer", a) for a in (answers, answers[::-1])]
+    sets += [PROMPTS, PROMPTS.select(answers[::-1])]
+    assert len({identity(prompts, REWARD)["prompts"] for prompts in sets}) == 4
+    assert identity(sets[0], REWARD) == identity(PROMPTS.add_column("answer", answers), REWARD)
 
 
 def test_a_helper_module_that_a_reward_calls_counts():

@@ -144,6 +144,14 @@ def test_a_prompt_that_comes_several_times_is_read_once(quick_to_end, tokenizer,
     torch.testing.assert_close(shared.trunk[:, :3][seen], alone.trunk[:, :3][seen], rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_that_begins_like_padding_is_not_taken_for_a_shorter_one(quick_to_end, tokenizer):
+    """Padding is token 0, which is <unk>: only the mask tells "<unk> w5" from a padded "w5"."""
+    policy, prompts = quick_to_end(), ["<unk> w5", "w5"] * 8
+    shared = sample(policy, tokenizer, prompts)
+    policy.can_drop_rows = False
+    assert shared.completions == sample(policy, tokenizer, prompts).completions
+
+
 def test_the_trunk_kept_from_sampling_is_the_models_own(quick_to_end, tokenizer):
     policy = quick_to_end(trainable_blocks=1)
     rollout = sample(policy, tokenizer)

@@ -44,6 +44,7 @@ CASES = [(field, value, ALGORITHMS, {}) for field, value in FOR_ALL.items()] + [
     ("centre", "prompt", [KLQ], {"value_is_set": False}),
     ("centre", "batch", [KLQ], {"value_is_set": False}),
     ("centre_samples", 3, [KLQ], {"centre": "prompt"}),
+    ("replay", 99, [KLQ], {"centre": "prompt", "updates": 3}),  # what is replayed was centred, and once
     ("replay_batches", 1, [CLIP], {"replay": 99, "updates": 4}),
     ("retrace", True, [KLQ, PENALTY], {"replay": 99, "updates": 3, "learning_rate": 6e-3}),
     ("alpha", 0.3, [KLQ, PENALTY], {}),

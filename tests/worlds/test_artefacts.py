@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from klq_edu.worlds.artefacts import MANIFEST, artefact
+from klq_edu.worlds.artefacts import MANIFEST, artefact, contents
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,13 @@ def test_an_input_more_or_less_makes_it_anew(before, after, capsys):
     artefact("task/sft", {"seed": 0} | before, maker([]))
     artefact("task/sft", {"seed": 0} | after, maker(made := []))
     assert len(made) == 1 and "made of something else (epochs changed)" in capsys.readouterr().out
+
+
+def test_contents_are_what_was_made_and_not_of_what():
+    """What follows is made anew only if a stage, made anew, has another result (on another machine, say)."""
+    first = contents(artefact("task/sft", {"seed": 0}, maker([])))
+    assert contents(artefact("task/sft", {"seed": 1}, maker([]))) == first
+    assert contents(artefact("task/sft", {"seed": 1}, maker([], "others"), again=True)) != first
 
 
 def test_an_error_leaves_neither_half_nor_old(cache):

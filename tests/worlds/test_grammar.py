@@ -82,6 +82,24 @@ def test_exact_metrics_at_the_reference_and_near_the_optimum(grammar):
     assert metrics["mode_mass"] == pytest.approx(start[modes(tree, 0.1)].sum().item(), rel=1e-6)
 
 
+def test_exact_metrics_of_a_policy_that_has_left_the_reference(grammar):
+    """At the reference the KL is 0, whatever its sign or weight. Everything here is summed over sentences anew."""
+    config = preset("grammar", tau=0.3)
+    policy, tree = grammar.make_policy(config), grammar.tree
+    for p in policy.trainable().values():
+        p.data += 0.02 * torch.randn(p.shape)
+    found = grammar.evaluate(config)(policy)
+    ours, start, best = (
+        tree.sequence_distribution(table)
+        for table in (policy_table(tree, grammar.tokenizer, policy), tree.ref, tree.optimum(0.3)[2])
+    )
+    reward, kl = (ours * tree.rewards[tree.leaves]).sum().item(), (ours * (ours / start).log()).sum().item()
+    assert kl > 0.05 and (found["exact_reward"], found["exact_kl"]) == pytest.approx((reward, kl))
+    assert found["J"] == pytest.approx(reward - 0.3 * kl)
+    gap, whole = ((p * (p / best).log()).sum().item() for p in (ours, start))
+    assert found["kl_optimum"] == pytest.approx(gap) and found["attained"] == pytest.approx(1 - gap / whole)
+
+
 def test_the_modes_are_the_optimums_likeliest_sentences_and_differ_by_prompt(grammar):
     """No sentence may be the best after all prompts: then a score would say which of two sentences a run found."""
     tree, width = grammar.tree, len(grammar.tree.prefixes[0])

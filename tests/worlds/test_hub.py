@@ -36,7 +36,8 @@ def parts(tmp_path, tiny_lm, tokenizer):
     for name, lines in rows.items():
         (tmp_path / name).mkdir()
         for part in ("train", "test"):
-            (tmp_path / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            text = "\n".join(map(json.dumps, lines))  # the test split has other words
+            (tmp_path / name / f"{part}.jsonl").write_text(text.replace("w", "w1") if part == "test" else text)
     return tmp_path
 
 
@@ -53,8 +54,11 @@ def test_a_recipe_trains_through_the_whole_path(form, parts, capsys):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     settings = json.loads((out / "config.json").read_text())
     assert len(rows) == 2 and settings["algorithm"] == "ppo_clip" and settings["tau"] == 0.05
-    world = load_recipe(read_recipe(recipe, reward_model=judge))
+    given = read_recipe(recipe, reward_model=judge)
+    world = load_recipe(given)
     assert len(world.prompts) == 10 and len(world.test_prompts) == 3  # too long, or of two turns
+    assert set(world.test_prompts["prompt"]).isdisjoint(world.prompts["prompt"])
+    assert world.make_policy(given.train).frozen_blocks == 2
     if form == "single_turn":
         assert world.prompts["prompt"][0] == "\n\nHuman: w2 w3\n\nAssistant:"
     whole, cut = (world.reward(["w2"], ["w3"], ended=[e]) for e in (True, False))

@@ -20,6 +20,12 @@ def test_repeating_a_happy_word_does_not_win():
     assert good > 0.6 > 0 > repeated and good > 0 > sad and empty == 0
 
 
+def test_openers_are_all_different_and_the_last_are_held_out():
+    parts = stories.openers(None)
+    train, test = (parts[name]["prompt"][:] for name in ("train", "test"))
+    assert len(test) == stories.TEST_PROMPTS and len(train) >= 150 and len({*train, *test}) == len(train) + len(test)
+
+
 def test_absent_weights_are_explained(monkeypatch, tmp_path):
     """The error names the command that brings them and the world that works without."""
     monkeypatch.setenv("KLQ_CACHE", str(tmp_path))

@@ -1,18 +1,24 @@
 """The text tasks: data, gold against hacks, and the whole road on a tiny model."""
 
+import copy
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import pandas as pd
 import pytest
 import torch
+import transformers
+from torch.nn.functional import cosine_similarity
 
 from klq_edu.rlhf.identity import fingerprint
 from klq_edu.rlhf.judge import words_of
 from klq_edu.rlhf.reading import Reading
 from klq_edu.worlds import dialogue, road, text, tldr
+from klq_edu.worlds.artefacts import outdated
 from klq_edu.worlds.gold import Gold, hacks
-from klq_edu.worlds.judges import ReferenceJudge
+from klq_edu.worlds.judges import EmbeddingJudge, ReferenceJudge
+from klq_edu.worlds.weights import cache_root
 
 TASKS = {"tldr": (tldr.TASK, "text", "summary"), "dialogue": (dialogue.TASK, "prompt", "answer")}
 WORDS = {"text": (30, 60), "summary": (5, 14), "prompt": (4, 30), "answer": (15, 40)}
@@ -51,7 +57,6 @@ def test_the_data_are_as_the_datasheet_says(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_no_item_is_nearly_another(task):
     """By sentence embeddings, within and across the split; the same question in other words has a cosine above .75."""
-    from klq_edu.worlds.judges import EmbeddingJudge
     from klq_edu.worlds.weights import minilm_folder
 
     if not (folder := minilm_folder()):
@@ -90,8 +95,25 @@ def test_the_gold_prefers_every_reference_to_every_hack(task):
             assert all(x < y for x, y in zip(found, best)), kind
 
 
-@pytest.mark.parametrize("fault", ["copied", "borrowed", "long", "repeated", "unfinished"])
-def test_each_penalty_sees_its_own_fault(fault):
+@pytest.mark.parametrize("task, lead", [("tldr", " "), ("dialogue", "")])
+def test_references_are_learnt_and_tried_as_the_model_writes_them(task, lead):
+    """After "TL;DR:" a model goes on with a space; without it SFT would teach other tokens than are sampled."""
+    data = TASKS[task][0].data(Plain())["train"]
+    written = [lead + reference for reference in data["reference"]]
+    assert data["completion"][:] == written == TASKS[task][0].hacks(data)["reference"]
+
+
+@pytest.mark.parametrize(
+    "fault, costs",
+    [
+        ("copied", 0.5 * 3 / 6),  # of six triples of words, half a point if all are the source's
+        ("borrowed", 1 - 0.7),  # all words, where 0.7 of them are free
+        ("long", 0.03 * 6),
+        ("repeated", 4 / 6 - 0.3),  # four of six words had been said, where 0.3 are free
+        ("unfinished", 0.2),
+    ],
+)
+def test_each_penalty_sees_its_own_fault_and_subtracts_what_it_says(fault, costs):
     source = "my old dog ran over the new fence and bit the kind postman on his left hand today"
     good = "Dog bites postman; what now?"
     bad = {
@@ -102,7 +124,7 @@ def test_each_penalty_sees_its_own_fault(fault):
         "unfinished": "Dog bites postman; what",
     }[fault]
     gold = Gold(Indifferent(), words=14)
-    assert gold.penalty(good, source) == 0 < gold.penalty(bad, source)
+    assert gold.penalty(good, source) == 0 and gold.penalty(bad, source) == pytest.approx(costs)
 
 
 def test_the_frozen_model_judges_what_a_completion_tells_of_the_reference():
@@ -113,13 +135,32 @@ def test_the_frozen_model_judges_what_a_completion_tells_of_the_reference():
     assert heard == [(["said\nIn other words:"], [" true"])]
 
 
+def test_the_independent_judge_compares_completions_with_references_by_their_mean_states(tmp_path, tokenizer):
+    """Each text as if it stood alone: neither the prompt nor what pads a batch plays a part."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = EmbeddingJudge(tmp_path, batch_size=2)
+
+    def vector(text):
+        return judge.model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+
+    said, reference = ["w5 w6 w7 w8", "w9", "w5"], ["w9", "w9", "w5 w6"]
+    expected = [cosine_similarity(vector(s), vector(r), dim=0).item() for s, r in zip(said, reference)]
+    assert judge(["w30 w31", "w32", "w5 w6"], said, reference=reference) == pytest.approx(expected, abs=1e-5)
+    assert expected[1] > 0.999 > expected[0]
+
+
 def test_the_gold_is_overlap_and_naturalness_less_the_penalties():
     """By hand: of four words two stand in the reference of five, in order: F = 4/9; −2 nats are worth −0.1."""
-    reader = lambda *_: Reading(torch.tensor([-2.0, -4.0]), torch.ones(2), torch.zeros(2, 0))  # noqa: E731
+    read = []
+    said = Reading(torch.tensor([-2.0, -4.0]), torch.ones(2), torch.zeros(2, 0))
+    reader = lambda *asked: read.append(asked) or said  # noqa: E731
     reader.identity = "two and four nats"
     texts, source, reference = ["dogs bite kind postmen"] * 2, ["nothing of it"] * 2, ["dogs bite us every day"] * 2
     known = [4 / 9 - 0.05 * nats - 0.2 for nats in (2, 4)]  # 0.2: neither stops
     assert Gold(reader, words=14)(["p"] * 2, texts, source, reference) == pytest.approx(known)
+    assert read == [(["p"] * 2, texts)]  # natural after the prompt, as the policy writes
 
 
 @pytest.fixture
@@ -180,6 +221,40 @@ def test_the_road_ends_in_a_world_and_is_walked_once(walk, capsys):
     pd.testing.assert_frame_equal(again.tables["trials"], world.tables["trials"])
 
 
+def test_the_policy_may_write_ends_and_references_but_no_other_special_tokens(walk, tokenizer, tmp_path, monkeypatch):
+    """What begins a turn decodes to nothing: a policy could hide it. Without its end no completion would ever end."""
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = "w3"
+    other.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(text, "FREQUENT_TOKENS", 6)
+    made = walk()
+    references = {i for reference in made.train["reference"] for i in made.ids(reference)}
+    assert max(references) > 40 and set(made.vocab.tolist()) == ({*range(6)} | references) - {3}
+
+
+def test_each_stage_is_handed_the_right_model_and_prompts(walk, monkeypatch):
+    """Samples are the fine-tuned model's, at RL's temperature and length. Every fifth prompt is kept from the reward
+    model: on those it is tested, and gold and judges are tried."""
+    asked, learnt, tried, made = [], [], [], walk()
+    collect, fit, hacks = road.collect, road.RewardModel.fit, made.task.hacks
+
+    def sampled(policy, *args, **settings):
+        asked.append((fingerprint(policy.lm.state_dict()), settings.get("temperature"), settings["max_new_tokens"]))
+        return collect(policy, *args, **settings)
+
+    monkeypatch.setattr(road, "collect", sampled)
+    monkeypatch.setattr(
+        road.RewardModel, "fit", lambda self, pairs, **rest: learnt.extend(pairs["prompt"]) or fit(self, pairs, **rest)
+    )
+    made.task = replace(made.task, hacks=lambda rows: tried.extend(rows["prompt"]) or hacks(rows))
+    world = made.world()
+    tuned = fingerprint(made.policy(made.sft).lm.state_dict())
+    assert set(asked) == {(tuned, tldr_settings().temperature, 5)} and tldr_settings().temperature != 1
+    unseen = set(world.prompts["prompt"][::5])
+    assert set(learnt) == set(world.prompts["prompt"]) - unseen
+    assert set(world.tables["held_out_pairs"]["prompt"]) == unseen == set(tried)
+
+
 @pytest.mark.parametrize("stage, made", [("sft", 3), ("pairs", 2), ("reward", 1)])
 def test_a_stage_and_all_that_follows_can_be_made_anew_with_the_same_numbers(stage, made, walk, capsys):
     before = walk().world()
@@ -213,6 +288,42 @@ def test_what_a_stage_was_made_of_decides_whether_it_is_made_anew(change, stages
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny/")]
     assert {line.split(":")[0].removeprefix("tiny/") for line in said} == stages, said
     assert all("made of something else" in line for line in said)
+
+
+def test_each_setting_enters_the_stages_that_it_decides(walk, monkeypatch):
+    """Nothing is made anew here: of artefacts that are there, those are found outdated that would have been made
+    otherwise. (What follows them is told by their contents.)"""
+    walk().world()
+    edited = lambda made, part: setattr(made, part, getattr(made, part).map(lambda _: {"reference": "w2 ."}))  # noqa: E731
+    settings = lambda made, **new: setattr(made, "settings", replace(made.settings, **new))  # noqa: E731
+    other = torch.float32 if walk().reader.dtype == torch.bfloat16 else torch.bfloat16
+    everything = {"sft", "pairs", "reward", "trials"}
+    cases = {
+        "training data": (lambda made, patch: edited(made, "train"), everything),
+        "test data": (lambda made, patch: edited(made, "test"), {"sft"}),
+        "layers": (lambda made, patch: patch.setattr(road, "LAYERS", (2, 3)), everything),
+        "precision": (lambda made, patch: patch.setattr(road, "resolve_dtype", lambda *_: other), everything),
+        "epochs": (lambda made, patch: patch.setitem(road.SFT, "epochs", 3), {"sft"}),
+        "temperature": (lambda made, patch: settings(made, temperature=0.5), {"pairs"}),
+        "length": (lambda made, patch: settings(made, max_new_tokens=6), {"pairs"}),
+        "samples": (lambda made, patch: setattr(made, "task", replace(made.task, samples=4)), {"pairs"}),
+        "seed of samples": (lambda made, patch: patch.setitem(road.PAIRS, "seed", 5), {"pairs"}),
+        "ridge": (lambda made, patch: patch.setattr(road, "RIDGE", 9.0), {"reward"}),
+        "learning rate of RL": (lambda made, patch: settings(made, learning_rate=0.5), set()),
+    }
+    for name, (change, stages) in cases.items():
+        found, made = {}, walk()
+
+        def look(name, inputs, make, again, found=found):
+            folder = cache_root() / name
+            found[folder.name] = outdated(folder, inputs)
+            return folder
+
+        with monkeypatch.context() as patch:
+            patch.setattr(road, "artefact", look)
+            change(made, patch)
+            made.world()
+        assert {stage for stage, reason in found.items() if reason} == stages, (name, found)
 
 
 def test_labels_are_as_noisy_as_stated(walk):
