@@ -26,6 +26,14 @@ def result(name, seed, after):
     return Result(settings, [{"attained": 1.0}], {0: before, 9: after})
 
 
+def trained(name, seed, after):
+    """A result with what the report's tables read of training."""
+    made = result(name, seed, after)
+    made.rows[0] |= {"reward": 0.0, "kl": 0.0, "seconds": 1.0}
+    return made
+
+
+WORLD = SimpleNamespace(tables={})
 KLQ = samples(["the cat sat on", "b", "c", "one two three x"], [1.0, 1.0, 0.0, 4.0], [1, -2, 0, 1], [4, 1, 1, 4])
 PPO = samples(["a", "b", "c c", "d"], [1.0, 0.0, 2.0, 1.0], [0, 0, 0, 0], [1, 1, 2, 1])
 RESULTS = [result("klq", 0, KLQ), result("ppo_clip", 0, PPO)]
@@ -100,10 +108,20 @@ def test_the_report_shows_the_trained_policy_and_the_whole_range_of_seeds():
     """Completions are those after training; "median [lowest, highest]" is that."""
     ((_, lines), *_) = report.samples_table(RESULTS)
     assert [line[:2] for line in lines][:2] == [("reference", "a"), ("KLQ", "the cat sat on")]
-    runs = [result("klq", seed, KLQ.assign(reward=float(x))) for seed, x in enumerate((1, 2, 9, 3, 4))]
-    for r in runs:
-        r.rows[0] |= {"reward": 0.0, "kl": 0.0, "seconds": 1.0}
+    runs = [trained("klq", seed, KLQ.assign(reward=float(x))) for seed, x in enumerate((1, 2, 9, 3, 4))]
     assert report.results_table(runs)["test reward"].tolist() == ["0.50 → 3.00 [1.00, 9.00]"]
+
+
+def test_length_finishing_and_copying_are_shown_before_and_after():
+    """What a reward may have been gained by."""
+    runs = [trained("klq", 0, KLQ.assign(ended=[True, True, True, False])), trained("ppo_clip", 0, PPO)]
+    table = report.marks_table(runs)
+    assert table["algorithm"].tolist() == ["KLQ", "PPO-clip"]
+    assert table["tokens"].tolist() == ["1.0 → 2.5", "1.0 → 1.2"]
+    assert table["ended by itself"].tolist() == ["1.00 → 0.75", "1.00 → 1.00"]
+    assert table["copied word triples"].iloc[0] == f"0.00 → {KLQ['copied'].mean():.2f}"
+    (shown,) = [part for part in report.judged(WORLD, runs, comparison.verdicts(runs)) if "ending" in part.title]
+    assert shown.table.equals(table)
 
 
 def test_verdicts_as_text_say_low_and_high_and_over_what():

@@ -36,6 +36,7 @@ WHO = {  # what has to be said of a judge
     "TextBlob": "TextBlob had no part in anything",
 }
 TESTED = {"kl": "KL to the reference, in nats", "length": "tokens", "ended": "share that ended by itself"}
+SEEN = {"length": "tokens", "ended": "ended by itself", "copied": "copied word triples"}  # of each completion
 TESTED |= {"copied": "share of word triples from the prompt", "reward": "reward"}
 LEANINGS = {"longer": "longer", "more copied": "copied"}  # as read -> column of `comparison.leanings`
 COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
@@ -44,7 +45,11 @@ COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown 
     "attained": ("attained",),
     "time [s]": ("seconds",),
 }
-DIGITS = {"attained": 3, "seconds": 0}
+DIGITS = {"attained": 3, "seconds": 0, "length_before": 1, "length_after": 1}
+MARKED = (
+    "Mean over held-out completions, before → after training: tokens, the share that ended before the limit, and the "
+    "share of word triples that stand in the prompt. A reward that is gained by length or copying alone shows here."
+)
 BARS = (
     bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=10), bars.MofNCompleteColumn(),
     bars.TextColumn("{task.fields[note]}"), bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -120,8 +125,21 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
     tested = [name for name in tested if name not in comparison.SAMPLED]
-    shown = {"test " * (name == "reward") + name: (f"{name}_before", f"{name}_after") for name in tested}
+    shown = {"test " * (name == "reward") + name: _change(name) for name in tested}
     shown |= {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
+    return _by_algorithm(summary, shown)
+
+
+def marks_table(results: list[Result]) -> pd.DataFrame:
+    """The same of what each completion is like, before → after."""
+    return _by_algorithm(summarise_results(results), {heading: _change(name) for name, heading in SEEN.items()})
+
+
+def _change(name: str) -> tuple[str, str]:
+    return f"{name}_before", f"{name}_after"
+
+
+def _by_algorithm(summary: pd.DataFrame, shown: dict[str, tuple[str, ...]]) -> pd.DataFrame:
     rows = []
     for name, part in figures.in_order(summary, "algorithm", STYLES):
         cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
@@ -228,6 +246,7 @@ def judged(world: World, results: list[Result], rates: pd.DataFrame | None) -> l
         Section("Reward and judges against KL, on held-out prompts", "", None, paths, "gains"),
         Section("Win-rates", remark, wins, figures.win_rates(rates), "judges"),
         Section("Differences in score", differences, gains),
+        Section("Length, ending and copying", MARKED, marks_table(results)),
     ]
 
 
