@@ -9,7 +9,6 @@ import pytest
 from klq_edu.app import comparison, report
 from klq_edu.app.experiment import SAMPLES_FILE, Result
 from klq_edu.rlhf.judge import copied
-from klq_edu.worlds.world import SAMPLE
 
 PROMPTS = ["the cat sat on the mat", "one two three four"]
 
@@ -80,19 +79,17 @@ def test_leanings_are_shares_of_the_pairs_that_differ():
     assert np.isnan(comparison.leanings(same).set_index("judge").loc["reward", "copied"])
 
 
-def test_beside_the_verdicts_stands_what_has_to_be_known_of_each_judge():
-    kinds, loses = [SAMPLE] * 2 + ["echo"] * 2, [0.75, 0.5, 1.0, 1.0]
-    trials = pd.DataFrame({"judge": ["reward model", "judge"] * 2, "kind": kinds, "loses": loses})
-    rows = report.leanings(SimpleNamespace(tables={"trials": trials}), RESULTS).set_index("pair")
-    assert rows.loc["trials: a reference text against a sample"].tolist() == ["0.75", "0.50"]
-    assert rows.loc["leaning to the longer one"].tolist() == ["0.92", "0.83"]
-    assert rows.loc["leaning to the more copied one"].tolist() == ["0.88", "1.00"]
-
-
-def test_a_leaning_that_no_pair_can_show_is_left_out():
+def test_beside_the_verdicts_stands_which_way_each_judge_leans():
     one = [result("klq", 0, samples(["a", "b", "c", "d"], [1.0] * 4, [1.0] * 4, [1, 2, 1, 1]))]
-    rows = report.leanings(SimpleNamespace(tables={}), one)
-    assert rows["pair"].tolist() == ["leaning to the longer one"] and rows["reward"].tolist() == ["0.50"]
+    shown = {results: leanings_shown(runs) for results, runs in (("all", RESULTS), ("one", one))}
+    assert shown["all"].loc["reward"].tolist() == ["0.92", "0.88"]
+    assert shown["all"].loc["judge"].tolist() == ["0.83", "1.00"]
+    assert shown["one"].loc["reward"].tolist() == ["0.50", "–"], "no pair differs in what is copied"
+
+
+def leanings_shown(runs):
+    *_, section = report.judged(WORLD, runs, comparison.verdicts(runs))
+    return section.table.set_index("judge")
 
 
 def test_where_the_gold_has_no_opinion_nobody_can_agree_with_it():
@@ -109,19 +106,17 @@ def test_the_report_shows_the_trained_policy_and_the_whole_range_of_seeds():
     ((_, lines), *_) = report.samples_table(RESULTS)
     assert [line[:2] for line in lines][:2] == [("reference", "a"), ("KLQ", "the cat sat on")]
     runs = [trained("klq", seed, KLQ.assign(reward=float(x))) for seed, x in enumerate((1, 2, 9, 3, 4))]
-    assert report.results_table(runs)["test reward"].tolist() == ["0.50 → 3.00 [1.00, 9.00]"]
+    assert report.results_table(runs).set_index("").loc["test reward", "KLQ"] == "0.50 → 3.00 [1.00, 9.00]"
 
 
 def test_length_finishing_and_copying_are_shown_before_and_after():
     """What a reward may have been gained by."""
     runs = [trained("klq", 0, KLQ.assign(ended=[True, True, True, False])), trained("ppo_clip", 0, PPO)]
-    table = report.marks_table(runs)
-    assert table["algorithm"].tolist() == ["KLQ", "PPO-clip"]
-    assert table["tokens"].tolist() == ["1.0 → 2.5", "1.0 → 1.2"]
-    assert table["ended by itself"].tolist() == ["1.00 → 0.75", "1.00 → 1.00"]
-    assert table["copied word triples"].iloc[0] == f"0.00 → {KLQ['copied'].mean():.2f}"
-    (shown,) = [part for part in report.judged(WORLD, runs, comparison.verdicts(runs)) if "ending" in part.title]
-    assert shown.table.equals(table)
+    table = report.results_table(runs).set_index("")
+    assert table.loc["tokens"].to_dict() == {"KLQ": "1.0 → 2.5", "PPO-clip": "1.0 → 1.2"}
+    assert table.loc["ended"].to_dict() == {"KLQ": "1.00 → 0.75", "PPO-clip": "1.00 → 1.00"}
+    assert table.loc["copied", "KLQ"] == f"0.00 → {KLQ['copied'].mean():.2f}"
+    assert table.loc["judge", "KLQ"] == "0.00 → 0.00" and table.loc["reward*", "KLQ"] == "0.00"
 
 
 def test_verdicts_as_text_say_low_and_high_and_over_what():

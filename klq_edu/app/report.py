@@ -24,10 +24,11 @@ from klq_edu.rlhf.config import TrainConfig
 from klq_edu.rlhf.judge import bootstrap_interval
 from klq_edu.rlhf.loop import METRICS
 from klq_edu.worlds import load
-from klq_edu.worlds.registry import WORLDS, variant_of
-from klq_edu.worlds.world import SAMPLE, World
+from klq_edu.worlds.registry import variant_of
+from klq_edu.worlds.world import World
 
 PROMPTS_SHOWN = 3
+LEANING = "Of the pairs that differ in it, the share where the judge prefers the longer, or more copied, one; ½: none."
 WHO = {  # what has to be said of a judge
     "reward": "the reward is what was maximised",
     "gold": "the gold labelled the pairs that the reward was learnt from",
@@ -36,20 +37,10 @@ WHO = {  # what has to be said of a judge
     "TextBlob": "TextBlob had no part in anything",
 }
 TESTED = {"kl": "KL to the reference, in nats", "length": "tokens", "ended": "share that ended by itself"}
-SEEN = {"length": "tokens", "ended": "ended by itself", "copied": "copied word triples"}  # of each completion
 TESTED |= {"copied": "share of word triples from the prompt", "reward": "reward"}
-LEANINGS = {"longer": "longer", "more copied": "copied"}  # as read -> column of `comparison.leanings`
-COLUMNS = {  # heading -> columns of `summarise_results`; two columns are shown as before → after
-    "reward*": ("reward",),
-    "KL* [nats]": ("kl",),
-    "attained": ("attained",),
-    "time [s]": ("seconds",),
-}
+TEST = {"reward": "test reward", "kl": "test KL [nats]", "length": "tokens", "ended": "ended", "copied": "copied"}
+LOGGED = {"reward*": "reward", "KL* [nats]": "kl", "attained": "attained", "time [s]": "seconds"}
 DIGITS = {"attained": 3, "seconds": 0, "length_before": 1, "length_after": 1}
-MARKED = (
-    "Mean over held-out completions, before → after training: tokens, the share that ended before the limit, and the "
-    "share of word triples that stand in the prompt. A reward that is gained by length or copying alone shows here."
-)
 BARS = (
     bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=10), bars.MofNCompleteColumn(),
     bars.TextColumn("{task.fields[note]}"), bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -62,7 +53,7 @@ def run_all(
     """The world of this name and the results of all experiments (folder -> settings): run what is missing, and all from
     the stage `remake` on; print."""
     print(f"loading the world {name}; what it needs is made the first time", flush=True)
-    world = load(name, **({"remake": remake} if remake in WORLDS[name].made else {}))
+    world = load(name, remake)
     for folder in experiments if remake else ():
         forget(folder, judged_only=remake == "judge")
     return world, run_in(world, experiments)
@@ -121,30 +112,15 @@ def print_table(console: Console, data: pd.DataFrame, title: str, caption: str) 
 
 
 def results_table(results: list[Result]) -> pd.DataFrame:
-    """One row of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
+    """A column of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
-    tested = [name for name in tested if name not in comparison.SAMPLED]
-    shown = {"test " * (name == "reward") + name: _change(name) for name in tested}
-    shown |= {heading: names for heading, names in COLUMNS.items() if set(names) <= set(summary)}
-    return _by_algorithm(summary, shown)
-
-
-def marks_table(results: list[Result]) -> pd.DataFrame:
-    """The same of what each completion is like, before → after."""
-    return _by_algorithm(summarise_results(results), {heading: _change(name) for name, heading in SEEN.items()})
-
-
-def _change(name: str) -> tuple[str, str]:
-    return f"{name}_before", f"{name}_after"
-
-
-def _by_algorithm(summary: pd.DataFrame, shown: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    rows = []
+    shown = {TEST.get(name, name): (f"{name}_before", f"{name}_after") for name in tested}
+    shown |= {heading: (name,) for heading, name in LOGGED.items() if name in summary}
+    table = {"": list(shown)}
     for name, part in figures.in_order(summary, "algorithm", STYLES):
-        cells = {heading: " → ".join(_interval(part[n]) for n in names) for heading, names in shown.items()}
-        rows.append({"algorithm": STYLES[name]["label"]} | cells)
-    return pd.DataFrame(rows)
+        table[STYLES[name]["label"]] = [" → ".join(_interval(part[n]) for n in names) for names in shown.values()]
+    return pd.DataFrame(table)
 
 
 def _interval(values: pd.Series) -> str:
@@ -237,16 +213,15 @@ def judged(world: World, results: list[Result], rates: pd.DataFrame | None) -> l
     wins, gains = by_judge(rates, "rate", "low", "high"), by_judge(rates, "gain", "gain_low", "gain_high")
     remark = (
         "Share of held-out prompts where the first is better, ties counting half, both drawn with the same random "
-        f"numbers. {spread_of(rates)} A leaning is the share of pairs that differ in it where the judge prefers "
-        f"that one; ½ is none. {judged_by(rates)}"
+        f"numbers. {spread_of(rates)} {judged_by(rates)}"
     )
-    wins = pd.concat([wins, leanings(world, results)])
+    leanings = comparison.leanings(results).set_index("judge").map("{:.2f}".format).replace("nan", "–").reset_index()
     differences = f"Mean score of the first minus that of the second, in each judge's own unit. {spread_of(rates)}"
     return [
         Section("Reward and judges against KL, on held-out prompts", "", None, paths, "gains"),
         Section("Win-rates", remark, wins, figures.win_rates(rates), "judges"),
         Section("Differences in score", differences, gains),
-        Section("Length, ending and copying", MARKED, marks_table(results)),
+        Section("What judges lean to", LEANING, leanings),
     ]
 
 
@@ -322,18 +297,6 @@ def by_judge(rates: pd.DataFrame, middle: str, low: str, high: str) -> pd.DataFr
     table = rates.assign(cell=cells, pair=rates["a"] + " against " + rates["b"])
     table = table.pivot(index="pair", columns="judge", values="cell").loc[table["pair"].unique()]
     return table[rates["judge"].unique()].reset_index()
-
-
-def leanings(world: World, results: list[Result]) -> pd.DataFrame:
-    """What has to be known of each judge beside its verdicts, in rows of text: for which completions it decides."""
-    table = comparison.leanings(results).set_index("judge")
-    found = {f"leaning to the {name} one": table[column] for name, column in LEANINGS.items()}
-    if "trials" in world.tables:
-        tried = world.tables["trials"].replace({"judge": {"reward model": "reward"}})
-        samples = tried[tried["kind"] == SAMPLE].set_index("judge")
-        found["trials: a reference text against a sample"] = samples["loses"].reindex(table.index)
-    rows = pd.DataFrame(found).T.dropna(how="all").map(lambda x: "" if pd.isna(x) else f"{x:.2f}")
-    return rows.rename_axis(index="pair", columns=None).reset_index()
 
 
 def scale(results: list[Result]) -> str:

@@ -13,34 +13,24 @@ from typing import Any, Literal, get_args, get_origin
 class AlgorithmConfig:
     """Settings of KLQ, PPO-clip and PPO-penalty, all that `algorithms` reads; values out of range are refused."""
 
-    algorithm: Literal["klq", "ppo_clip", "ppo_penalty"] = "klq"
-    """What is minimised on each batch of rollouts."""
+    algorithm: Literal["klq", "ppo_clip", "ppo_penalty"] = "klq"  # What is minimised on each batch of rollouts.
+    # KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn.
     tau: float = 0.2
-    """KL coefficient τ in units of reward per nat: how much reward one nat away from the reference must earn."""
-    gamma: float = 1.0
-    """Discount γ."""
-    lam: float = 0.95
-    """λ of the λ-return: 0 bootstraps from the next value, 1 uses the whole sampled return."""
-    alpha: float = 0.2
-    """Step size α of the regression target; the proximal weight of KLQ and PPO-penalty is τ/α."""
-    loss: Literal["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"] = "l2"
-    """Variant of the KLQ loss."""
+    gamma: float = 1.0  # Discount γ.
+    lam: float = 0.95  # λ of the λ-return: 0 bootstraps from the next value, 1 uses the whole sampled return.
+    alpha: float = 0.2  # Step size α of the regression target; the proximal weight of KLQ and PPO-penalty is τ/α.
+    loss: Literal["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"] = "l2"  # Variant of the KLQ loss.
+    # Q may move this far in value_clipped and double_clipped; for PPO, V may (None: no value clipping).
     clip: float | None = None
-    """Q may move this far in value_clipped and double_clipped; for PPO, V may (None: no value clipping)."""
-    log_ratio_clip: float | None = None
-    """The log-ratio may move this far in ratio_clipped and double_clipped."""
-    delta: float | None = None
-    """Threshold of the huber loss."""
-    ratio_clip: float = 0.2
-    """PPO-clip's ε."""
-    vf_coef: float = 1.0
-    """PPO's value coefficient (KLQ's is 1/τ, fixed by the loss)."""
-    whiten: bool = False
-    """Whiten the advantages Δ: PPO's habit; for KLQ an ablation that breaks the equivalence."""
+    log_ratio_clip: float | None = None  # The log-ratio may move this far in ratio_clipped and double_clipped.
+    delta: float | None = None  # Threshold of the huber loss.
+    ratio_clip: float = 0.2  # PPO-clip's ε.
+    vf_coef: float = 1.0  # PPO's value coefficient (KLQ's is 1/τ, fixed by the loss).
+    whiten: bool = False  # Whiten the advantages Δ: PPO's habit; for KLQ an ablation that breaks the equivalence.
+    # Factor on the value gradient that enters a trunk shared with the policy. None: τ for KLQ, 1 for PPO.
     value_grad_scale: float | None = None
-    """Factor on the value gradient that enters a trunk shared with the policy. None: τ for KLQ, 1 for PPO."""
+    # Cut the traces of replayed completions by Retrace's c = min(1, π/μ); else they are taken as they are.
     retrace: bool = False
-    """Cut the traces of replayed completions by Retrace's c = min(1, π/μ); else they are taken as they are."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -89,53 +79,38 @@ class AlgorithmConfig:
 class TrainConfig(AlgorithmConfig):
     """Settings of one training run: an algorithm's, and what the loop around it reads."""
 
-    updates: int = 80
-    """Batches of rollouts, each followed by `epochs` passes over it."""
-    batch_size: int = 64
-    """Completions per batch."""
-    epochs: int = 4
-    """Passes over each batch."""
-    minibatches: int = 1
-    """Optimiser steps per pass."""
-    learning_rate: float = 2e-3
-    """Adam's step size at the start; it decays linearly."""
-    warmup_updates: int = 0
-    """Updates over which the learning rate rises: Adam's first steps are its most reckless."""
-    final_lr_fraction: float = 0.05
-    """Learning rate at the end as a fraction of that at the start."""
+    updates: int = 80  # Batches of rollouts, each followed by `epochs` passes over it.
+    batch_size: int = 64  # Completions per batch.
+    epochs: int = 4  # Passes over each batch.
+    minibatches: int = 1  # Optimiser steps per pass.
+    learning_rate: float = 2e-3  # Adam's step size at the start; it decays linearly.
+    warmup_updates: int = 0  # Updates over which the learning rate rises: Adam's first steps are its most reckless.
+    final_lr_fraction: float = 0.05  # Learning rate at the end as a fraction of that at the start.
+    # Cooling: τ falls from here (if that is more) to `tau` over the first half of the run. None: no cooling. Raising
+    # `updates` later makes that half longer, so τ may rise once more.
     tau_start: float | None = None
-    """Cooling: τ falls from here (if that is more) to `tau` over the first half of the run. None: no cooling.
-    Raising `updates` later makes that half longer, so τ may rise once more."""
+    # Earlier completions added to each batch, with fresh log-probs, values and targets; no reward is asked twice.
     replay: int = 0
-    """Earlier completions added to each batch, with fresh log-probs, values and targets; no reward is asked twice."""
-    replay_batches: int = 40
-    """How many batches back replayed completions may come from."""
-    samples_per_prompt: int = 1
-    """Completions of each prompt in a batch."""
+    replay_batches: int = 40  # How many batches back replayed completions may come from.
+    samples_per_prompt: int = 1  # Completions of each prompt in a batch.
+    # What is subtracted from rewards (metrics show them as they are): nothing, the first batch's mean, or each prompt's
+    # mean under the reference. At γ = 1 that changes no optimal policy and leaves V less to learn.
     centre: Literal["none", "batch", "prompt"] = "none"
-    """What is subtracted from rewards (metrics show them as they are): nothing, the first batch's mean, or each
-    prompt's mean under the reference. At γ = 1 that changes no optimal policy and leaves V less to learn."""
+    # Completions per prompt from which the reference's means are estimated at the start, for centre = "prompt".
     centre_samples: int = 8
-    """Completions per prompt from which the reference's means are estimated at the start, for centre = "prompt"."""
+    # Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's).
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm, policy and critic apart (KLQ's value gradient is 1/τ times PPO's)."""
+    # Value head on the policy's trunk, or a critic network of its own (twice the compute).
     critic: Literal["shared", "separate"] = "shared"
-    """Value head on the policy's trunk, or a critic network of its own (twice the compute)."""
-    temperature: float = 1.0
-    """Divides policy and reference logits alike, in rollouts and in losses."""
-    max_new_tokens: int = 24
-    """Length limit of a completion."""
-    eval_every: int = 5
-    """Evaluate (where the world can) every so many updates, and after the last."""
-    checkpoint_every: int = 10
-    """Save a checkpoint every so many updates; one is saved on Ctrl-C as well."""
-    seed: int = 0
-    """Same seed and number of threads, same metrics on a CPU, bit for bit."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps …"""
+    temperature: float = 1.0  # Divides policy and reference logits alike, in rollouts and in losses.
+    max_new_tokens: int = 24  # Length limit of a completion.
+    eval_every: int = 5  # Evaluate (where the world can) every so many updates, and after the last.
+    checkpoint_every: int = 10  # Save a checkpoint every so many updates; one is saved on Ctrl-C as well.
+    seed: int = 0  # Same seed and number of threads, same metrics on a CPU, bit for bit.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps …
+    # Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32. auto:
+    # bfloat16 where the hardware multiplies it fast; a run keeps what it began with.
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Precision of forward passes (autocast); parameters, optimiser, statistics and losses are always float32. auto:
-    bfloat16 where the hardware multiplies it fast; a run keeps what it began with."""
 
     def __post_init__(self):
         super().__post_init__()

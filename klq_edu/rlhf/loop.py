@@ -249,21 +249,16 @@ def summarise(rollout: Rollout, scores: Tensor, targets: Targets, steps: Tensor,
 
 
 def batch_rows(count: int, config: TrainConfig, update: int) -> list[int]:
-    """Rows of the prompts for this update, each as often as `samples_per_prompt` says."""
-    rows = prompt_rows(count, config.batch_size // config.samples_per_prompt, update, config.seed)
-    return [row for row in rows for _ in range(config.samples_per_prompt)]
+    """Rows of the prompts for this update, each as often as `samples_per_prompt` says: an endless reshuffled stream, so
+    every prompt is used equally often. A function of (seed, update) alone: a resumed run sees the same prompts.
 
-
-def prompt_rows(count: int, batch: int, update: int, seed: int) -> list[int]:
-    """Rows of the prompts for this update: an endless reshuffled stream, so every prompt is used equally often.
-    A function of (seed, update) alone: a resumed run sees the same prompts.
-
-    >>> sorted(prompt_rows(4, 2, 0, seed=0) + prompt_rows(4, 2, 1, seed=0))
+    >>> pairs = TrainConfig(batch_size=2)
+    >>> sorted(batch_rows(4, pairs, 0) + batch_rows(4, pairs, 1))
     [0, 1, 2, 3]
     """
-    if count < 1:
-        raise ValueError("prompts must not be empty: got 0 rows")
+    batch = config.batch_size // config.samples_per_prompt
     first, start = divmod(update * batch, count)
     epochs = range(first, 1 + (update * batch + batch - 1) // count)
-    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
-    return torch.cat(orders)[start : start + batch].tolist()
+    seeds = (torch.Generator().manual_seed(config.seed * 1_000_003 + epoch) for epoch in epochs)
+    rows = torch.cat([torch.randperm(count, generator=seed) for seed in seeds])[start : start + batch]
+    return rows.repeat_interleave(config.samples_per_prompt).tolist()

@@ -43,43 +43,27 @@ class Constraint(Protocol):
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """A batch of B completions of up to T tokens, never changed. Index t holds action a_t, V(s_t) and r_{t+1}.
-
-    Attributes:
-        prompts, completions: the texts.
-        tokens: [B, T] vocabulary ids; anything where masked.
-        mask: [B, T] boolean, True up to and including EOS (or to the length limit).
-        logprobs, ref_logprobs, values, entropy, kl: [B, T] float32 under the policy that sampled; log π, log π_b, V,
-            H(π) and exact D(π ‖ π_b), recomputed by the training forward.
-        rewards: [B, T] the score on the last real token, 0 elsewhere; zeros until `rewarded`.
-        input_ids, attention_mask: [B, L] what a model reads: left-padded prompts, completions without the last token.
-        trunk: [B, L, d] the frozen blocks' activations there, kept from sampling; None where all blocks are trained.
-        allowed: [B, T, A] tokens that could have been chosen, or None.
-        temperature: what divided the logits.
-        ended: [B] boolean, True where EOS was sampled, False where the length limit cut the completion off; or None.
-        unknown: [B, T] boolean, True on real tokens that the tokenizer does not have; or None.
-        behaviour: [B, T] the log-probs at which the tokens were sampled; in replay `logprobs` are a newer policy's.
-
-    Raises ValueError for an empty row or a mask with holes.
-    """
+    Raises ValueError for an empty row or a mask with holes."""
 
     prompts: list[str]
     completions: list[str]
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    entropy: Tensor
-    kl: Tensor
-    rewards: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    trunk: Tensor | None = None
-    allowed: Tensor | None = None
-    temperature: float = 1.0
-    ended: Tensor | None = None
-    unknown: Tensor | None = None
-    behaviour: Tensor | None = None
+    tokens: Tensor  # [B, T] vocabulary ids; anything where masked
+    mask: Tensor  # [B, T] boolean, True up to and including EOS (or to the length limit)
+    # [B, T] float32 under the policy that sampled, recomputed by the training forward:
+    logprobs: Tensor  # log π(a_t|s_t)
+    ref_logprobs: Tensor  # log π_b(a_t|s_t)
+    values: Tensor  # V(s_t)
+    entropy: Tensor  # H(π)
+    kl: Tensor  # exact D(π ‖ π_b)
+    rewards: Tensor  # [B, T] the score on the last real token, 0 elsewhere; zeros until `rewarded`
+    input_ids: Tensor  # [B, L] what a model reads: left-padded prompts, completions without the last token
+    attention_mask: Tensor  # [B, L]
+    trunk: Tensor | None = None  # [B, L, d] the frozen blocks' activations there; None where all blocks are trained
+    allowed: Tensor | None = None  # [B, T, A] tokens that could have been chosen
+    temperature: float = 1.0  # what divided the logits
+    ended: Tensor | None = None  # [B] boolean, True where EOS was sampled, False where the length limit cut it off
+    unknown: Tensor | None = None  # [B, T] boolean, True on real tokens that the tokenizer does not have
+    behaviour: Tensor | None = None  # [B, T] log-probs at sampling; in replay `logprobs` are a newer policy's
 
     def __post_init__(self):
         right_padded(self.mask)

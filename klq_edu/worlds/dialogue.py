@@ -5,7 +5,6 @@
 from the pairs, and RL maximises what it says.
 """
 
-from klq_edu.worlds.road import load_task
 from klq_edu.worlds.text import text_task
 
 SYSTEM = "Answer in one to three sentences."
@@ -18,8 +17,3 @@ def chat(tokenizer, request: str) -> str:
 
 
 TASK = text_task("dialogue", __doc__, ("prompt", "answer"), chat, lead="", words=40)
-
-
-def load(remake: str | None = None):
-    """The dialogue world; the first call takes the road up to the reward model."""
-    return load_task(TASK, remake)

@@ -3,7 +3,6 @@
 A recipe is a YAML file; those of the paper lie in worlds/recipes/, commented.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,23 +55,16 @@ def read_recipe(path: str | Path, **changes) -> Recipe:
     return recipe
 
 
-def as_prompt(row: dict) -> str | None:
-    """The column "prompt"."""
-    return row["prompt"]
-
-
-def single_turn(row: dict) -> str | None:
+def single_turn(text: str) -> str | None:
     """The prompt of a conversation of one question and one answer; None for longer ones.
 
-    >>> single_turn({"chosen": "\\n\\nHuman: Hi?\\n\\nAssistant: Hello!"})
+    >>> single_turn("\\n\\nHuman: Hi?\\n\\nAssistant: Hello!")
     '\\n\\nHuman: Hi?\\n\\nAssistant:'
     """
-    text = row["chosen"]
     return text[: text.index(ASSISTANT)] + ASSISTANT if text.count(HUMAN) == text.count(ASSISTANT) == 1 else None
 
 
-FORMATS: dict[str, Callable[[dict], str | None]] = {"prompt": as_prompt, "single_turn": single_turn}
-COLUMNS = {"prompt": "prompt", "single_turn": "chosen"}  # that a format reads
+FORMATS = {"prompt": ("prompt", lambda text: text), "single_turn": ("chosen", single_turn)}  # column, its prompt
 
 
 def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
@@ -94,15 +86,18 @@ def load_recipe(recipe: Recipe, device: str = "cpu") -> World:
     return World(
         name, f"{recipe.model} on {recipe.data}, rewarded by {recipe.reward_model}.",
         prompts_of(splits["train"], recipe, tokenizer), test.select(range(min(recipe.test_prompts, len(test)))),
-        tokenizer, reward, lambda config: policy_of(recipe, config), samples_per_prompt=1,
+        tokenizer, reward, samples_per_prompt=1, make_policy=lambda config: ActorCritic.from_pretrained(
+            recipe.model, trainable_blocks=recipe.trainable_blocks, critic=config.critic
+        ),
     )  # fmt: skip
 
 
 def prompts_of(rows: Dataset, recipe: Recipe, tokenizer) -> Dataset:
     """A column "prompt" with all of them that have the format and are short enough; ValueError if none is."""
-    if (column := COLUMNS[recipe.format]) not in rows.column_names:
+    column, prompt_of = FORMATS[recipe.format]
+    if column not in rows.column_names:
         raise ValueError(f"data {recipe.data} must have the column {column!r}, has {', '.join(rows.column_names)}")
-    found = [p for p in map(FORMATS[recipe.format], rows) if p]
+    found = [p for p in map(prompt_of, rows[column]) if p]
     lengths = map(len, tokenise(tokenizer, found) if found else [])
     kept = [p for p, n in zip(found, lengths) if n <= recipe.max_prompt_tokens]
     if not kept:
@@ -111,8 +106,3 @@ def prompts_of(rows: Dataset, recipe: Recipe, tokenizer) -> Dataset:
             f"tokens, has none among {len(rows)} rows, {len(found)} of them of the format"
         )
     return Dataset.from_dict({"prompt": kept})
-
-
-def policy_of(recipe: Recipe, config: TrainConfig) -> ActorCritic:
-    """A fresh policy."""
-    return ActorCritic.from_pretrained(recipe.model, trainable_blocks=recipe.trainable_blocks, critic=config.critic)

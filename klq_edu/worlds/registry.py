@@ -1,7 +1,7 @@
 """The worlds by name: what is known of them before they are loaded. All that lists worlds, `--help` included, reads it.
 
-A new world is one file, klq_edu/worlds/<name>.py with a function `load() -> World`, and one entry in WORLDS. Standard
-library only, so that `--help` is instant.
+A new world is one file, klq_edu/worlds/<name>.py with a function `load() -> World` or, for a road, a `TASK`, and
+one entry in WORLDS. Standard library only, so that `--help` is instant.
 """
 
 from dataclasses import replace

@@ -31,7 +31,7 @@ from klq_edu.rlhf.rewards import Reward
 from klq_edu.rlhf.rollout import collect
 from klq_edu.rlhf.sft import finetune
 from klq_edu.worlds.artefacts import MANIFEST, artefact, contents
-from klq_edu.worlds.registry import ROAD, WORLDS
+from klq_edu.worlds.registry import ROAD
 from klq_edu.worlds.weights import ABSENT, WEIGHTS_FILE, cached_folder, weights_folder
 from klq_edu.worlds.world import SAMPLE, World
 
@@ -248,11 +248,6 @@ class Road:
             lambda config: self.policy(self.sft, config.critic), judges=self.judges(), baselines=self.baselines(),
             samples_per_prompt=max(1, TEST_SAMPLES // len(self.test)), tables=tables,
         )  # fmt: skip
-
-
-def load_task(task: Task, remake: str | None = None) -> World:
-    """The world of a task for SmolLM2, with its default settings; see `Road` for `remake`."""
-    return Road(task, model_folder(), WORLDS[task.name].settings, remake).world()
 
 
 def model_folder() -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from klq_edu.worlds.road import Task, load_task
+from klq_edu.worlds.road import Task
 
 TEST_PROMPTS = 64  # the last of openers.txt (written for this project) are for comparing before and after
 FREQUENT_TOKENS = 8_000  # rarer ones are forbidden, to policy and reference alike
@@ -60,8 +60,3 @@ def openers(_) -> dict[str, Dataset]:
 TASK = Task(
     "stories", __doc__, openers, lambda _: sentiment_reward(), lambda _: {"TextBlob": textblob_judge}, FREQUENT_TOKENS,
 )  # fmt: skip
-
-
-def load(remake: str | None = None):
-    """The stories world; the first call takes the road up to the reward model."""
-    return load_task(TASK, remake)

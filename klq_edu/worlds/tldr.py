@@ -5,12 +5,6 @@ pairs of its own summaries are labelled by a gold that knows the reference, with
 pairs, and RL maximises what it says.
 """
 
-from klq_edu.worlds.road import load_task
 from klq_edu.worlds.text import text_task
 
 TASK = text_task("tldr", __doc__, ("text", "summary"), lambda _, text: f"TEXT: {text}\n\nTL;DR:", lead=" ", words=14)
-
-
-def load(remake: str | None = None):
-    """The tldr world; the first call takes the road up to the reward model."""
-    return load_task(TASK, remake)

@@ -13,7 +13,7 @@ from klq_edu.machine import resolve_device
 from klq_edu.rlhf import loop
 from klq_edu.rlhf.algorithms import ALGORITHMS, make_targets
 from klq_edu.rlhf.config import TrainConfig
-from klq_edu.rlhf.loop import METRICS, prompt_rows, train
+from klq_edu.rlhf.loop import METRICS, batch_rows, train
 from klq_edu.rlhf.optim import clip_gradients
 from klq_edu.rlhf.policy import ActorCritic
 from klq_edu.rlhf.rewards import score
@@ -304,9 +304,10 @@ def test_the_policy_carries_out_the_settings_or_refuses_them(tmp_path, tiny_lm, 
 
 
 def test_prompts_are_used_equally_often_and_reshuffled():
-    counts = torch.bincount(torch.tensor([r for u in range(14) for r in prompt_rows(7, 4, u, seed=3)]))
+    few, all_rows = (settings(batch_size=n, seed=3) for n in (4, 7))
+    counts = torch.bincount(torch.tensor([row for u in range(14) for row in batch_rows(7, few, u)]))
     assert counts.tolist() == [8] * 7
-    assert prompt_rows(7, 7, 0, seed=3) != prompt_rows(7, 7, 1, seed=3)
+    assert batch_rows(7, all_rows, 0) != batch_rows(7, all_rows, 1)
 
 
 def test_a_run_folder_refuses_other_settings(tmp_path):

@@ -89,7 +89,12 @@ def test_the_command_line_offers_the_new_world(toy):
 def test_every_world_has_a_file_and_every_file_with_a_world_an_entry():
     files = Path(klq_edu.worlds.__file__).parent.glob("*.py")
     trees = {f.stem: ast.parse(f.read_text(encoding="utf-8")).body for f in files if f.stem != "__init__"}
-    assert {n for n, body in trees.items() if any(getattr(x, "name", "") == "load" for x in body)} == set(WORLDS)
+    names = {
+        stem: {ast.unparse(name) for x in body for name in getattr(x, "targets", ())} for stem, body in trees.items()
+    }
+    tasks = {stem for stem, found in names.items() if "TASK" in found}
+    loads = {stem for stem, body in trees.items() if any(getattr(x, "name", "") == "load" for x in body)}
+    assert tasks == {name for name, entry in WORLDS.items() if entry.made} and tasks | loads == set(WORLDS)
 
 
 def test_the_command_line_offers_every_world():
