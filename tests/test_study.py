@@ -91,27 +91,24 @@ def test_any_two_are_compared_klq_first_and_only_klq_before_judges():
     assert rows and all(row.startswith("| 0.1 | PPO-clip |") for row in rows) and "2" in rows[0].split("|")[4]
 
 
-def test_the_summary_is_of_the_worlds_own_setting_and_of_ppo_clip():
-    runs = [run("klq", s, [(1.0, 0.3), (2.0, 0.6)]) for s in range(3)]
-    others = [
-        run("ppo_penalty", 0, [(9.0, 9.0)]),
-        run("klq", 0, [(9.0, 9.0)], tau=0.5),
-        run("klq", 0, [(9.0, 9.0)], changes="x 1"),
-    ]
+def test_the_summary_has_a_row_per_setting_with_klq_and_ppo_clip_of_the_same_seeds():
+    runs = [run("klq", s, [(1.0, 0.3), (2.0, 0.6)]) for s in range(4)]
     rivals = [run("ppo_clip", s, [(0.5, 0.15), (1.0, 0.3)]) for s in range(3)]
-    for r in (*runs, *rivals, *others):
-        r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
-    found = study.summary({"tldr": runs + rivals + others, "dialogue": runs})
-    row = cells(found, "tldr", "KLQ", "PPO-clip")
-    assert (
-        row["seeds"] == "3"
-        and number(row["reward"]) == pytest.approx(0.3)
-        and number(row["KL [nats]"]) == pytest.approx(1)
-    )
+    hotter = [run(name, 0, [(1.0, x)], tau=0.5) for name, x in (("klq", 2.0), ("ppo_clip", 1.0))]
+    others = [run("ppo_penalty", 0, [(9.0, 9.0)]), run("klq", 0, [(9.0, 9.0)], changes="x 1")]
+    for r in (*runs, *rivals, *hotter, *others):
+        r.tests = {n: table.assign(MiniLM=-table["gold"]) for n, table in r.tests.items()}
+    found = study.summary({"tldr": runs + rivals + others[:1] + hotter + others[1:], "dialogue": runs})
+    assert len(found.splitlines()) == 4, "no rival, no row"
+    row, other = (cells(found, "tldr", tau) for tau in ("0.1", "0.5"))
+    assert row["seeds"] == "3" and number(row["reward"]) == pytest.approx(0.3)
+    assert number(row["KL [nats]"]) == pytest.approx(1)
+    assert number(row["J, KLQ − reference"]) == pytest.approx(0.6 - 0.1 * 2)
+    assert number(row["J, PPO-clip − reference"]) == pytest.approx(0.3 - 0.1 * 1)
+    assert number(row["J, KLQ − PPO-clip"]) == pytest.approx(0.2) and row["J, KLQ − PPO-clip"].endswith("3/3")
     assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
-    assert number(row["wins before the gold"]) == number(row["before MiniLM or TextBlob"]) == 1
-    assert number(cells(found, "tldr", "PPO-clip", "reference")["reward"]) == pytest.approx(0.3)
-    assert cells(found, "dialogue", "KLQ", "reference")["reward at the same KL"] == "" and "penalty" not in found
+    assert (number(row["wins before the gold"]), number(row["before MiniLM or TextBlob"])) == (1, 0)
+    assert number(other["J, KLQ − reference"]) == pytest.approx(2.0 - 0.5), "each at its own τ"
 
 
 def test_along_a_run_scores_are_gains_over_its_own_reference():
@@ -310,10 +307,8 @@ def test_each_setting_is_priced_and_judged_by_its_own_runs():
             assert row["win-rate"].startswith(rate) and row["seeds"] == "2"
             row = cells(leanings, tau, judge)
             assert row["win-rate"] == row["length alone"] == rate and row["leans to the longer"] == rate[:-1]
-    summary = study.summary({"tldr": runs})
-    row = cells(summary, "tldr", "KLQ", "PPO-clip")
-    assert len(summary.splitlines()) == 5, "the world's own τ alone"
-    assert number(row["J = reward − τ KL"]) == pytest.approx(0.9, abs=1e-3)
+    row = cells(study.summary({"tldr": runs}), "tldr", "0.1")
+    assert number(row["J, KLQ − PPO-clip"]) == pytest.approx(0.9, abs=1e-3)
     assert number(row["reward at the same KL"]) == pytest.approx(0.5, abs=1e-2)
     assert number(row["wins before the gold"]) == 1 and number(row["before MiniLM or TextBlob"]) == 0
 
@@ -333,7 +328,7 @@ def test_differences_and_win_rates_are_of_prompts_and_stay_in_their_range():
     for r in runs:
         r.tests = {n: table.assign(MiniLM=table["gold"]) for n, table in r.tests.items()}
     tables = (
-        (study.summary({"tldr": runs}), "tldr", "KLQ", "PPO-clip"),
+        (study.summary({"tldr": runs}), "tldr", "0.1"),
         (study.verdicts(runs), "0.1", "PPO-clip", "gold"),
     )
     for found in (cells(*t) for t in tables):

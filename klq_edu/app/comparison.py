@@ -19,12 +19,11 @@ MARKS = {"longer": "length", "copied": "copied"}  # what judges may lean to: mor
 SETTING = ["tau", "schedule", "algorithm", "learning_rate"]
 
 
-def algorithms(csv: Path, schedule: str | None = None) -> str:
+def algorithms(csv: Path) -> str:
     """Over seeds, the share of the possible improvement (median [lowest, highest], mean, and the median after 1,280
     completions), the median mass of each prompt's best sentence beside the optimum's, KL(π‖π*) in nats, and that minus
-    KLQ's of the same seed. Of one schedule, or of all."""
+    KLQ's of the same seed."""
     runs = pd.read_csv(csv)
-    runs = runs if schedule is None else runs[runs["schedule"] == schedule]
     heads = ["τ", "completions", "algorithm", "lr", "attained", "mean", "early", "mode"]
     heads += ["KL(π‖π*) [nats]", "KL − KLQ's"]
     rows = []
@@ -35,7 +34,7 @@ def algorithms(csv: Path, schedule: str | None = None) -> str:
         klq = runs[(runs["algorithm"] == "klq") & (runs["tau"] == tau) & (runs["schedule"] == used)]
         alone = name == "klq" or klq["learning_rate"].nunique() != 1
         rows.append([*cells, "" if alone else difference(part, klq, "kl_optimum")])
-    return table(heads, rows, without=None if schedule is None else 1)
+    return table(heads, rows)
 
 
 def schedules(csv: Path, names: tuple[str, ...] = tuple(STYLES)) -> str:
@@ -186,7 +185,6 @@ def difference(part: pd.DataFrame, base: pd.DataFrame, column: str) -> str:
     return f"{x.mean():+.3f} [{x.mean() - reach:+.3f}, {x.mean() + reach:+.3f}], {(x > 0).sum()}/{len(x)}"
 
 
-def table(heads: list[str], rows: list[list[str]], without: int | None = None) -> str:
-    """A Markdown table, without the column of this number."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(c for i, c in enumerate(line) if i != without)} |" for line in lines)
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))

@@ -18,7 +18,6 @@ from klq_edu.app.experiment import Result
 from klq_edu.figures import STYLES
 from klq_edu.rlhf.judge import preferred
 from klq_edu.rlhf.power import seeds_needed
-from klq_edu.worlds.registry import preset
 
 RUNS = "runs.csv"  # of the folder of a world: a row per run
 SETTING = ["tau", "changes"]
@@ -65,26 +64,28 @@ def write(folder: Path) -> str:
 
 
 def summary(worlds: dict[str, list[Result]]) -> str:
-    """KLQ and PPO-clip, less the reference and one less the other, by world and what was changed, at the world's τ: the
-    objective, reward and KL, reward where both have gone equally far (see `matched`), and the win-rates of the first
-    before the gold and the judge that had no part."""
+    """KLQ beside PPO-clip, by world and setting: what each gains of the objective over the reference, KLQ's objective,
+    reward and KL less PPO-clip's, reward where both have gone equally far (see `matched`), and KLQ's win-rates before
+    the gold and the judge that had no part."""
     rows = []
     for world, results in worlds.items():
-        tau = preset(world).tau
-        for setting, part in by_setting([r for r in results if r.settings["tau"] == tau]):
-            for (name, rival, runs), (*_, pairs) in zip(comparison.opponents(part), comparison.compared(part)):
-                if not {name, rival} <= {"klq", "ppo_clip", None}:
-                    continue
-                cells = [_difference(pairs, column, tau) for column in ("J", "reward", "kl")]
-                cells.append(_difference(_meeting(runs), "reward") if rival else "")
-                judges = (set(names) & set(comparison.judges_of(part)) for names in (("gold",), INDEPENDENT))
-                for (judge,) in judges:
-                    interval = np.clip(comparison.mean_interval(_won(pairs, judge)), 0, 1)
-                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*interval))
-                about = [world + setting.removeprefix(f"{tau:g}"), _label(name), _label(rival), f"{len(pairs)}"]
-                rows.append([*about, *cells])
-    heads = ["world", "policy", "minus", "seeds", HEADS["J"], "reward", HEADS["kl"], "reward at the same KL"]
-    return comparison.table([*heads, "wins before the gold", "before MiniLM or TextBlob"], rows) if rows else ""
+        for setting, part in by_setting(results):
+            found = {(name, rival): runs for name, rival, runs in comparison.opponents(part)}
+            if runs := found.get(("klq", "ppo_clip")):
+                judges = [judge for judge in comparison.judges_of(part) if judge in ("gold", *INDEPENDENT)]
+                rows.append([world, setting, f"{len(runs)}", *_beside(runs, judges)])
+    heads = ["world", "τ", "seeds", "J, KLQ − reference", "J, PPO-clip − reference", "J, KLQ − PPO-clip"]
+    heads += ["reward", HEADS["kl"], "reward at the same KL", "wins before the gold", "before MiniLM or TextBlob"]
+    return comparison.table(heads, rows) if rows else ""
+
+
+def _beside(runs: list[tuple[Result, Result]], judges: list[str]) -> list[str]:
+    """The cells of `summary` for runs of both with the same seeds."""
+    tau, pairs = runs[0][0].settings["tau"], [(a.after, b.after) for a, b in runs]
+    cells = [_difference([(run.after, run.before) for run in side], "J", tau) for side in zip(*runs)]
+    cells += [_difference(pairs, column, tau) for column in ("J", "reward", "kl")]
+    rates = (np.clip(comparison.mean_interval(_won(pairs, judge)), 0, 1) for judge in judges)
+    return [*cells, _difference(_meeting(runs), "reward"), *("{:.3f} [{:.3f}, {:.3f}]".format(*r) for r in rates)]
 
 
 def by_setting(results: list[Result]) -> list[tuple[str, list[Result]]]:
