@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from klq_edu.app import comparison, report
 from klq_edu.app.experiment import SAMPLES_FILE, Result
@@ -33,6 +34,7 @@ def trained(name, seed, after):
 
 
 WORLD = SimpleNamespace(tables={})
+LAST = ["reward*", "KL* [nats]", "attained", "time [s]"]
 KLQ = samples(["the cat sat on", "b", "c", "one two three x"], [1.0, 1.0, 0.0, 4.0], [1, -2, 0, 1], [4, 1, 1, 4])
 PPO = samples(["a", "b", "c c", "d"], [1.0, 0.0, 2.0, 1.0], [0, 0, 0, 0], [1, 1, 2, 1])
 RESULTS = [result("klq", 0, KLQ), result("ppo_clip", 0, PPO)]
@@ -117,6 +119,11 @@ def test_length_finishing_and_copying_are_shown_before_and_after():
     assert table.loc["ended"].to_dict() == {"KLQ": "1.00 → 0.75", "PPO-clip": "1.00 → 1.00"}
     assert table.loc["copied", "KLQ"] == f"0.00 → {KLQ['copied'].mean():.2f}"
     assert table.loc["judge", "KLQ"] == "0.00 → 0.00" and table.loc["reward*", "KLQ"] == "0.00"
+    assert list(table.index) == ["test reward", "judge", "test KL [nats]", "tokens", "ended", "copied", *LAST]
+    console = Console(width=80, record=True)
+    report.print_table(console, report.results_table(runs), "results", "[a caption]")
+    printed = console.export_text()
+    assert "test KL [nats]" in printed and "[a caption]" in printed, "brackets are no markup"
 
 
 def test_verdicts_as_text_say_low_and_high_and_over_what():

@@ -107,7 +107,7 @@ def print_table(console: Console, data: pd.DataFrame, title: str, caption: str) 
     numbers = (Column(escape(name), justify="right") for name in data.columns[1:])
     table = Table(Column(data.columns[0], no_wrap=True), *numbers, title=escape(title), caption=escape(caption))
     for row in data.itertuples(index=False):
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
 
 
@@ -115,6 +115,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     """A column of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
+    tested = sorted(tested, key=lambda name: name in comparison.SAMPLED)  # scores first
     shown = {TEST.get(name, name): (f"{name}_before", f"{name}_after") for name in tested}
     shown |= {heading: (name,) for heading, name in LOGGED.items() if name in summary}
     table = {"": list(shown)}

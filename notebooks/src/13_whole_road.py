@@ -679,7 +679,8 @@ for S in (2, 3, 5, 8):
 # ## 6 · Did KLQ do better than PPO?
 #
 # Everything is in place. All differences are KLQ minus PPO: the same seed, the same reference samples, the same random numbers,
-# held-out prompts. First the numbers for PPO-clip, with bootstrap intervals, at the same price $\tau$ and at the same KL. $J$ is what both maximise, reward less $\tau$ KL. There the one that went further is taken
+# held-out prompts. First a row per task and setting, with bootstrap intervals: what KLQ and PPO-clip each gain over the reference of $J$, which both
+# maximise (reward less $\tau$ KL), and then KLQ less PPO-clip at the same price $\tau$, and once at the same KL. There the one that went further is taken
 # where it had gone as far as the other in the end; that is earlier in its training, and between two of its tests, so it is a mixture of both, not a policy that was ever there:
 
 # %% tags=["heavy"]
