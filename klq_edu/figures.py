@@ -146,18 +146,18 @@ def calibration(pairs: pd.DataFrame, bins: int = 6) -> Picture:
 
 
 def win_rates(verdicts: pd.DataFrame) -> Picture:
-    """Win-rates with their intervals, one row per comparison, coloured by judge; `verdicts` as `comparison.verdicts`
-    returns them."""
-    rows = verdicts.iloc[::-1].reset_index(drop=True)
-    judges = list(dict.fromkeys(verdicts["judge"]))
-    figure, (axis,) = panels(1, width=7.0, height=1.2 + 0.32 * len(rows))
-    for colour, marker, judge in zip((AMBER, BLUE, GREEN, PINK), "osD^", judges):
-        part = rows[rows["judge"] == judge]
+    """Win-rates with their intervals, a row per comparison, a colour and mark per judge; `verdicts` as
+    `comparison.verdicts` returns them."""
+    pairs, judges = (list(dict.fromkeys(x)) for x in (verdicts["a"] + " against " + verdicts["b"], verdicts["judge"]))
+    figure, (axis,) = panels(1, width=7.0, height=1.2 + 0.25 * len(pairs) * (len(judges) + 1))
+    for i, (colour, marker, judge) in enumerate(zip((AMBER, BLUE, GREEN, PINK), "osD^", judges)):
+        part, rows = verdicts[verdicts["judge"] == judge], np.arange(len(pairs)) + (i + 1) / (len(judges) + 1) - 0.5
         reach = [part["rate"] - part["low"], part["high"] - part["rate"]]
-        axis.errorbar(part["rate"], part.index, xerr=reach, color=colour, marker=marker, ls="", label=judge)
+        axis.errorbar(part["rate"], rows, xerr=reach, color=colour, marker=marker, ls="", label=judge)
     axis.axvline(0.5, color=GREY, lw=1)
-    axis.set_yticks(rows.index, rows["a"] + " against " + rows["b"])
-    axis.set(xlabel="win-rate of the first (ties count half)", ylabel="comparison", xlim=(0, 1))
+    axis.set_yticks(range(len(pairs)), pairs)
+    axis.invert_yaxis()
+    axis.set(xlabel="win-rate of the first (ties count half)", ylabel="comparison")
     axis.legend(title="judge", loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges), frameon=False)
     caption = (
         "How often completions of the first beat those of the second after the same held-out prompt, with 95 % "
@@ -197,8 +197,9 @@ def gains_along_kl(tests: pd.DataFrame) -> Picture:
     seeds = tests["seed"].nunique()
     caption = (
         "Scores of held-out completions less the reference's, in each judge's own unit, against the KL paid. On the "
-        "left what was maximised, less the price of KL: below the grey line more was paid than gained. What rises "
-        "there and nowhere else was learnt from the reward model's mistakes."
+        "left the gain in reward; the sloped line is its price, τ KL: below it the objective J = reward − τ KL is less "
+        "than the reference's. What rises there and nowhere else may be the reward model's mistakes, or what the "
+        "judges do not see."
     )
     caption += f" Lines are means over {seeds} seeds, small marks the ends of single runs." if seeds > 1 else ""
     return Picture(figure, caption, f"Gains against KL before {', '.join(judges)} for {_names(tests)}.")

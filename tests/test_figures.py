@@ -80,13 +80,13 @@ def test_a_calibrated_reward_model_lies_on_the_line_and_a_sure_one_below():
 
 
 def test_win_rates_stand_at_their_place():
-    figure = figures.win_rates(VERDICTS.assign(rate=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], low=0.05, high=0.9)).figure
-    (axis,) = figure.axes
-    names = [t.get_text() for t in axis.get_yticklabels()]
-    assert names[::-1] == ["KLQ against reference", "PPO-clip against reference", "KLQ against PPO-clip"] * 2
-    drawn = {c.get_label(): dict(zip(*c.lines[0].get_data()[::-1])) for c in axis.containers}
-    assert [drawn["gold"][5 - i] for i in range(3)] == [0.1, 0.2, 0.3]
-    assert [drawn["MiniLM"][2 - i] for i in range(3)] == [0.4, 0.5, 0.6]
+    verdicts = VERDICTS.assign(rate=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], low=0.05, high=0.9)
+    (axis,) = figures.win_rates(verdicts).figure.axes
+    names = dict(zip(axis.get_yticks(), (t.get_text() for t in axis.get_yticklabels())))
+    assert list(names.values()) == ["KLQ against reference", "PPO-clip against reference", "KLQ against PPO-clip"]
+    assert axis.yaxis_inverted(), "the first is on top"
+    found = [(names[round(y)], c.get_label(), x) for c in axis.containers for x, y in zip(*c.lines[0].get_data())]
+    assert found == [(f"{row.a} against {row.b}", row.judge, row.rate) for row in verdicts.itertuples()]
 
 
 def drawn(container):

@@ -101,13 +101,13 @@ def test_the_summary_has_a_row_per_setting_with_klq_and_ppo_clip_of_the_same_see
     found = study.summary({"tldr": runs + rivals + others[:1] + hotter + others[1:], "dialogue": runs})
     assert len(found.splitlines()) == 4, "no rival, no row"
     row, other = (cells(found, "tldr", tau) for tau in ("0.1", "0.5"))
-    assert row["seeds"] == "3" and number(row["reward"]) == pytest.approx(0.3)
-    assert number(row["KL [nats]"]) == pytest.approx(1)
+    assert row["seeds"] == "3" and number(row["Δ reward"]) == pytest.approx(0.3)
+    assert number(row["Δ KL [nats]"]) == pytest.approx(1)
     assert number(row["J, KLQ − reference"]) == pytest.approx(0.6 - 0.1 * 2)
     assert number(row["J, PPO-clip − reference"]) == pytest.approx(0.3 - 0.1 * 1)
     assert number(row["J, KLQ − PPO-clip"]) == pytest.approx(0.2) and row["J, KLQ − PPO-clip"].endswith("3/3")
-    assert number(row["reward at the same KL"]) == pytest.approx(0, abs=2e-3)
-    assert (number(row["wins before the gold"]), number(row["before MiniLM or TextBlob"])) == (1, 0)
+    assert number(row["Δ reward at the same KL"]) == pytest.approx(0, abs=2e-3)
+    assert (number(row["KLQ wins, gold"]), number(row["KLQ wins, MiniLM or TextBlob"])) == (1, 0)
     assert number(other["J, KLQ − reference"]) == pytest.approx(2.0 - 0.5), "each at its own τ"
 
 
@@ -309,8 +309,8 @@ def test_each_setting_is_priced_and_judged_by_its_own_runs():
             assert row["win-rate"] == row["length alone"] == rate and row["leans to the longer"] == rate[:-1]
     row = cells(study.summary({"tldr": runs}), "tldr", "0.1")
     assert number(row["J, KLQ − PPO-clip"]) == pytest.approx(0.9, abs=1e-3)
-    assert number(row["reward at the same KL"]) == pytest.approx(0.5, abs=1e-2)
-    assert number(row["wins before the gold"]) == 1 and number(row["before MiniLM or TextBlob"]) == 0
+    assert number(row["Δ reward at the same KL"]) == pytest.approx(0.5, abs=1e-2)
+    assert number(row["KLQ wins, gold"]) == 1 and number(row["KLQ wins, MiniLM or TextBlob"]) == 0
 
 
 def test_each_seed_is_met_where_its_own_two_runs_meet():
@@ -332,7 +332,7 @@ def test_differences_and_win_rates_are_of_prompts_and_stay_in_their_range():
         (study.verdicts(runs), "0.1", "PPO-clip", "gold"),
     )
     for found in (cells(*t) for t in tables):
-        found = found.get("wins before the gold") or found["win-rate"]
+        found = found.get("KLQ wins, gold") or found["win-rate"]
         assert found.endswith(", 1.000]"), found
 
 

@@ -34,7 +34,7 @@ def trained(name, seed, after):
 
 
 WORLD = SimpleNamespace(tables={})
-LAST = ["reward*", "KL* [nats]", "attained", "time [s]"]
+LAST = ["test KL [nats]", "tokens", "share ended", "share copied", "reward*", "KL* [nats]", "attained", "time [s]"]
 KLQ = samples(["the cat sat on", "b", "c", "one two three x"], [1.0, 1.0, 0.0, 4.0], [1, -2, 0, 1], [4, 1, 1, 4])
 PPO = samples(["a", "b", "c c", "d"], [1.0, 0.0, 2.0, 1.0], [0, 0, 0, 0], [1, 1, 2, 1])
 RESULTS = [result("klq", 0, KLQ), result("ppo_clip", 0, PPO)]
@@ -116,10 +116,11 @@ def test_length_finishing_and_copying_are_shown_before_and_after():
     runs = [trained("klq", 0, KLQ.assign(ended=[True, True, True, False])), trained("ppo_clip", 0, PPO)]
     table = report.results_table(runs).set_index("")
     assert table.loc["tokens"].to_dict() == {"KLQ": "1.0 → 2.5", "PPO-clip": "1.0 → 1.2"}
-    assert table.loc["ended"].to_dict() == {"KLQ": "1.00 → 0.75", "PPO-clip": "1.00 → 1.00"}
-    assert table.loc["copied", "KLQ"] == f"0.00 → {KLQ['copied'].mean():.2f}"
+    assert table.loc["share ended"].to_dict() == {"KLQ": "1.00 → 0.75", "PPO-clip": "1.00 → 1.00"}
+    assert table.loc["share copied", "KLQ"] == f"0.00 → {KLQ['copied'].mean():.2f}"
     assert table.loc["judge", "KLQ"] == "0.00 → 0.00" and table.loc["reward*", "KLQ"] == "0.00"
-    assert list(table.index) == ["test reward", "judge", "test KL [nats]", "tokens", "ended", "copied", *LAST]
+    assert table.loc["test reward − τ KL", "KLQ"] == "0.50 → 1.50" and table.index[0] == "test reward − τ KL"
+    assert list(table.index[1:]) == ["test reward", "judge", *LAST]
     console = Console(width=80, record=True)
     report.print_table(console, report.results_table(runs), "results", "[a caption]")
     printed = console.export_text()

@@ -155,11 +155,17 @@ def judged(world: World, rollout: Rollout, rows: dict[str, list]) -> pd.DataFram
     return pd.DataFrame(columns)
 
 
+def scores(table: pd.DataFrame, column: str, tau: float) -> pd.Series:
+    """A column of test samples, or "J", what RL maximises: reward less τ KL."""
+    return table["reward"] - tau * table["kl"] if column == "J" else table[column]
+
+
 def summarise_results(results: list[Result]) -> pd.DataFrame:
-    """One row per experiment: test rewards before and after, the last quarter's reward and KL, and its time."""
+    """One row per experiment: test scores and J before and after, the last quarter's reward and KL, and its time."""
     rows = []
     for r in results:
-        log, before, after = pd.DataFrame(r.rows), *(t.mean(numeric_only=True) for t in (r.before, r.after))
+        tests = (table.assign(J=scores(table, "J", r.settings["tau"])) for table in (r.before, r.after))
+        log, before, after = pd.DataFrame(r.rows), *(table.mean(numeric_only=True) for table in tests)
         row = before.add_suffix("_before").to_dict() | after.add_suffix("_after").to_dict()
         row |= log[["reward", "kl"]].tail(max(1, len(log) // 4)).mean().to_dict()
         row |= {"attained": r.rows[-1].get("attained", torch.nan), "seconds": log["seconds"].sum()}

@@ -38,7 +38,8 @@ WHO = {  # what has to be said of a judge
 }
 TESTED = {"kl": "KL to the reference, in nats", "length": "tokens", "ended": "share that ended by itself"}
 TESTED |= {"copied": "share of word triples from the prompt", "reward": "reward"}
-TEST = {"reward": "test reward", "kl": "test KL [nats]", "length": "tokens", "ended": "ended", "copied": "copied"}
+TEST = {"J": "test reward − τ KL", "reward": "test reward", "kl": "test KL [nats]", "length": "tokens"}
+TEST |= {"ended": "share ended", "copied": "share copied"}
 LOGGED = {"reward*": "reward", "KL* [nats]": "kl", "attained": "attained", "time [s]": "seconds"}
 DIGITS = {"attained": 3, "seconds": 0, "length_before": 1, "length_after": 1}
 BARS = (
@@ -115,7 +116,7 @@ def results_table(results: list[Result]) -> pd.DataFrame:
     """A column of text per algorithm: the median over seeds, with [lowest, highest] where there are several."""
     summary = summarise_results(results).dropna(axis=1)
     tested = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
-    tested = sorted(tested, key=lambda name: name in comparison.SAMPLED)  # scores first
+    tested = sorted(tested, key=lambda name: (name != "J", name in comparison.SAMPLED))  # scores first
     shown = {TEST.get(name, name): (f"{name}_before", f"{name}_after") for name in tested}
     shown |= {heading: (name,) for heading, name in LOGGED.items() if name in summary}
     table = {"": list(shown)}
@@ -184,7 +185,7 @@ def made_of(world: World) -> list[Section]:
         cells = tables["trials"]["score"].map("{:.2f}".format) + tables["trials"]["loses"].map(" ({:.0%})".format)
         table = tables["trials"].assign(cell=cells).pivot(index="kind", columns="judge", values="cell")
         table = table.loc[tables["trials"]["kind"].unique()].reset_index()
-        remark = "Mean score of each kind of completion (share of prompts where it loses against the reference)."
+        remark = "Mean score of each kind of completion (share of prompts where it loses against the reference text)."
         found.append(Section("What gold, judges and reward model say of hacks", remark, table))
     return found
 
@@ -312,4 +313,4 @@ def seeds(results: list[Result]) -> str:
     """What the numbers are medians of, or that they are not."""
     count = len({r.labels["seed"] for r in results})
     several = f"Median over {count} seeds [lowest, highest]"
-    return several if count > 1 else "One seed: no error bars, so small differences mean nothing"
+    return several if count > 1 else "One seed: no error bars over seeds, so small differences mean nothing"

@@ -1,8 +1,7 @@
 """What the files of `klq compare` say, as Markdown tables and figures.
 
-Everywhere a difference is a mean over seeds and held-out prompts with a 95 % interval that resamples seeds, then
-prompts; algorithms are paired by seed. Of few seeds these intervals hold the truth less often than in 95 % (notebook
-13), so in how many seeds a difference is positive stands beside them.
+Algorithms are paired by seed. Of few seeds the intervals hold the truth less often than in 95 % (notebook 13), so in
+how many seeds a difference is positive stands beside them.
 """
 
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ import pandas as pd
 
 from klq_edu import figures
 from klq_edu.app import comparison
-from klq_edu.app.experiment import Result
+from klq_edu.app.experiment import Result, scores
 from klq_edu.figures import STYLES
 from klq_edu.rlhf.judge import preferred
 from klq_edu.rlhf.power import seeds_needed
@@ -23,6 +22,14 @@ RUNS = "runs.csv"  # of the folder of a world: a row per run
 SETTING = ["tau", "changes"]
 Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
 INDEPENDENT = ("MiniLM", "TextBlob")  # judges that had no part in making the reward
+LEGEND = """Held-out prompts throughout. Brackets: 95 % intervals, of one seed over its prompts, of several over seeds, then
+prompts; behind them, in how many seeds a difference is positive. A row has the seeds that both sides have, so rows of
+different seeds do not add up. The reference is the policy that RL starts from. *At the same KL*: the run that went
+further is taken where it had gone as far as the other in the end, linearly between its tests. *sd of a seed*: the
+scatter beyond what prompts explain. *shown from*: the distance from ½ that so many seeds and prompts show at 95 % with
+power 0.8. *Alone*: the win-rate before a judge who looks at nothing else and leans as this one does.
+
+"""
 HEADS = {"J": "J = reward − τ KL", "kl": "KL [nats]", "length": "tokens", "ended": "finished"}
 
 
@@ -56,7 +63,7 @@ def write(folder: Path) -> str:
         "Win-rates of KLQ": verdicts(results),
         "What a judge's leaning would have made of it": leanings(results),
     }
-    text = "\n\n".join(f"#### {title}\n\n{table}" for title, table in parts.items() if table)
+    text = LEGEND + "\n\n".join(f"#### {title}\n\n{table}" for title, table in parts.items() if table)
     folder.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     paths = figures.gains_along_kl(comparison.along(results))
     paths.figure.savefig(f"{folder}.svg", metadata={"Date": None})
@@ -75,7 +82,7 @@ def summary(worlds: dict[str, list[Result]]) -> str:
                 judges = [judge for judge in comparison.judges_of(part) if judge in ("gold", *INDEPENDENT)]
                 rows.append([world, setting, f"{len(runs)}", *_beside(runs, judges)])
     heads = ["world", "τ", "seeds", "J, KLQ − reference", "J, PPO-clip − reference", "J, KLQ − PPO-clip"]
-    heads += ["reward", HEADS["kl"], "reward at the same KL", "wins before the gold", "before MiniLM or TextBlob"]
+    heads += ["Δ reward", "Δ KL [nats]", "Δ reward at the same KL", "KLQ wins, gold", "KLQ wins, MiniLM or TextBlob"]
     return comparison.table(heads, rows) if rows else ""
 
 
@@ -187,11 +194,6 @@ def leanings(results: list[Result]) -> str:
             rows.append([setting, judge, *cells])
     heads = ["τ", "judge", "win-rate", "leans to the longer", "length alone", "to the more copied", "copying alone"]
     return comparison.table(heads, rows) if rows else ""
-
-
-def scores(table: pd.DataFrame, column: str, tau: float) -> pd.Series:
-    """A column of test samples, or "J", what RL maximises: reward less τ KL."""
-    return table["reward"] - tau * table["kl"] if column == "J" else table[column]
 
 
 def _difference(pairs: list[tuple[pd.DataFrame, pd.DataFrame]], column: str, tau: float = 0.0) -> str:
