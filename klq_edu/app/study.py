@@ -22,12 +22,12 @@ RUNS = "runs.csv"  # of the folder of a world: a row per run
 SETTING = ["tau", "changes"]
 Z_POWER = 1.96 + 0.84  # standard errors that a difference has, if it is seen at 95 % with power 0.8
 INDEPENDENT = ("MiniLM", "TextBlob")  # judges that had no part in making the reward
-LEGEND = """Held-out prompts throughout. Brackets: 95 % intervals, of one seed over its prompts, of several over seeds, then
-prompts; behind them, in how many seeds a difference is positive. A row has the seeds that both sides have, so rows of
-different seeds do not add up. The reference is the policy that RL starts from. *At the same KL*: the run that went
-further is taken where it had gone as far as the other in the end, linearly between its tests. *sd of a seed*: the
-scatter beyond what prompts explain. *shown from*: the distance from ½ that so many seeds and prompts show at 95 % with
-power 0.8. *Alone*: the win-rate before a judge who looks at nothing else and leans as this one does.
+LEGEND = """Held-out prompts throughout. Brackets: 95 % intervals, of one seed over its prompts, of several over
+seeds, then prompts; behind them, in how many seeds a difference is positive. A row has the seeds that both sides have,
+so rows of different seeds do not add up. The reference is the policy that RL starts from. *At the same KL*: the run
+that went further is taken where it had gone as far as the other in the end, linearly between its tests. *sd of a seed*:
+the scatter beyond what prompts explain. *shown from*: the distance from ½ that so many seeds and prompts show at 95 %
+with power 0.8. *Alone*: the win-rate before a judge who looks at nothing else and leans as this one does.
 
 """
 HEADS = {"J": "J = reward − τ KL", "kl": "KL [nats]", "length": "tokens", "ended": "finished"}
