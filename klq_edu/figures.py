@@ -4,6 +4,7 @@ Each function returns a Picture: a matplotlib figure, a caption that says what t
 are Okabe and Ito's, distinguishable to everyone; line styles differ as well.
 """
 
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,15 @@ from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_ste
 from klq_edu.core.tree import TokenTree
 
 GREY, BLUE, ORANGE, GREEN, PINK, AMBER = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+SKY = "#56B4E9"
 DASHES = (0, (5, 1, 1, 1))
 STYLES = {  # of an algorithm's line
     "klq": {"label": "KLQ", "color": BLUE, "linestyle": "-"},
     "ppo_clip": {"label": "PPO-clip", "color": ORANGE, "linestyle": "--"},
     "ppo_clip_whitened": {"label": "PPO-clip, whitened", "color": PINK, "linestyle": DASHES},
     "ppo_penalty": {"label": "PPO-penalty", "color": GREEN, "linestyle": ":"},
+    "klq_whitened": {"label": "KLQ, whitened", "color": SKY, "linestyle": DASHES},
+    "ppo_penalty_whitened": {"label": "PPO-penalty, whitened", "color": AMBER, "linestyle": DASHES},
 }
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
     "naive": (ORANGE, "--", "s", "//"),
@@ -151,7 +155,7 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     rows = verdicts.iloc[::-1].reset_index(drop=True)
     judges = list(dict.fromkeys(verdicts["judge"]))
     figure, (axis,) = panels(1, width=7.0, height=1.2 + 0.32 * len(rows))
-    for colour, marker, judge in zip((AMBER, BLUE, GREEN, PINK), "osD^", judges):
+    for colour, marker, judge in zip(cycle((AMBER, BLUE, GREEN, PINK)), cycle("osD^v"), judges):
         part = rows[rows["judge"] == judge]
         reach = [part["rate"] - part["low"], part["high"] - part["rate"]]
         axis.errorbar(part["rate"], part.index, xerr=reach, color=colour, marker=marker, ls="", label=judge)

@@ -1,11 +1,15 @@
 """Every figure draws, is labelled, and says in words what to see."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from klq_edu import figures
 from klq_edu.core.tree import TokenTree
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.worlds.registry import variant_of
 
 VERDICTS = pd.DataFrame(
     [
@@ -222,3 +226,18 @@ def test_scaling_says_what_grows_and_what_is_fixed(along, label, fixed):
     figure, caption, _ = figures.bench_scaling(pd.DataFrame([row, row | {along: 64}]), along)
     assert {axis.get_xlabel() for axis in figure.axes} == {label}
     assert f"against {along.upper()}, " in caption and fixed in caption
+
+
+def test_every_judge_is_drawn_however_many_there_are():
+    names = [f"judge {i}" for i in range(6)]
+    (axis,) = figures.win_rates(pd.concat([VERDICTS[:3].assign(judge=name) for name in names])).figure.axes
+    points = {c.get_label(): (c.lines[0].get_color(), c.lines[0].get_marker()) for c in axis.containers}
+    assert list(points) == names and len(set(points.values())) == 6
+    assert sorted(y for c in axis.containers for y in c.lines[0].get_ydata()) == list(range(18))
+
+
+def test_whatever_can_be_trained_has_a_name_and_a_look_of_its_own():
+    """Whitened KLQ too, the ablation that TrainConfig offers: without them `klq train --whiten` ended in a KeyError."""
+    names = get_args(get_type_hints(TrainConfig)["algorithm"])
+    looks = [figures.STYLES[variant_of({"algorithm": a, "whiten": w})] for a in names for w in (False, True)]
+    assert len({look["label"] for look in looks}) == len({look["color"] for look in looks}) == 2 * len(names) == 6

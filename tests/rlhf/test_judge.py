@@ -217,6 +217,10 @@ def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypat
     assert "the longer in 1.00" in said and Endpoint.heard[-1][1] == "Bearer secret"
     run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=tmp_path / "ppo", url=url))
     assert "klq against ppo, before some-model:\nwin-rate 0.375" in capsys.readouterr().out
+    save("brief", before=["a", "b", "c", "d"], after=["b", "c", "d", "e"])
+    run_judge(JudgeConfig(tmp_path / "brief", "some-model", url=url))
+    said = capsys.readouterr().out
+    assert "ties 4" in said and "the longer" not in said, "no two lengths differ"
     save("other", before=["a"], after=["a"])
     save("unfinished", updates=9, before=["a", "bb", "c", "d"], after=["aaaa", "b", "cc", "ddd"])
     for rival, message in (
