@@ -325,3 +325,16 @@ def test_each_number_is_printed_under_its_heading():
         "L2": "20 of 25–38", "shared": "90 of 128", "k-loop": "300", "outside": "40", "floor\\[ms]": "1.5",
         "ms": "2–4", "share\\[%]": "38–75",
     }  # fmt: skip
+
+
+def test_a_compiler_that_fails_is_an_error_and_no_empty_list(tmp_path, monkeypatch):
+    """… after which "every tile keeps its promises" would be said of none, with exit status 0."""
+    compiler = tmp_path / "python"
+    compiler.write_text('#!/bin/sh\necho "$TRITON_INTERPRET|$3"\necho "no such target" >&2\nexit 3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(compiler))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    lines = compiled("--targets")
+    assert next(lines) == "|--targets\n", "without the interpreter, which compiles nothing"
+    with pytest.raises(RuntimeError, match="compiling failed: no such target"):
+        next(lines)
