@@ -4,6 +4,7 @@ Each function returns a Picture: a matplotlib figure, a caption that says what t
 are Okabe and Ito's, distinguishable to everyone; line styles differ as well.
 """
 
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,15 @@ from klq_edu.core.improvement import action_values, kl_penalised_argmax, klq_ste
 from klq_edu.core.tree import TokenTree
 
 GREY, BLUE, ORANGE, GREEN, PINK, AMBER = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+SKY = "#56B4E9"
 DASHES = (0, (5, 1, 1, 1))
 STYLES = {  # of an algorithm's line
     "klq": {"label": "KLQ", "color": BLUE, "linestyle": "-"},
     "ppo_clip": {"label": "PPO-clip", "color": ORANGE, "linestyle": "--"},
     "ppo_clip_whitened": {"label": "PPO-clip, whitened", "color": PINK, "linestyle": DASHES},
     "ppo_penalty": {"label": "PPO-penalty", "color": GREEN, "linestyle": ":"},
+    "klq_whitened": {"label": "KLQ, whitened", "color": SKY, "linestyle": DASHES},
+    "ppo_penalty_whitened": {"label": "PPO-penalty, whitened", "color": AMBER, "linestyle": DASHES},
 }
 CONTENDERS = {  # of the benchmark: colour, line, marker, hatch
     "naive": (ORANGE, "--", "s", "//"),
@@ -150,7 +154,7 @@ def win_rates(verdicts: pd.DataFrame) -> Picture:
     `comparison.verdicts` returns them."""
     pairs, judges = (list(dict.fromkeys(x)) for x in (verdicts["a"] + " against " + verdicts["b"], verdicts["judge"]))
     figure, (axis,) = panels(1, width=7.0, height=1.2 + 0.25 * len(pairs) * (len(judges) + 1))
-    for i, (colour, marker, judge) in enumerate(zip((AMBER, BLUE, GREEN, PINK), "osD^", judges)):
+    for i, (colour, marker, judge) in enumerate(zip(cycle((AMBER, BLUE, GREEN, PINK)), cycle("osD^v"), judges)):
         part, rows = verdicts[verdicts["judge"] == judge], np.arange(len(pairs)) + (i + 1) / (len(judges) + 1) - 0.5
         reach = [part["rate"] - part["low"], part["high"] - part["rate"]]
         axis.errorbar(part["rate"], rows, xerr=reach, color=colour, marker=marker, ls="", label=judge)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import platform
 import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -18,6 +20,7 @@ from klq_edu.bench.config import MAIN, QUICK, BenchConfig, Size
 from klq_edu.bench.measure import errors, exact, interleave, measure_point, repeat, run_once, stage_rows
 from klq_edu.bench.run import run_bench
 from klq_edu.bench.workloads import WORKLOADS, Contender, contenders, make_inputs
+from klq_edu.machine import facts, threads
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +199,86 @@ def test_figures_are_drawn_with_their_captions(result):
     for picture in (figures.bench_times(rows[rows["stage"] == "both"]), figures.bench_scaling(part, "v")):
         assert all(axis.get_xlabel() and axis.get_ylabel() and axis.lines for axis in picture.figure.axes)
         assert picture.figure.axes[0].get_legend() is not None and len(picture.alt) > 10
+
+
+def test_each_contender_has_its_own_peak_and_inputs_of_the_seed(monkeypatch):
+    asked, drawn, make = [], [], measure.make_inputs
+    monkeypatch.setattr(measure, "peak_memory", lambda **what: asked.append(what) or float(len(asked)))
+    monkeypatch.setattr(
+        measure, "make_inputs", lambda name, size, seed, device: drawn.append(seed) or make(name, size, seed, device)
+    )
+    config, size = BenchConfig(reps=1, seed=7), QUICK["returns"]
+    rows = measure_point("returns", size, contenders("returns", "cpu"), config, "cpu", print, lambda: None)
+    assert [(r["contender"], r["memory_mb"]) for r in rows] == [("naive", 1.0), ("ours (torch)", 2.0)]
+    assert [what["contender"] for what in asked] == ["naive", "ours (torch)"] and asked[0]["size"] == size
+    assert drawn == [7] and {what["seed"] for what in asked} == {7}
+
+
+def test_the_process_that_measures_memory_runs_the_one_it_was_asked_for(monkeypatch):
+    """A tiny call first, then the size itself; another's peak would be published as ours."""
+    ran = []
+    monkeypatch.setattr(measure, "run_once", lambda c, x: ran.append((c.name, len(x["tokens"]))))
+    monkeypatch.setattr(measure, "resident_peak", lambda call: call() or 5.0)
+    assert measure.peak_here("klq", "ours (torch)", [96, 30, 8, None, "float32"], 0, "cpu", False) == 5.0
+    assert ran == [("ours (torch)", QUICK["klq"].n), ("ours (torch)", 96)]
+
+
+def test_a_unit_is_the_mean_of_the_products_before_and_after(monkeypatch):
+    monkeypatch.setattr(measure, "repeat", lambda contender, x: (4.0, 6.0))
+    products = iter([1.0, 3.0, 7.0])
+    one = Contender("one", dict, truth=dict)
+    found = interleave([one], {}, lambda: next(products), 2, lambda: None)["one"]
+    assert found == [{"forward": 4.0, "backward": 6.0, "both": 10.0, "gemm": unit} for unit in (2.0, 5.0)]
+
+
+def test_times_are_medians_with_the_lowest_and_highest():
+    one = Contender("one", dict, truth=dict, gemms=(1, 2))
+    seconds = {"one": (8.0, 3.0, 4.0), "naive": (2.0, 9.0, 1.0)}
+    times = {who: [{"both": s, "gemm": 0.5} for s in found] for who, found in seconds.items()}
+    (row,) = stage_rows(one, times, ("both",), in_units=True)
+    assert (row["seconds_low"], row["seconds"], row["seconds_high"]) == (3, 4, 8) and row["reps"] == 3
+    assert (row["units_low"], row["units"], row["units_high"]) == (6, 8, 16)
+    assert row["vs_naive"] == 2 and row["limit"] == 3
+
+
+def test_limits_count_the_products_that_cannot_be_avoided():
+    """Forward one per head; backward one for the hidden states and one for the weights of the policy alone. What the
+    fused ways don't keep they compute again."""
+    found = {name: [c.gemms for c in contenders(name, "cpu")[:2]] for name in WORKLOADS}
+    heads = {"linear_stats": [(2, 2), (2, 4)], "klq_ref": [(2, 2), (4, 0)], "klq": [(1, 2), (3, 0)]}
+    assert found == heads | {name: [None, None] for name in ("logits_stats", "returns", "update")}
+
+
+def test_compiled_contenders_take_part_where_asked_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(run, "contenders", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr(run, "measure_point", lambda *_: [])
+    for wanted in (True, False):
+        run_bench(BenchConfig(workloads=("klq",), quick=True, device="cpu", compile=wanted, out=tmp_path))
+    assert asked == [("klq", "cpu", True), ("klq", "cpu", False)]
+
+
+def test_the_printed_table_has_each_column_under_its_heading(tmp_path, capsys):
+    row = {"workload": "klq", **Size(8, 16, 4)._asdict(), "contender": "naive", "stage": "both", "computes": "the same"}
+    row |= {"seconds": 1.0, "units": 2.0, "units_low": 3.0, "units_high": 4.0, "limit": 5.0, "vs_naive": 6.0}
+    row |= {"memory_mb": 7.0, "error_loss": 8.0, "error_kl": 0.5, "error_gradient": 9.0}
+    pd.DataFrame([row]).to_csv(tmp_path / "bench.csv", index=False)
+    run.print_tables(tmp_path / "bench.csv")
+    said = capsys.readouterr().out
+    head, numbers = said.split("N=8 V=16 H=4 float32\n")[1].splitlines()[:2]
+    assert head.split() == ["stage", "s", "units", "low", "high", "limit", "ratio", "MB", "error", "gradient"]
+    assert numbers.split() == ["naive", "both", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+
+
+def test_facts_name_each_package_with_its_own_version():
+    found = facts("cpu")
+    assert all(found[name] == version(name) for name in ("torch", "transformers", "numpy", "klq-edu"))
+    assert found["device"] == "cpu" and found["python"] == platform.python_version()
+
+
+def test_threads_are_as_before_afterwards():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
+from klq_edu.app import doctor
 from klq_edu.app.cli import main
 from klq_edu.app.experiment import Result
 from klq_edu.app.report import print_results
 from klq_edu.rlhf.config import TrainConfig
+from klq_edu.rlhf.runs import load_checkpoint
 
 
 def klq(*args, **environment):
@@ -123,12 +126,14 @@ def test_a_signal_during_imports_leaves_no_traceback(where, wrapped, name, statu
     assert out.returncode == status and "Traceback" not in out.stderr and "Interrupted" in out.stderr, out.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sweep", "compare", "bench", "inspect", "course", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "hub", "sweep", "compare", "bench", "judge", "inspect", "course", "doctor"]
+)
 def test_only_a_command_that_continues_is_said_to(command, tmp_path):
     command = [sys.executable, "-c", SIGNALLED, "tyro", "SIGINT", "plain", command]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "\nInterrupted" in out.stderr
-    assert ("The same command continues" in out.stderr) is (command[-1] in ("demo", "train", "sweep", "compare"))
+    assert ("The same command continues" in out.stderr) is (command[-1] in ("demo", "train", "hub", "sweep", "compare"))
 
 
 def test_texts_with_markup_are_shown_as_they_are(capsys):
@@ -207,6 +212,11 @@ def test_train_saves_a_model_that_loads_anywhere(tmp_path, here):
     model, tokenizer = (c.from_pretrained(tmp_path / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
     assert model(**tokenizer("at dawn the", return_tensors="pt", return_token_type_ids=False)).logits.shape[-1] == 65
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world"] == "grammar"
+    trained = {
+        k.removeprefix("lm."): x for k, x in load_checkpoint(tmp_path / "run" / "checkpoint.pt")["parameters"].items()
+    }
+    saved = model.state_dict()
+    assert trained.keys() & saved and all(torch.equal(saved[k], trained[k]) for k in trained.keys() & saved)
 
 
 def test_the_sweep_writes_one_row_per_run_with_provenance(tmp_path, here):
@@ -251,3 +261,37 @@ def test_the_doctor_works_where_much_is_missing():
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )
     assert out.returncode == 0 and "'.[demo]'" in out.stdout, out.stderr
+
+
+def test_on_request_an_error_says_where_it_was_raised(tmp_path, here, monkeypatch):
+    monkeypatch.setenv("KLQ_DEBUG", "1")
+    with pytest.raises(ValueError, match="device 'cuda:99' is not usable here"):
+        here("train", "grammar", "--device", "cuda:99", "--out", tmp_path)
+
+
+def test_a_terminal_without_greek_letters_is_no_reason_to_fail():
+    out = klq("demo", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert out.returncode == 0 and "KL coefficient ?" in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize("fine, status", [((True, True), 0), ((True, False), 1)])
+def test_the_doctors_verdict_is_the_exit_status(fine, status, here, monkeypatch):
+    found = [doctor.Finding("thing", ok, "seen", "" if ok else "get it") for ok in fine]
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    out = here("doctor")
+    assert out.returncode == status and ("get it" in out.stdout) is bool(status)
+
+
+def test_the_doctor_tells_one_models_weights_from_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "weights_folder", lambda: tmp_path)
+    monkeypatch.setattr(doctor, "minilm_folder", lambda: None)
+    found = {f.what: f for f in doctor.examine()}
+    assert found["SmolLM2 weights"].fine and not found["MiniLM weights"].fine
+    assert "without this judge" in found["MiniLM weights"].advice
+
+
+def test_only_the_chosen_notebooks_are_checked(tmp_path, here, monkeypatch):
+    monkeypatch.setattr("klq_edu.course.build.drift", lambda folder, chapter: [folder / chapter.name])
+    said = here("course", "check", "--notebooks", tmp_path, "--only", "01", "07").returncode
+    first, *others = said.splitlines()
+    assert "out of date" in first and [line.removeprefix(f"{tmp_path}/")[:2] for line in others] == ["01", "07"]

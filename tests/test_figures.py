@@ -1,11 +1,15 @@
 """Every figure draws, is labelled, and says in words what to see."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from klq_edu import figures
 from klq_edu.core.tree import TokenTree
+from klq_edu.rlhf.config import TrainConfig
+from klq_edu.worlds.registry import variant_of
 
 VERDICTS = pd.DataFrame(
     [
@@ -157,3 +161,84 @@ def test_the_benchmarks_figures_show_each_column_where_it_is_named():
     shown = figures.bench_scaling(pd.DataFrame([row, row | {"v": 32}]), "v").figure.axes
     found = {axis.get_ylabel().split()[0]: axis.lines[0].get_xydata().tolist() for axis in shown}
     assert found == {"time": [[16, 3], [32, 3]], "peak": [[16, 50], [32, 50]], "relative": [[16, 0.25], [32, 0.25]]}
+
+
+def test_curves_are_smoothed_as_their_caption_says():
+    """Running means over so many updates, against the completions sampled."""
+    rows = [{"algorithm": "klq", "seed": 0, "rollouts": 32 * u, "reward": x} for u, x in ((1, 0.0), (2, 4.0), (3, 2.0))]
+    figure, caption, _ = figures.learning_curves(pd.DataFrame(rows), {"reward": "reward"}, "Rises.", smooth=2)
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[32, 0], [64, 2], [96, 3]]
+    assert "one seed, so no error bars; running mean over 2 updates" in caption
+
+
+def test_beside_the_best_possible_stand_exact_values_and_a_dot_at_the_end(runs):
+    """A batch's mean can lie above the frontier."""
+    exact = runs.assign(exact_kl=runs["kl"] / 2, exact_reward=3 * runs["reward"])
+    best = pd.DataFrame({"kl": [0.0, 5.0], "reward": [0.0, 9.0]})
+    (axis,) = figures.reward_kl_plane(exact, best).figure.axes
+    frontier, path, dot = (line.get_xydata().tolist() for line in axis.lines[:3])
+    assert frontier == [[0, 0], [5, 9]] and path == [[u, 3 * u] for u in range(1, 6)] and dot == [[5, 15]]
+
+
+def test_the_distance_to_the_optimum_is_on_a_logarithmic_axis(runs):
+    figure, caption, alt = figures.optimum_curves(runs, 0.2)
+    assert figure.axes[0].get_yscale() == "log" and "logarithmic" in alt and "τ = 0.2" in caption
+
+
+def test_each_schedule_has_its_own_gaps():
+    rows = [
+        {"algorithm": "klq", "schedule": used, "tau": 0.1, "seed": 0, "kl_optimum": gap, "rollouts": 1}
+        for used, gap in (("on_policy", 4.0), ("replay", 1.0))
+    ]
+    axes = figures.optimum_gaps(pd.DataFrame(rows), {"replay": "cooled", "on_policy": "plain"}).figure.axes
+    assert [(axis.get_title(), drawn(axis.containers[0])[0][1]) for axis in axes] == [("cooled", 1.0), ("plain", 4.0)]
+
+
+def test_bars_of_the_calibration_are_95_percent_intervals():
+    """Of 100 pairs, half of which agree: 1.96 √(¼ / 100)."""
+    pairs = pd.DataFrame({"proxy": [(-1) ** i * (1 + i / 1000) for i in range(100)]})
+    ((_, share, low, high),) = drawn(figures.calibration(pairs, bins=1).figure.axes[0].containers[0])
+    assert (share, low, high) == pytest.approx((0.5, 0.402, 0.598))
+
+
+BENCH = {"dtype": "float32", "h": 4, "units_low": 1.0, "units_high": 9.0, "memory_mb": 1.0, "error_gradient": 0.1}
+
+
+def test_each_bar_of_the_benchmark_stands_at_its_name_with_its_own_limit():
+    """Of each workload the first size only."""
+    found = [("klq", "naive", 8, 3.0, 1.0), ("klq", "ours (torch)", 8, 2.0, 1.5), ("klq", "naive", 32, 7.0, 1.0)]
+    found += [("update", "naive", 64, 5.0, np.nan)]
+    rows = [
+        {"workload": w, "contender": c, "n": 8, "v": v, "units": units, "limit": least} | BENCH
+        for w, c, v, units, least in found
+    ]
+    (axis,) = figures.bench_times(pd.DataFrame(rows)).figure.axes
+    names = dict(zip(np.round(axis.get_yticks(), 6), (label.get_text() for label in axis.get_yticklabels())))
+    bars = [(names[round(bar.get_y() + bar.get_height() / 2, 6)], bar.get_width()) for bar in axis.patches]
+    limits = {names[round(y, 6)]: x for x, y in axis.lines[0].get_xydata()}
+    assert bars[::-1] == [("klq: naive", 3.0), ("klq: ours (torch)", 2.0), ("update: naive", 5.0)]
+    assert limits == {"klq: naive": 1.0, "klq: ours (torch)": 1.5}
+
+
+@pytest.mark.parametrize("along, label, fixed", [("v", "vocabulary V", "N = 8,"), ("n", "tokens N", "V = 16,")])
+def test_scaling_says_what_grows_and_what_is_fixed(along, label, fixed):
+    row = {"workload": "klq", "contender": "naive", "n": 8, "v": 16, "units": 3.0} | BENCH
+    figure, caption, _ = figures.bench_scaling(pd.DataFrame([row, row | {along: 64}]), along)
+    assert {axis.get_xlabel() for axis in figure.axes} == {label}
+    assert f"against {along.upper()}, " in caption and fixed in caption
+
+
+def test_every_judge_is_drawn_however_many_there_are():
+    names = [f"judge {i}" for i in range(6)]
+    (axis,) = figures.win_rates(pd.concat([VERDICTS[:3].assign(judge=name) for name in names])).figure.axes
+    points = {c.get_label(): (c.lines[0].get_color(), c.lines[0].get_marker()) for c in axis.containers}
+    assert list(points) == names and len(set(points.values())) == 6
+    rows = sorted(y for c in axis.containers for y in c.lines[0].get_ydata())
+    assert len(rows) == 18 and min(np.diff(rows)) > 0.1, "each in a place of its own"
+
+
+def test_whatever_can_be_trained_has_a_name_and_a_look_of_its_own():
+    """Whitened KLQ too, the ablation that TrainConfig offers: without them `klq train --whiten` ended in a KeyError."""
+    names = get_args(get_type_hints(TrainConfig)["algorithm"])
+    looks = [figures.STYLES[variant_of({"algorithm": a, "whiten": w})] for a in names for w in (False, True)]
+    assert len({look["label"] for look in looks}) == len({look["color"] for look in looks}) == 2 * len(names) == 6

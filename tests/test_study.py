@@ -413,8 +413,68 @@ def test_every_batch_of_test_samples_has_random_numbers_of_its_own(monkeypatch):
 
 def test_a_summary_of_results_is_of_the_last_quarter_and_of_before_and_after():
     one = run("klq", 0, [(2.0, 0.4)])
-    one.rows = [{"reward": float(i), "kl": 2.0 * i, "seconds": 1.0} for i in range(8)]
+    one.rows = [{"reward": float(i), "kl": 2.0 * i, "attained": i / 10, "seconds": 1.0} for i in range(8)]
     (row,) = summarise_results([one]).to_dict("records")
-    assert (row["reward"], row["kl"], row["seconds"]) == (6.5, 13.0, 8.0)
+    assert (row["reward"], row["kl"], row["attained"], row["seconds"]) == (6.5, 13.0, 0.7, 8.0)
     found = [row[name] for name in ("reward_before", "reward_after", "kl_before", "kl_after")]
     assert found == pytest.approx([0, 0.4, 0, 2], abs=1e-6)
+
+
+def test_a_finished_folder_does_not_answer_for_another_reward_or_other_prompts(world, tmp_path):
+    """Its judges and test prompts are the same, and its result would be read without training."""
+    config = replace(registry.WORLDS["grammar"].settings, updates=1, device="cpu")
+    run_experiment(world, config, tmp_path)
+    others = {"reward": replace(world, reward=world.judges["gold"])}
+    others["prompts"] = replace(world, prompts=world.prompts.select(range(8)))
+    for named, other in others.items():
+        with pytest.raises(ValueError, match=f"holds another run, it differs in {named}"):
+            run_experiment(other, config, tmp_path)
+    assert run_experiment(world, config, tmp_path).rows
+
+
+def test_training_starts_from_the_references_own_value_in_the_precision_asked_for(
+    world, grammar, tmp_path, monkeypatch
+):
+    """The exact mean where there is a tree, else that of the samples before; those are in the same precision."""
+    seen, sampled = [], []
+    given, table = replace(world, reference_samples={}), samples(0.0, 0.7)
+
+    def stop(policy, *_, **more):
+        seen.append((policy.dtype, policy.value_is_set, policy.value_head.bias.item()))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(experiment, "train", stop)
+    monkeypatch.setattr(experiment, "held_out_samples", lambda world, policy, _: sampled.append(policy.dtype) or table)
+    config = replace(registry.WORLDS["grammar"].settings, device="cpu", dtype="bfloat16")
+    tasks = [(given, config), (replace(grammar, reference_samples={}), config)]
+    tasks += [(replace(given, reference_samples={}), replace(config, centre="batch"))]
+    for i, (task, settings) in enumerate(tasks):
+        with pytest.raises(ZeroDivisionError):
+            run_experiment(task, settings, tmp_path / str(i))
+    assert sampled == [torch.bfloat16] * 3 and seen == [
+        (torch.bfloat16, True, pytest.approx(0.7)), (torch.bfloat16, True, pytest.approx(0, abs=1e-6)),
+        (torch.bfloat16, False, 0.0),
+    ]  # fmt: skip
+
+
+def test_held_out_prompts_are_sampled_as_those_in_training(monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "collect", lambda *_, **settings: asked.append(settings))
+    monkeypatch.setattr(experiment, "judged", lambda world, rollout, rows: pd.DataFrame(rows))
+    prompts = Dataset.from_dict({"prompt": ["p"], "bonus": [1]})
+    world = SimpleNamespace(test_prompts=prompts, samples_per_prompt=1, tokenizer=None, constraint="rules")
+    experiment.held_out_samples(world, None, TrainConfig(temperature=0.7, max_new_tokens=9))
+    (settings,) = asked
+    assert settings | {"generator": None} == {
+        "max_new_tokens": 9, "temperature": 0.7, "constraint": "rules", "generator": None
+    }  # fmt: skip
+
+
+def test_so_many_seeds_at_a_time_each_in_the_folder_of_its_world(world, tmp_path, monkeypatch):
+    def refuse(calls, jobs, *_):
+        raise RuntimeError(f"{len(calls)} seeds, {jobs} at a time in {calls[0][-1].relative_to(tmp_path)}")
+
+    monkeypatch.setattr(sweep, "in_parallel", refuse)
+    config = CompareConfig("grammar", seeds=5, jobs=3, out=tmp_path / "out", runs=tmp_path / "runs")
+    with pytest.raises(RuntimeError, match="5 seeds, 3 at a time in runs/grammar"):
+        run_compare(config)

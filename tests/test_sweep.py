@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
+from klq_edu.app import sweep
 from klq_edu.app.comparison import algorithms, difference, power, schedules
 from klq_edu.app.experiment import Result
-from klq_edu.app.sweep import SCHEDULES, SweepConfig, in_parallel, one_run, tuned, win_rates
+from klq_edu.app.sweep import EARLY, SCHEDULES, SweepConfig, in_parallel, one_run, run_sweep, tuned, win_rates
 from klq_edu.figures import optimum_gaps
 from klq_edu.rlhf.power import pairs_needed, seeds_needed
 from klq_edu.worlds.registry import VARIANTS, preset
@@ -211,3 +212,30 @@ def test_results_are_in_the_order_of_the_calls(monkeypatch):
     ready = Event()
     calls = [(lambda: ready.wait(10) and "first",), (lambda: ready.set() or "second",)]
     assert in_parallel(calls, 2) == ["first", "second"]
+
+
+def test_seeds_begin_where_asked_and_early_shares_are_measured():
+    """A share that no update measures would be an empty column of the CSV."""
+    found = SweepConfig(seeds=2, first_seed=7, taus=(0.1,)).experiments().values()
+    assert {c.seed for _, c in found} == {7, 8}
+    assert all(n % (c.eval_every * c.batch_size) == 0 for n in EARLY for _, c in found)
+
+
+def test_an_error_ends_a_sweep_before_what_has_not_begun(monkeypatch):
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    begun = []
+    calls = [(lambda: 1 / 0,), (lambda: Event().wait(0.5),), (lambda: begun.append("third"),)]
+    with pytest.raises(ZeroDivisionError):
+        in_parallel(calls, 1)
+    assert not begun
+
+
+def test_so_many_runs_at_a_time_as_asked_for(monkeypatch, tmp_path):
+    def refuse(calls, jobs, *_):
+        raise RuntimeError(f"{len(calls)} runs, {jobs} at a time")
+
+    monkeypatch.setattr(sweep, "in_parallel", refuse)
+    monkeypatch.setattr("klq_edu.worlds.load", lambda name: None)
+    config = SweepConfig(taus=(0.1,), variants=("klq",), schedules=("replay",), seeds=5, jobs=3, out=tmp_path)
+    with pytest.raises(RuntimeError, match="5 runs, 3 at a time"):
+        run_sweep(config)

@@ -101,8 +101,8 @@ class HubConfig:
     data: str | None = None  # Data set with splits train and test, a path or hub id; not given: the recipe's.
     algorithm: Literal[*VARIANTS] | None = None  # Algorithm variant; not given: the recipe's.
     updates: int | None = None  # Not given: the recipe's.
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda, mps …
+    seed: int | None = None  # Not given: the recipe's.
+    device: str | None = None  # auto, cpu, cuda, mps …; not given: the recipe's.
     out: Path = Path("runs/hub")  # Folder for the run.
 
 
@@ -112,10 +112,11 @@ def run_hub(config: HubConfig) -> None:
     from klq_edu.worlds.hub import load_recipe, read_recipe
 
     recipe = read_recipe(config.recipe, model=config.model, reward_model=config.reward_model, data=config.data)
-    changes = {"seed": config.seed, "device": config.device}
+    given = {"updates": config.updates, "seed": config.seed, "device": config.device}
+    changes = {name: value for name, value in given.items() if value is not None}
     changes |= {"algorithm": "klq", "whiten": False} | VARIANTS[config.algorithm] if config.algorithm else {}
-    changes |= {} if config.updates is None else {"updates": config.updates}
-    run_in(load_recipe(recipe, config.device), {config.out: replace(recipe.train, **changes)})
+    settings = replace(recipe.train, **changes)
+    run_in(load_recipe(recipe, settings.device), {config.out: settings})
 
 
 def run_train(command: Annotated[TRAIN, tyro.conf.arg(name="")]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from klq_edu.app.inspection import COMPILED, InspectConfig, everything, run_inspect
+from klq_edu.app.inspection import COMPILED, InspectConfig, _code, _model, everything, run_inspect
 from klq_edu.bench import roofline
 from klq_edu.bench.roofline import (
     DEVICES,
@@ -290,3 +290,51 @@ def test_the_model_of_the_loss_in_one_chunk_is_as_by_hand():
     products = 1.3 * 6 * n * v * h / DEVICES["H100"].rate("bf16")
     moved = 3 * 2 * n * v + 6 * v * h
     assert chunked_seconds("H100", n, v, h, rows=n) == pytest.approx(products + moved / (0.9 * 3.35e12))
+
+
+def test_the_sizes_and_choices_asked_for_are_those_that_are_predicted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(roofline, "compiled", lambda *options: asked.extend(options) or iter(()))
+    config = InspectConfig(("sm_90", "gfx942"), ("fp32",), ("token_stats",), n=10, v=200, h=30)
+    found = everything(config)
+    assert asked == ["--targets", "sm_90", "gfx942", "--dtypes", "fp32", "--kernels", "token_stats"]
+    predictions = [p for record in found["losses"] for p in record["predictions"]]
+    assert {p["sizes"] for p in predictions} == {(10, 200, 30)}
+    assert [p["device"] for p in predictions] == ["H100", "H200", "MI300X"] * 2
+
+
+def shown(table) -> dict:
+    (row,) = zip(*(column.cells for column in table.columns), strict=True)
+    return dict(zip((column.header for column in table.columns), row, strict=True))
+
+
+def test_each_number_is_printed_under_its_heading():
+    """Times and shares from fast to slow and from slow to fast: the lower one first."""
+    predicted = {"device": "H100", "bound": ("L2", "issue"), "floor_ms": 1.5, "ms": (4.0, 2.0), "share": (0.375, 0.75)}
+    predicted |= {"l2_needed": 20.0, "l2_delivered": (25, 38), "shared_needed": 90.0, "shared_delivered": (128,)}
+    predicted["clocks"] = [{"k-loop": 500.0, "outside": 70.0}, {"k-loop": 300.0, "outside": 40.0}]
+    record = GOOD | {"spill_bytes": 8, "shared_bytes": 10_240, "tile": "a tile", "problems": ["spills"]}
+    record |= {"work": {"step_instructions": 80, "blocks": 2}, "predictions": [predicted]}
+    assert shown(_code([record])) == {
+        "kernel": "linear_token_stats", "target": "gfx942", "dtype": "bf16", "tile": "a tile", "dot": "bf16",
+        "matrix": "8×v_mfma", "loads": "4×16 B", "stores": "1×4 B", "regs": "100", "spill": "8", "shared": "10/64K",
+        "k-step": "80", "logit": "7.0",
+    }  # fmt: skip
+    assert shown(_model([record])) == {
+        "kernel": "linear_token_stats", "dtype": "bf16", "device": "H100", "bound": "L2/issue", "blocks": "2",
+        "L2": "20 of 25–38", "shared": "90 of 128", "k-loop": "300", "outside": "40", "floor\\[ms]": "1.5",
+        "ms": "2–4", "share\\[%]": "38–75",
+    }  # fmt: skip
+
+
+def test_a_compiler_that_fails_is_an_error_and_no_empty_list(tmp_path, monkeypatch):
+    """… after which "every tile keeps its promises" would be said of none, with exit status 0."""
+    compiler = tmp_path / "python"
+    compiler.write_text('#!/bin/sh\necho "$TRITON_INTERPRET|$3"\necho "no such target" >&2\nexit 3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(compiler))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    lines = compiled("--targets")
+    assert next(lines) == "|--targets\n", "without the interpreter, which compiles nothing"
+    with pytest.raises(RuntimeError, match="compiling failed: no such target"):
+        next(lines)

@@ -217,6 +217,10 @@ def test_finished_runs_are_judged_from_the_command_line(url, tmp_path, monkeypat
     assert "the longer in 1.00" in said and Endpoint.heard[-1][1] == "Bearer secret"
     run_judge(JudgeConfig(tmp_path / "klq", "some-model", rival=tmp_path / "ppo", url=url))
     assert "klq against ppo, before some-model:\nwin-rate 0.375" in capsys.readouterr().out
+    save("brief", before=["a", "b", "c", "d"], after=["b", "c", "d", "e"])
+    run_judge(JudgeConfig(tmp_path / "brief", "some-model", url=url))
+    said = capsys.readouterr().out
+    assert "ties 4" in said and "the longer" not in said, "no two lengths differ"
     save("other", before=["a"], after=["a"])
     save("unfinished", updates=9, before=["a", "bb", "c", "d"], after=["aaaa", "b", "cc", "ddd"])
     for rival, message in (
@@ -234,3 +238,20 @@ def test_the_interval_over_seeds_is_wider_by_what_a_bootstrap_of_few_seeds_lacks
     assert (rate, low, high) == pytest.approx((0.5, 0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
     (low, high), (middle, upper) = bootstrap_interval(range(9)), bootstrap_interval(range(9), level=0.5)
     assert low < middle < 4 < upper < high, "… and narrower at a lower level"
+
+
+def test_seed_level_and_power_are_those_asked_for():
+    """At a level of 90 % with power 0.9: z = 1.645 + 1.282, and z² / (4 · 0.1²) = 214 pairs."""
+    assert round(pairs_needed(0.1, level=0.9, power=0.9)) == 214
+    assert seeds_needed(0.1, 0.3, 64, level=0.9, power=0.9) == math.ceil(8.564 / 0.01 * (0.09 + 1 / 256) + 1.353)
+    outcome = np.random.default_rng(0).choice([0.0, 0.5, 1.0], 64)
+    higher = by_score(lambda _, scores: scores)
+    ways = (
+        lambda **given: win_rate(["p"] * 64, list(outcome), [0.5] * 64, higher, **given)[1:3],
+        lambda **given: win_rate_of_seeds([outcome, outcome[::-1]], **given)[1:],
+        lambda **given: bootstrap_interval(outcome, **given),
+    )
+    for interval in ways:
+        assert interval(seed=1) == interval(seed=1) != interval(seed=2)
+        (low, high), (inner, upper) = interval(), interval(level=0.5)
+        assert low < inner < upper < high

@@ -438,6 +438,8 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_counts(tmp_path, 
         go(tmp_path / "cut", config=config, policy=policy)
     assert not later and load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["updates"] == 2
     assert timeless(go(tmp_path / "cut", config=config)) == timeless(whole)
+    ours, theirs = ((tmp_path / name / "samples.jsonl").read_text() for name in ("cut", "whole"))
+    assert ours == theirs, "what was sampled after the checkpoint stands there once"
 
 
 def test_ignored_signals_stay_ignored(tmp_path, go):

@@ -1,6 +1,7 @@
 """Recipes for models from the hub, through the whole path on tiny random models and local rows in the same formats."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,3 +130,23 @@ def test_data_that_do_not_fit_are_explained(parts):
     (parts / "prompt" / "test.jsonl").unlink()
     with pytest.raises(ValueError, match="lacks test"):
         load_recipe(read_recipe(recipe))
+
+
+def test_every_option_reaches_the_run_and_what_is_not_given_is_the_recipes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("klq_edu.worlds.hub.load_recipe", lambda *given: asked.append(given))
+    monkeypatch.setattr("klq_edu.app.report.run_in", lambda world, experiments: asked.append(experiments))
+    recipe = tmp_path / "recipe.yaml"
+    settings = "{algorithm: ppo_clip, whiten: true, updates: 2, seed: 5, device: cpu}"
+    recipe.write_text(f"{{model: m, reward_model: r, data: d, train: {settings}}}")
+    run_hub(HubConfig(str(recipe), out=tmp_path))
+    (read, device), experiments = asked
+    assert (read.model, read.reward_model, read.data, device) == ("m", "r", "d", "cpu")
+    assert experiments == {tmp_path: read.train} and read.train.seed == 5
+    asked.clear()
+    more = {"algorithm": "klq", "updates": 7, "seed": 3, "device": "mps", "out": tmp_path / "here"}
+    run_hub(HubConfig(str(recipe), model="M", reward_model="R", data="D", **more))
+    (read, device), experiments = asked
+    assert (read.model, read.reward_model, read.data, device) == ("M", "R", "D", "mps")
+    wanted = {"algorithm": "klq", "whiten": False, "updates": 7, "seed": 3, "device": "mps"}
+    assert experiments == {tmp_path / "here": replace(read.train, **wanted)}

@@ -136,3 +136,12 @@ def test_an_unknown_world_is_refused_with_the_names_of_those_known(ask):
     assert DemoConfig(world="tldr", remake="sft").remake == "sft"
     with pytest.raises(ValueError, match="variant must be one of .*'klq', 'ppo_clip'.*, got 'sarsa'"):
         preset("grammar", "sarsa")
+
+
+def test_every_option_of_the_demo_reaches_every_run():
+    """Seeds count from 0: the report shows the settings of that one."""
+    given = {"tau": 0.3, "tau_start": 0.9, "replay": 5, "updates": 7, "device": "cpu", "dtype": "bfloat16"}
+    found = DemoConfig(world="grammar", seeds=2, algorithms=("klq", "ppo_clip_whitened"), **given).experiments()
+    variants = [(seed, name) for seed in (0, 1) for name in ("klq", "ppo_clip_whitened")]
+    assert list(found.values()) == [preset("grammar", name, seed=seed, **given) for seed, name in variants]
+    assert next(iter(found)) == "klq-tau0.3-from0.9-7x32+5-seed0"
