@@ -4,8 +4,9 @@ since a schema knows no named tuples. Without a weight the "hidden" states [N, H
 `backend` is "torch" or "triton".
 """
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -26,7 +27,22 @@ def kernels(backend: str, inputs: str) -> ModuleType:
     return importlib.import_module(f"klq_kernels.{backend}_{inputs}")
 
 
+def exact(function: Callable) -> Callable:
+    """The function without autocast, under which products of float32 inside it would be made in 16 bits."""
+
+    @functools.wraps(function)
+    def run(*args, **given):
+        kind = next(x.device.type for x in (*args, *given.values()) if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return function(*args, **given)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **given)
+
+    return run
+
+
 @custom_op("klq_kernels::token_stats", mutates_args=())
+@exact
 def token_stats(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, values: Tensor | None, *, tau: float,
@@ -43,6 +59,7 @@ def token_stats(
 
 
 @custom_op("klq_kernels::token_stats_grad", mutates_args=())
+@exact
 def token_stats_grad(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, mask: Tensor, stats: Sequence[Tensor], a: Tensor | None,
@@ -61,6 +78,7 @@ def token_stats_grad(
 
 
 @custom_op("klq_kernels::lambda_returns", mutates_args=())
+@exact
 def lambda_returns(
     rewards: Tensor, values: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, trace_weights: Tensor | None,
     *, tau: float, gamma: float, lam: float, alpha: float, backend: str,
@@ -71,6 +89,7 @@ def lambda_returns(
     return tuple(kernels(backend, "logits").lambda_returns(*given, tau=tau, gamma=gamma, lam=lam, alpha=alpha))
 
 
+@exact
 def _logits_klq(
     grad: Tensor, logits: Tensor, tokens: Tensor, inputs: LossInputs, settings: LossSettings, temperature: float,
     backend: str,
@@ -87,6 +106,7 @@ def _logits_klq(
 
 
 @custom_op("klq_kernels::klq_loss", mutates_args=())
+@exact
 def klq_loss(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, tokens: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, ref_logprobs: Tensor | None,
@@ -227,6 +247,6 @@ def _hand_over(ctx, factor: Tensor | None, inplace: bool = False) -> list[Tensor
     ctx.grads = None if give_away else grads
     if give_away and inplace:
         return [g.mul_(factor) for g in grads]
-    if tracing or factor.device.type != "cpu" or factor.item() != 1:
-        return [(g * factor).to(g.dtype) for g in grads]
-    return grads
+    if give_away and factor.device.type == "cpu" and factor.item() == 1:
+        return grads
+    return [(g * factor).to(g.dtype) for g in grads]

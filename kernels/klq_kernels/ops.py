@@ -219,7 +219,7 @@ def _options(model: dict, tokens: Tensor, mask: Tensor | None, temperature: floa
 
 def _by_definition(model: dict, given: dict, temperature: float) -> TokenStats:
     """The reference's statistics of this model from prepared tensors."""
-    op = reference.token_stats if "logits" in model else reference.linear_token_stats
+    op = autograd.exact(reference.token_stats if "logits" in model else reference.linear_token_stats)
     return op(**{name: given[name] for name in (*model, "tokens", "mask")}, temperature=temperature)
 
 

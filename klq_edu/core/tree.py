@@ -167,7 +167,10 @@ class TokenTree:
         """
         checks.positive(tau=tau)
         checks.unit_interval(gamma=gamma)
-        q = action_values(self._distribution(policy=policy), values, self.ref, tau)
+        policy = self._distribution(policy=policy)
+        checks.same_shape(self.ref.shape[:1], "the tree's states", values=values)
+        values = values.to(torch.float64)
+        q = action_values(policy, values, self.ref, tau)
         later = torch.cat([values, values.new_zeros(1)])[self.children]  # ENDS is the last
         return torch.where(self.ref > 0, self.rewards + gamma * later - q, 0.0)
 

@@ -120,3 +120,10 @@ def test_td_errors_of_forbidden_tokens_are_zero_and_bad_input_is_refused():
     for bad in ({"tau": 0.0}, {"gamma": 2.0}, {"values": values[:1]}, {"policy": tree.ref * 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             tree.td_errors(**({"policy": tree.ref, "values": values, "tau": 0.5} | bad))
+
+
+def test_td_errors_of_values_in_float32_are_those_of_the_same_numbers_in_float64(random_policy):
+    """A tree computes in float64: a critic's values are rounded already, log π/π_b and δ are not to be."""
+    tree = TokenTree.random(3, 3, eos=0, seed=1)
+    policy, values = random_policy(tree, 2), torch.randn(len(tree.ref))
+    assert torch.equal(tree.td_errors(policy, values, 0.5, 0.9), tree.td_errors(policy, values.double(), 0.5, 0.9))

@@ -250,6 +250,37 @@ def test_state_kl_follows_the_zero_conventions():
     assert tree.with_ref(ref).sequence_kl(policy).item() == pytest.approx(math.log(2))
 
 
+def test_under_another_reference_a_tree_lists_its_own_completions():
+    """… although the first one's were already asked for; its rows sum to 1 as exactly as those of a grown tree."""
+    tree = build(2, 2).tree
+    assert len(tree.completions()) == 4
+    other = tree.with_ref(torch.tensor([[0.4, 0.6], [1.0, 0.0], [0.0, 1.0]]))
+    assert other.completions() == [(0, 0), (1, 1)] and len(tree.completions()) == 4
+    torch.testing.assert_close(other.sequence_distribution(other.ref).sum().item(), 1.0, rtol=0, atol=1e-15)
+    assert (other.ref.sum(1) - 1).abs().max() < 1e-15
+
+
+NO_POLICIES = {
+    "a sum of 1 + 1e−4": [0.5, 0.5001, 0.0], "a negative entry": [1.5, -0.5, 0.0], "NaN": [0.5, math.nan, 0.0],
+    "mass on a token that is not the tree's": [0.5, 0.4, 0.1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", NO_POLICIES.values(), ids=NO_POLICIES)
+def test_what_is_no_policy_of_the_tree_is_named(row):
+    """In a single state, by whatever evaluates it."""
+    tree = TokenTree.grow(3, 2, constant(0.5, 0.5, 0.0), lambda y: 0.0)
+    policy = tree.ref.clone()
+    policy[1] = torch.tensor(row, dtype=F64)
+    zeros = torch.zeros(len(policy), dtype=F64)
+    for name, call in {
+        "policy": lambda: tree.evaluate(policy, TAU), "ref": lambda: tree.with_ref(policy),
+        "policy must": lambda: tree.td_errors(policy, zeros, TAU),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}.*the tree's own tokens"):
+            call()
+
+
 def test_random_trees_repeat_by_seed():
     same, again, other = (TokenTree.random(3, 3, eos=0, seed=s) for s in (1, 1, 2))
     assert torch.equal(same.ref, again.ref) and torch.equal(same.rewards, again.rewards)

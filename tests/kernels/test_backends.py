@@ -362,6 +362,18 @@ def test_policy_and_reference_of_two_dtypes(low, backend):
     check(linear_token_stats, heads | {name: heads[name].bfloat16() for name in names}, backend, upstream_for((2, 3)))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_gradient_of_an_almost_certain_token(native, monkeypatch):
+    """p − 1 = −0.001 although bfloat16 rounds such a p to 1: the token's row of the weight learns as the others do."""
+    monkeypatch.setattr(torch_linear, "native", lambda x: native and x == torch.bfloat16)
+    inputs = dict(hidden=torch.tensor([[1.0, 2.0]]), weight=torch.tensor([[7.0, 0.0], [0.0, 0.0]]))
+    inputs = {name: x.bfloat16() for name, x in inputs.items()} | dict(tokens=torch.tensor([0]))
+    inputs |= draw_loss((1,)) | VARIANT
+    got, want = run(linear_klq_loss, inputs, "torch"), run(linear_klq_loss, exactly(inputs), "reference")
+    for name in ("grad of hidden", "grad of weight"):
+        torch.testing.assert_close(got[name].double(), want[name], rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -388,7 +400,7 @@ def test_masked_entries_of_every_argument_are_ignored(op, poison, backend):
     few = None if upstream is None else {name: u[mask].double() for name, u in upstream.items()}
     want = run(op, exactly(kept), "reference", few)
     if upstream is not None:
-        upstream = {name: u.masked_fill(~mask, 1e30) for name, u in upstream.items()}
+        upstream = {name: u.masked_fill(~mask, poison) for name, u in upstream.items()}
     got = run(op, poisoned(inputs, mask, poison), backend, upstream)
     for name, exact in want.items():
         per_token = got[name].shape != exact.shape
@@ -552,6 +564,51 @@ def test_a_small_kl_from_hidden_states_is_not_negative(step, dtype, backend):
 
 
 # Memory: strides, workspace, in place
+
+
+def spied_logits(monkeypatch):
+    """weight's address -> (rows of its logits so far, bytes of the largest memory that held some)."""
+    original, seen = torch_linear.head_logits, {}
+
+    def spy(head, out):
+        rows, most = seen.get(head.weight.untyped_storage().data_ptr(), (0, 0))
+        held = max(most, out.untyped_storage().nbytes())
+        seen[head.weight.untyped_storage().data_ptr()] = rows + len(out), held
+        return original(head, out)
+
+    monkeypatch.setattr(torch_linear, "head_logits", spy)
+    return seen
+
+
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+def test_both_models_logits_fit_the_workspace_together(op, monkeypatch):
+    """… in the forward and in the backward pass, where a row of each and a few tokens' columns fit at all."""
+    inputs, seen = draw(op, SHAPE, VOCAB, mask=torch.ones(SHAPE, dtype=torch.bool)), spied_logits(monkeypatch)
+    run_all(op, inputs | dict(workspace_bytes=WORKSPACE), "torch")
+    assert len(seen) == 2 and WORKSPACE / 2 < sum(held for _, held in seen.values()) <= WORKSPACE
+
+
+@pytest.mark.parametrize("op", [linear_token_stats, linear_klq_loss])
+def test_masked_rows_cost_no_product_on_a_cpu(op, monkeypatch):
+    mask = torch.tensor([[True, False, True], [False] * 3])
+    inputs, seen = draw(op, mask=mask), spied_logits(monkeypatch)
+    op(**inputs, backend="torch")
+    assert [rows for rows, _ in seen.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["linear_stats", "linear_klq"])
+def test_the_workspace_is_64_mib_on_a_cpu_unless_given(name, monkeypatch):
+    op = linear_token_stats if name == "linear_stats" else linear_klq_loss
+    original, found = getattr(torch_linear, name), []
+
+    def spy(*given):
+        found.extend(x for x in given if type(x) is int and x > 1)
+        return original(*given)
+
+    monkeypatch.setattr(torch_linear, name, spy)
+    op(**draw(op), backend="torch")
+    op(**draw(op), backend="torch", workspace_bytes=5000)
+    assert found == [1 << 26, 5000]
 
 
 LAYOUTS = {
@@ -724,6 +781,17 @@ def test_a_frozen_model_costs_no_gradient(op, backend, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(op(**inputs, backend=backend), values), want)
 
 
+@pytest.mark.parametrize("op", MODEL_OPS[2:])
+def test_without_grad_mode_no_gradient_is_computed(op, monkeypatch):
+    """Evaluation pays for the loss alone, although the model could learn."""
+    inputs = draw(op)
+    inputs |= {k: inputs[k].requires_grad_() for k in LEAVES if inputs.get(k) is not None}
+    kind, step = ("logits", "logits_grad") if op is logits_klq_loss else ("linear", "chunk_grad")
+    monkeypatch.setattr(autograd.kernels("torch", kind), step, None)
+    with torch.no_grad():
+        assert op(**inputs, backend="torch").isfinite()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", MODEL_OPS)
 def test_without_grad_mode_there_is_no_graph(op, backend):
@@ -749,6 +817,41 @@ def test_a_kept_graph_gives_the_gradient_twice(op, factor, backend):
     total = factor * (out if isinstance(out, Tensor) else out.logprob.sum() + out.kl.sum())
     once = [g.clone() for g in torch.autograd.grad(total, leaves.values(), retain_graph=True)]
     torch.testing.assert_close(list(torch.autograd.grad(total, leaves.values())), once)
+
+
+@pytest.mark.parametrize("op", [logits_klq_loss, INPLACE, linear_klq_loss])
+def test_what_becomes_of_a_gradient_does_not_change_the_next_one(op):
+    """A caller who keeps the graph may clip the first pass's gradient in place."""
+    inputs = draw(getattr(op, "func", op))
+    values = inputs["values"].requires_grad_()
+    loss = op(**inputs, backend="torch")
+    (first,) = torch.autograd.grad(loss, values, retain_graph=True)
+    want = first.clone()
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(loss, values)[0], want)
+
+
+def under_autocast(op, **arguments):
+    with torch.autocast("cpu", torch.bfloat16):
+        return op(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("op", [*MODEL_OPS, INPLACE])
+def test_autocast_rounds_nothing(op, backend):
+    """Training loops compute their losses under it: products of float32 stay accurate, results and gradients alike."""
+    inputs = draw(getattr(op, "func", op))
+    upstream = upstream_for((2, 3)) if op in MODEL_OPS[:2] else None
+    if op is INPLACE:  # must not overwrite a leaf, nor what the other call reads
+        op = lambda logits, **rest: INPLACE(logits * 1.0, **rest)  # noqa: E731
+    assert equal(run(partial(under_autocast, op), inputs, backend, upstream), run(op, inputs, backend, upstream))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_rounds_no_lambda_returns(backend):
+    batch = draw_returns([130, 40], 130) | dict(trace_weights=None, tau=0.7, backend=backend)
+    for got, want in zip(under_autocast(lambda_returns, **batch), lambda_returns(**batch), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -909,6 +1012,15 @@ def test_strided_lambda_returns(layout, backend):
         "expanded": lambda x: x[:1].expand(x.shape),
     }[layout]
     check_returns({name: change(x) for name, x in draw_returns([9, 4, 0], 9).items()}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lambda_returns_of_tensors_each_of_which_lies_otherwise(backend):
+    """Every argument is a view of a tensor of its own width: no stride serves for another."""
+    batch = draw_returns([9, 4, 0], 9)
+    batch = {name: torch.cat([x, x[:, :i]], 1)[:, :9] for i, (name, x) in enumerate(batch.items())}
+    assert len({x.stride(0) for x in batch.values()}) == len(batch)
+    check_returns(batch, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

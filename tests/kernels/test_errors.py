@@ -156,6 +156,15 @@ def test_a_wrong_argument_is_named(op, change, exception, message):
 
 
 @pytest.mark.parametrize("op", MODEL_OPS)
+def test_masked_ids_are_not_among_those_that_are_named(op):
+    """Padding of −100 would hide the id that is wrong."""
+    given = good(op) | dict(tokens=torch.tensor([[1, 2, V + 2], [3, -100, 2]]))
+    given["mask"][1, 1] = False
+    with pytest.raises(ValueError, match="got ids from 1 to 7 on unmasked positions"):
+        op(**given, backend="torch")
+
+
+@pytest.mark.parametrize("op", MODEL_OPS)
 def test_a_model_output_of_another_length_names_tokens(op):
     name = "logits" if op in (token_stats, logits_klq_loss, token_q) else "hidden"
     given = good(op)
@@ -196,6 +205,17 @@ def test_a_tensor_on_another_device_is_named(op, name):
     given = good(op)
     with pytest.raises(ValueError, match=f"all tensors must be on one device.*{name} on meta"):
         op(**(given | {name: given[name].to("meta")}))
+
+
+# The backend that None picks
+
+
+@pytest.mark.parametrize("change, backend", [({}, "reference"), (dict(values=torch.zeros(B, T)), "torch")])
+def test_reference_is_for_float64_throughout(change, backend):
+    """One float64 tensor beside float32 ones, values say, must not bring the naive [N, V] logits of a large model."""
+    given = {k: x.double() for k, x in good(linear_klq_loss).items() if torch.is_tensor(x) and x.is_floating_point()}
+    assert checks.pick_backend(None, **given | change) == backend
+    assert checks.pick_backend("torch", **given) == "torch"
 
 
 # The triton backend

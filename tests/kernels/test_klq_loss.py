@@ -196,6 +196,15 @@ def test_a_missing_quantity_is_named(loss, name):
         klq_loss(**(draw() | THRESHOLDS | {name: None}), tau=TAU, loss=loss)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_variant_asks_for_no_more_than_its_formula_reads(loss):
+    """Thresholds and old quantities of other variants may be left out."""
+    needed, extra = {name for x, name in MISSING if x == loss}, ("clip", "log_ratio_clip", "delta", *TENSORS[-2:])
+    given = draw() | THRESHOLDS
+    few = {name: x for name, x in given.items() if name not in extra or name in needed}
+    torch.testing.assert_close(klq_loss(**few, tau=TAU, loss=loss), klq_loss(**given, tau=TAU, loss=loss))
+
+
 @pytest.mark.parametrize("loss, name", [x for x in MISSING if x[1] in THRESHOLDS])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_a_threshold_that_is_not_positive_is_named(loss, name, value):

@@ -87,6 +87,19 @@ def test_without_the_common_factor_they_would(op, backend, half, monkeypatch):
     assert largest_error(op, backend) > 2e-3
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e32])
+def test_float16_gradients_of_any_upstream_gradient(size, half):
+    """… 0 included: what scales upstream gradients into float16's range must not divide by it, nor overflow."""
+    hidden, weight = torch.randn(6, 4).half().requires_grad_(), torch.randn(9, 4).half().requires_grad_()
+    upstream = size * torch.tensor([1.0, -0.5, 0.25, 1.0, 0.0, 1.0])
+    stats = linear_token_stats(hidden, weight, torch.arange(6), backend="torch")
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logprob = (exact[0] @ exact[1].t()).log_softmax(1)[torch.arange(6), torch.arange(6)]
+    want = torch.autograd.grad((upstream.double() * logprob).sum(), exact)
+    for g, w in zip(torch.autograd.grad(stats.logprob, (hidden, weight), upstream), want, strict=True):
+        assert not g.isnan().any() and (size > 1 or (g.double() - w).abs().max() <= 1e-7)
+
+
 def test_float16_sums_beyond_its_range_come_back_into_it():
     """Scaled gradients of many rows sum to more than float16 holds, until the factor is applied."""
     head = Head(torch.full((4096, 2), 8.0).half(), torch.zeros(3, 2).half(), None)

@@ -154,6 +154,18 @@ def test_a_reference_that_is_no_distribution_has_no_kl(tile, backend):
     assert TILES[tile] or kl(logits, ref, tile, backend).isnan().tolist() == [False, True, False, False, False]
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_policy_that_is_no_distribution_has_no_kl(tile, backend):
+    """… nor, from logits, a log-prob or an entropy; other rows keep theirs."""
+    logits, ref = near(3.0)
+    assert kl(torch.full_like(logits, -INF), ref, tile, backend).isnan().all()
+    logits[1] = -INF
+    stats = token_stats(logits, torch.zeros(ROWS, dtype=torch.long), ref, backend=backend)
+    for x in (stats.logprob, stats.entropy, stats.kl):
+        assert x.isnan().tolist() == [False, True, False, False, False]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tile", TILES)
 def test_equal_models_have_no_kl(tile, backend):

@@ -76,11 +76,15 @@ def test_without_a_reference_there_is_no_kl():
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0])
-def test_a_common_offset_neither_overflows_nor_changes_the_distribution(dtype, offset):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_common_offset_neither_overflows_nor_changes_the_distribution(backend, temperature, dtype, offset):
+    """… at any temperature: divided by 0.7 first, logits near 1000 would round to 6e-5. By the oracle, since the other
+    backends' tests ask no more of offsets than what `reference` does in the same dtype."""
     logits, tokens, ref = draw((6,), 9, torch.bfloat16)  # few mantissa bits, so that adding 1000 in float32 is exact
     logits, ref = (x.float().mul(64).round().div(64).to(dtype) for x in (logits, ref))
-    shifted = token_stats(logits + offset, tokens, ref - offset)
-    assert_matches(shifted, oracle(logits, tokens, ref), rtol=2e-6, atol=2e-6)
+    shifted = token_stats(logits + offset, tokens, ref - offset, temperature=temperature, backend=backend)
+    assert_matches(shifted, oracle(logits, tokens, ref, temperature), rtol=3e-6, atol=3e-6)
 
 
 def forbid(logits, ref, where):
