@@ -1,5 +1,6 @@
 """`klq judge`: held-out completions of finished runs before a language model behind an endpoint."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def run_judge(config: JudgeConfig) -> None:
     print(f"{config.run.name} against {config.rival.name if config.rival else 'its reference'}, before {config.model}:")
     print(f"win-rate {rate:.3f} [{low:.3f}, {high:.3f}] (95 %, over {len(by_prompt)} prompts)")
     print(f"wins {(won == 1).sum()}, ties {(won == 0.5).sum()}, losses {(won == 0).sum()}")
-    if lean == lean:  # NaN where no two lengths differ
+    if not math.isnan(lean):  # of no two lengths that differ
         print(f"where lengths differ it prefers the longer in {lean:.2f} of the pairs")
 
 
