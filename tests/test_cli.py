@@ -138,7 +138,7 @@ def test_only_a_command_that_continues_is_said_to(command, tmp_path):
 
 def test_texts_with_markup_are_shown_as_they_are(capsys):
     prompts = [f"[/] w5 [red]{i}" for i in range(3)]
-    samples = pd.DataFrame({"prompt": prompts, "completion": ["[/b] τ"] * 3, "reward": [1.0] * 3})
+    samples = pd.DataFrame({"prompt": prompts, "completion": ["[/b] τ"] * 3, "reward": 1.0, "kl": 0.0})
     rows = [{"update": 0, "reward": 1.0, "kl": 0.1, "seconds": 1.0}]
     settings = {"world": "mine", **TrainConfig().to_dict()}
     result = Result(settings, rows, {0: samples, settings["updates"]: samples})

@@ -28,17 +28,17 @@ def kernels(backend: str, inputs: str) -> ModuleType:
 
 
 def exact(function: Callable) -> Callable:
-    """The function without autocast, under which products of float32 inside it would be made in 16 bits."""
+    """The function without autocast, which would make its products of float32, logits [N, V] say, in 16 bits."""
 
     @functools.wraps(function)
-    def run(*args, **given):
+    def without_autocast(*args, **given):
         kind = next(x.device.type for x in (*args, *given.values()) if isinstance(x, Tensor))
         if not torch.is_autocast_enabled(kind):
             return function(*args, **given)
         with torch.autocast(kind, enabled=False):
             return function(*args, **given)
 
-    return run
+    return without_autocast
 
 
 @custom_op("klq_kernels::token_stats", mutates_args=())

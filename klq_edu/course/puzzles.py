@@ -75,8 +75,12 @@ class Puzzle(Exercise):
     def outcome(self, answer: Callable, arguments: tuple) -> dict[str, Tensor]:
         """What it gives for these arguments between guards; Wrong where it changed what is not its own."""
         guards = Guards()
-        with guards:
-            found = self.probe(partial(exercises._call, answer, copy=guards.arguments), *arguments)
+        try:
+            with guards:
+                found = self.probe(partial(exercises._call, answer, copy=guards.arguments), *arguments)
+        except Exception:
+            guards.check(self.writes)  # memory that was written to may be why
+            raise
         for name, x in found.items():
             if isinstance(x, Tensor) and x.dtype == torch.float32 and x.numel() and bool(unwritten(x).all()):
                 raise Wrong(f"{name}nothing was ever stored there; is a tl.store missing, or never reached?")

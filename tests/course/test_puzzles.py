@@ -119,6 +119,12 @@ def spoil(x, element):
     x.as_strided((1,), (1,), x.storage_offset() + element).zero_()
 
 
+def spoils_and_stops(x, scale):
+    """What was spoilt may be why it stopped."""
+    spoil(x, -1)
+    raise RuntimeError("storage that is invalid")
+
+
 def into_argument(x, scale):
     x.mul_(scale[:, None])
     return x
@@ -154,6 +160,7 @@ SAID = [  # answer, whether it passes, what is said
     (launch(lambda x, *_: spoil(x, x.shape[1])), False, "wrote outside of its tensor argument 1, before or between"),
     (launch(lambda x, scale, _: spoil(scale, 3)), False, "wrote outside of its tensor argument 2, 1 elements past its"),
     (launch(lambda x, scale, out: spoil(out, -1)), False, "wrote outside of a tensor of shape (3, 27) that"),
+    (spoils_and_stops, False, "wrote outside of its tensor argument 1"),
     (into_argument, False, "changed its tensor argument 1"),
     (segfault, False, "crashed (segmentation fault): look at the mask"),
     (far_away, False, "crashed (segmentation fault)"),

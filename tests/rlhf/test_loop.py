@@ -226,7 +226,7 @@ def test_the_walk_from_fit_to_the_formula_is_the_one_that_contributing_describes
     monkeypatch.setattr(torch_linear, "klq_terms", spy)
     run(tmp_path, tiny_lm, tokenizer, settings(updates=1))
     walk = walks[0][walks[0].index("train") :]
-    assert walk == ["train", "fit", "klq", "linear_klq_loss", "klq_loss", "linear_klq"]
+    assert walk == ["train", "fit", "klq", "linear_klq_loss", "without_autocast", "klq_loss", "linear_klq"]
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     places = [text.index(name) for name in ("loop.train", "`fit`", "algorithms.klq", "linear_klq`", "klq_terms")]
     assert places == sorted(places)
