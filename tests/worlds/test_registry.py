@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -95,6 +96,20 @@ def test_every_world_has_a_file_and_every_file_with_a_world_an_entry():
     tasks = {stem for stem, found in names.items() if "TASK" in found}
     loads = {stem for stem, body in trees.items() if any(getattr(x, "name", "") == "load" for x in body)}
     assert tasks == {name for name, entry in WORLDS.items() if entry.made} and tasks | loads == set(WORLDS)
+
+
+def test_a_road_is_taken_with_the_worlds_own_settings_and_anew_from_the_stage_asked_for(monkeypatch):
+    taken = []
+
+    def road(task, base, settings, remake):
+        taken.append((task.name, base, settings, remake))
+        return SimpleNamespace(world=lambda: "the world")
+
+    monkeypatch.setattr("klq_edu.worlds.road.Road", road)
+    monkeypatch.setattr("klq_edu.worlds.road.model_folder", lambda: "base")
+    for name, remake in (("tldr", "pairs"), ("dialogue", None), ("stories", "reward")):
+        assert load(name, remake) == "the world"
+        assert taken.pop() == (name, "base", WORLDS[name].settings, remake)
 
 
 def test_the_command_line_offers_every_world():
